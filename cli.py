@@ -1,0 +1,72 @@
+"""Flags from a dataclass of settings, and one-line errors; imports nothing heavy, so `--help` answers at once."""
+
+import argparse
+import dataclasses
+import errno
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from errors import UserError
+
+
+def option(default, help: str, choices: tuple | None = None):
+    """A dataclass field with the help text and choices of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line on stderr, exit code 2."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(settings: type, doc: str, positional: str | None = None, argv: list[str] | None = None):
+    """An instance of the dataclass `settings` from the command line: field `batch_size` is the flag --batch-size.
+
+    A field of type `X | None` takes an X; a bool is a switch; the field named `positional` takes the bare words.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(settings):
+        kind = field.type
+        if isinstance(kind, types.UnionType):
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        text = field.metadata["help"] + ("" if field.default in (None, False) else f" (default: {field.default})")
+        text = text.replace("%", "%%")
+        if field.name == positional:
+            parser.add_argument(field.name, nargs="*", help=text)
+        elif kind is bool:
+            parser.add_argument(_flag(field), action="store_true", help=text)
+        else:
+            choices = field.metadata["choices"]
+            name = None if choices else field.name.upper()
+            parser.add_argument(
+                _flag(field), type=kind, default=field.default, choices=choices, metavar=name, help=text
+            )
+    return settings(**vars(parser.parse_args(argv)))
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 2; a failure of ours keeps its traceback and code 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            raise
+        print(f"error: cannot write or read {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,112 @@
+"""The objectives: adaptation loss, MI gain, their sum (MP-LoRA) and their ratio (SMP-LoRA), with their gradients.
+
+    L   = mean e                                              Eq. 1-3   `adaptation_loss`
+    G   = (1/2) mean log h(e_m) + (1/2) mean log(1 - h(e_n))  Eq. 5     `mi_gain` (its member half)
+    MP  = L + lambda G                                        Eq. 6     `sum_objective`
+    SMP = L / (1 - lambda G + delta) = L / D                  Eq. 10    `ratio_objective`
+
+The outer step minimises over the adapter on members alone, so only the member half of G is there.  L and G are
+functions of the same error map e, so one UNet forward serves both, and the gradient of G runs through the attacker
+and through the UNet into A and B.  With J = L / D,
+
+    grad J = (grad L + lambda J grad G) / D
+
+so SMP is MP with the adaptive weight lambda J, and its steps are scaled by 1 / D.
+Held by tests/test_objectives.py: to the closed forms, and dG/d(A, B) to finite differences.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attacker import MEMBER
+
+METHODS = ("lora", "mp", "smp")
+
+
+def adaptation_loss(error: torch.Tensor) -> torch.Tensor:
+    """Eq. 1-3: the mean of the elementwise squared error (B, C, h, w); a scalar >= 0."""
+    return error.mean()
+
+
+def mi_gain(attacker: nn.Module, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """The member half of Eq. 5: (1/2) mean log h(e); a scalar <= 0, without lower bound."""
+    return 0.5 * attacker(error, timesteps)[:, MEMBER].mean()
+
+
+def sum_objective(loss: torch.Tensor, gain: torch.Tensor, lam: float) -> torch.Tensor:
+    """Eq. 6, MP-LoRA: L + lambda G.  Unbounded below, since G is."""
+    return loss + lam * gain
+
+
+def ratio_objective(loss: torch.Tensor, gain: torch.Tensor, lam: float, delta: float = 1e-5) -> torch.Tensor:
+    """Eq. 10, SMP-LoRA: L / (1 - lambda G + delta).  At least 0, since L is and the denominator is above 1."""
+    return loss / denominator(gain, lam, delta)
+
+
+def denominator(gain: torch.Tensor, lam: float, delta: float = 1e-5) -> torch.Tensor:
+    """D = 1 - lambda G + delta, at least 1 + delta."""
+    return 1 - lam * gain + delta
+
+
+@dataclass
+class Terms:
+    """The value of one outer step: scalars with their graph."""
+
+    loss: torch.Tensor  # L, the adaptation loss
+    gain: torch.Tensor | None  # G, None for plain LoRA
+    denominator: float  # D; 1 where the method has none
+    lambda_effective: float  # the weight of grad G against grad L: lambda for MP, lambda J for SMP
+    total: torch.Tensor  # what is minimised
+
+
+def objective(method: str, error, timesteps, attacker: nn.Module | None, lam: float, delta: float = 1e-5) -> Terms:
+    """The objective of `method` on one batch of members: error (B, C, h, w), timesteps (B,)."""
+    loss = adaptation_loss(error)
+    if method == "lora":
+        return Terms(loss, None, 1.0, 0.0, loss)
+    gain = mi_gain(attacker, error, timesteps)
+    if method == "mp":
+        return Terms(loss, gain, 1.0, lam, sum_objective(loss, gain, lam))
+    d = denominator(gain, lam, delta)
+    total = loss / d
+    return Terms(loss, gain, d.item(), lam * total.item(), total)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def gradients(value: torch.Tensor, parameters: list[nn.Parameter], keep_graph: bool = False) -> list[torch.Tensor]:
+    """d value / d parameters, touching no `.grad`, so nothing is left behind in the attacker."""
+    return list(torch.autograd.grad(value, parameters, retain_graph=keep_graph))
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    """L2 norm over all tensors together."""
+    return torch.stack([t.norm() for t in tensors]).norm().item()
+
+
+def gradient_norms(terms: Terms, parameters: list[nn.Parameter]) -> dict[str, float]:
+    """L2 norms of grad L and grad G apart, and their cosine; keeps the graph for the step that follows.
+
+    A cosine of -1 says that privacy and adaptation pull straight against each other.
+    """
+    grad_loss = gradients(terms.loss, parameters, keep_graph=True)
+    norms = {"grad_norm_loss": norm(grad_loss)}
+    if terms.gain is not None:
+        grad_gain = gradients(terms.gain, parameters, keep_graph=True)
+        norms["grad_norm_gain"] = norm(grad_gain)
+        dot = sum((a * b).sum() for a, b in zip(grad_loss, grad_gain, strict=True)).item()
+        norms["grad_cosine"] = dot / max(norms["grad_norm_loss"] * norms["grad_norm_gain"], 1e-30)
+    return norms
+
+
+def clip_(tensors: list[torch.Tensor], limit: float) -> float:
+    """Scale gradients in place so that their joint L2 norm is at most `limit`; returns the norm before."""
+    before = norm(tensors)
+    if before > limit:
+        for t in tensors:
+            t.mul_(limit / before)
+    return before

@@ -1,0 +1,399 @@
+"""Train the embedded base model: a small but complete latent diffusion model of public emoji pictures.
+
+    npm pack @iconify-json/noto ...              # see --help: the public sets that are not on PyPI
+    python pretrain.py --icons icons --out base  # autoencoder, then UNet and text encoder; hours on a CPU
+
+Two stages, as for Stable Diffusion (Rombach et al. 2022): an autoencoder with a 4x smaller latent picture, then
+a text-conditioned UNet on its latents with the epsilon objective (DDPM, Ho et al. 2020, Eq. 14).  The private
+pictures (Twemoji) take no part; they are only looked at after the fact, to report how well the autoencoder
+reconstructs pictures that it has never seen.  Both stages save `--work` every few minutes and go on from there.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass
+class Settings:
+    """Everything that decides the weights; each field is a flag."""
+
+    icons: str = "icons"  # folder with the unpacked npm packages, one sub-folder per set (noto/icons.json, ...)
+    out: str = "base"  # the StableDiffusionPipeline folder to write
+    work: str = "pretraining"  # raster cache and checkpoints
+    stage: str = "all"  # vae | unet | export | all
+    seed: int = 0
+    vae_steps: int = 900  # batches of --vae-batch
+    vae_batch: int = 32
+    vae_lr: float = 2e-3
+    unet_steps: int = 4000  # batches of --unet-batch
+    unet_batch: int = 64
+    unet_lr: float = 1e-3
+    snr_gamma: float = 5.0  # min-SNR weight (Hang et al. 2023): lower spends more of the fit on noisy latents
+    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
+    drop_caption: float = 0.1  # share of empty captions: what classifier-free guidance needs
+    drop_style: float = 0.3  # share of captions without the ", noto" that names the drawing style
+    save_minutes: float = 4.0
+    threads: int = 2
+
+
+LATENT_CHANNELS = 6
+MAX_TOKENS = 16  # longest emoji name: 14 tokens with both ends
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: the public sets as one array, rasterised once
+
+
+def public_images(settings):
+    """(captions with style, images uint8 (N, H, W, 3)) of all public sets; cached in the work folder."""
+    import numpy as np
+
+    import emojis
+
+    cache = Path(settings.work) / f"public{emojis.SIZE}.npz"
+    if not cache.exists():
+        sets = {"openmoji": emojis.openmoji()}
+        sets |= {name: emojis.icon_set(Path(settings.icons), name) for name in emojis.ICON_SETS}
+        captions = [f"{caption}, {name.split('-')[0]}" for name, (_, texts, _) in sets.items() for caption in texts]
+        np.savez_compressed(cache, captions=captions, images=np.concatenate([s[2] for s in sets.values()]))
+    data = np.load(cache)
+    return [str(c) for c in data["captions"]], data["images"]
+
+
+def to_pixels(images):
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def augment(pixels, generator):
+    """Random flip, zoom (0.75 to 1.15), shift, and channel mixing of half the pictures; white outside."""
+    import torch
+    from torch.nn import functional as F
+
+    n = len(pixels)
+    u = torch.rand(n, 8, generator=generator)
+    scale = 1 / (0.75 + 0.4 * u[:, 0])
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = scale * torch.where(u[:, 1] < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = (u[:, 2:4] - 0.5) * 0.3
+    grid = F.affine_grid(theta, pixels.shape, align_corners=False)
+    moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1  # zero padding is white after the shift
+    mix = torch.eye(3) + 0.5 * (u[:, 4:5, None] < 0.5) * (torch.rand(n, 3, 3, generator=generator) - 0.5)
+    return torch.einsum("nij,njhw->nihw", mix / mix.sum(2, keepdim=True), moved)  # rows sum to one: white stays
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The four parts of the pipeline
+
+
+def build_vae():
+    from diffusers import AutoencoderKL
+
+    import emojis
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=emojis.SIZE,
+    )
+
+
+def build_unet():
+    from diffusers import UNet2DConditionModel
+
+    import emojis
+
+    return UNet2DConditionModel(
+        sample_size=emojis.SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 160),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, whatever diffusers calls it
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_tokenizer(captions, folder):
+    """A CLIPTokenizer whose byte-pair merges are learned on the public captions, saved to `folder`."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    words = pre_tokenizers.Split(Regex(r"\w+|[^\s\w]+"), behavior="removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=3
+        ),
+    )
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer.save_pretrained(folder)
+    # the slow-tokenizer pair of files is what other tools read
+    (Path(folder) / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]) + "\n")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Checkpoint:
+    """Modules, optimiser, step and random state of one stage, saved atomically every few minutes."""
+
+    def __init__(self, path, minutes, **parts):
+        self.path, self.seconds, self.parts, self.saved, self.spent = path, 60 * minutes, parts, time.time(), 0.0
+        self.started = time.time()
+
+    def load(self, generator) -> int:
+        import torch
+
+        if not self.path.exists():
+            return 0
+        state = torch.load(self.path, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        self.spent = state["seconds"]
+        return state["step"]
+
+    def save(self, step, generator, now=False):
+        import torch
+
+        if not now and time.time() - self.saved < self.seconds:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "generator": generator.get_state()}
+        state["seconds"] = self.spent + time.time() - self.started
+        aside = self.path.with_suffix(".tmp")
+        torch.save(state, aside)
+        aside.rename(self.path)
+        self.saved = time.time()
+
+
+def cosine(step, steps, warmup=50):
+    """Learning-rate factor: linear warm-up, then a half cosine down to 1 %."""
+    return min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps))))
+
+
+def train_vae(settings, images):
+    """Squared + absolute error and a weak KL term; returns the trained autoencoder."""
+    import torch
+    from torch.nn import functional as F
+
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    vae = build_vae().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=1e-3, betas=(0.9, 0.99))
+    checkpoint = Checkpoint(Path(settings.work) / "vae.pt", settings.save_minutes, vae=vae, optimizer=optimizer)
+    pixels = to_pixels(images)
+    for step in range(checkpoint.load(generator), settings.vae_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.vae_lr * cosine(step, settings.vae_steps)
+        pick = torch.randint(len(pixels), (settings.vae_batch,), generator=generator)
+        batch = augment(pixels[pick], generator).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(batch).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        output = vae.decode(z).sample
+        error = F.mse_loss(output, batch)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        loss = error + 0.1 * F.l1_loss(output, batch) + 1e-4 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 0:
+            print(
+                f"vae {step}/{settings.vae_steps} mse {error:.4f} kl {kl:.2f} psnr {10 * math.log10(4 / error):.2f}",
+                flush=True,
+            )
+        checkpoint.save(step + 1, generator)
+    checkpoint.save(settings.vae_steps, generator, now=True)
+    return vae.eval(), checkpoint.spent + time.time() - checkpoint.started
+
+
+def psnr(vae, images):
+    """Mean over pictures of the peak signal-to-noise ratio in dB of mode reconstructions; images uint8."""
+    import torch
+
+    values = []
+    with torch.no_grad():
+        for i in range(0, len(images), 64):
+            x = to_pixels(images[i : i + 64])
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+            values.append(10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)).clamp_min(1e-8)))
+    return float(torch.cat(values).mean())
+
+
+def train_unet(settings, vae, captions, images):
+    """UNet and text encoder on cached latents; returns the averaged pair, the tokenizer and the scale."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokenizer = build_tokenizer(captions, Path(settings.work) / "tokenizer")
+    model = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.unet_lr, weight_decay=1e-3, betas=(0.9, 0.99))
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+    checkpoint = Checkpoint(Path(settings.work) / "unet.pt", settings.save_minutes, **parts)
+
+    with torch.no_grad():
+        chunks = [vae.encode(to_pixels(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)]
+        mean, std = torch.cat([c.mean for c in chunks]), torch.cat([c.std for c in chunks])
+    scale = float(1 / (mean.var() + std.square().mean()).sqrt())
+
+    def tokens(texts):
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    plain = [c.rsplit(",", 1)[0] for c in captions]
+    ids = torch.stack([tokens(captions), tokens(plain), tokens([""] * len(captions))])  # (3, N, L)
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    snr = abar / (1 - abar)
+    start, tick = checkpoint.load(generator), time.time()
+    for step in range(start, settings.unet_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.unet_lr * cosine(step, settings.unet_steps, warmup=200)
+        pick = torch.randint(len(captions), (settings.unet_batch,), generator=generator)
+        u = torch.rand(settings.unet_batch, generator=generator)
+        kind = (u < settings.drop_caption).long() * 2
+        kind[(u >= settings.drop_caption) & (u < settings.drop_caption + settings.drop_style)] = 1
+        t = torch.randint(1000, (settings.unet_batch,), generator=generator)
+        noise = torch.randn((2, *mean[pick].shape), generator=generator)
+        z0 = scale * (mean[pick] + std[pick] * noise[0])
+        a = abar[t].view(-1, 1, 1, 1)
+        text = model["text_encoder"](ids[kind, pick])[0]
+        pred = model["unet"](a.sqrt() * z0 + (1 - a).sqrt() * noise[1], t, text).sample
+        error = (pred - noise[1]).square().mean((1, 2, 3))
+        loss = (error * (snr[t].clamp_max(settings.snr_gamma) / snr[t])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        averaged.update_parameters(model)
+        if step % 50 == 0:
+            pace = (time.time() - tick) / (step - start + 1)
+            print(
+                f"unet {step}/{settings.unet_steps} eps-mse {error.mean():.4f} weighted {loss:.4f} {pace:.2f} s/step",
+                flush=True,
+            )
+        checkpoint.save(step + 1, generator)
+    checkpoint.save(max(start, settings.unet_steps), generator, now=True)
+    return averaged.module.eval(), tokenizer, scale, checkpoint.spent + time.time() - checkpoint.started
+
+
+def export(settings, vae, model, tokenizer, scale, card):
+    """Write the pipeline folder in half precision, without a safety checker (the pictures are emoji)."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    vae.register_to_config(scaling_factor=scale)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model["text_encoder"],
+        tokenizer=tokenizer,
+        unet=model["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16)
+    pipeline.save_pretrained(settings.out, safe_serialization=True)
+    (Path(settings.out) / "pretraining.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def main(settings):
+    """Run the stages asked for."""
+    import diffusers
+    import torch
+    import transformers
+
+    import emojis
+
+    torch.set_num_threads(settings.threads)
+    Path(settings.work).mkdir(parents=True, exist_ok=True)
+    captions, images = public_images(settings)
+    print(f"{len(captions)} public pictures of {images.shape[1]} px")
+    if settings.stage == "export":
+        settings.vae_steps = settings.unet_steps = 0  # load what there is
+    vae, vae_seconds = train_vae(settings, images)
+    private = psnr(vae, emojis.twemoji()[2])
+    print(f"reconstruction PSNR: public {psnr(vae, images[::10]):.2f} dB, private (never seen) {private:.2f} dB")
+    if settings.stage == "vae":
+        return
+    model, tokenizer, scale, unet_seconds = train_unet(settings, vae, captions, images)
+    card = {
+        "settings": asdict(settings),
+        "public_images": len(captions),
+        "psnr_private_db": round(private, 2),
+        "seconds": {"vae": round(vae_seconds), "unet": round(unet_seconds)},
+        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
+    }
+    export(settings, vae, model, tokenizer, scale, card)
+    print(f"wrote {settings.out}")
+
+
+def parse() -> Settings:
+    """The command line; `icons` is the only thing that cannot come from PyPI."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="the public sets from npm: for s in noto fluent-emoji-flat emojione; do npm pack @iconify-json/$s; "
+        "mkdir -p icons/$s; tar xzf iconify-json-$s-*.tgz -C icons/$s --strip 1; done",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for f in fields(Settings):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=" ")
+    return Settings(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main(parse())

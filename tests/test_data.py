@@ -1,0 +1,485 @@
+"""data.py: every form of folder, every kind of pixel, every message, and splits that keep members apart."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from data import PARTS, ROLES, Images, duplicates, load_images, split
+from errors import UserError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def save(path: Path, colour=RED, size=(16, 16)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def only_pixels(file: Path, size: int = 8) -> np.ndarray:
+    return load_images(str(file.parent), size, "a photo").pixels[0]
+
+
+def message(folder: Path | str, caption: str | None = None, *words: str) -> str:
+    """The text of the UserError that loading raises, after checking that it is one line and holds `words`."""
+    with pytest.raises(UserError) as caught:
+        load_images(str(folder), 8, caption)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) > 20
+    for word in words:
+        assert word in text, text
+    return text
+
+
+def numbered(n: int, parts: dict[str, list[int]] | None = None) -> Images:
+    """n distinct 1 x 1 images."""
+    pixels = np.arange(n, dtype=np.uint32).view(np.uint8).reshape(n, 4)[:, None, None, :3]
+    return Images([f"{i}.png" for i in range(n)], ["x"] * n, pixels, parts)
+
+
+# ---- forms of folder ----
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_metadata_jsonl(tmp_path, mark):
+    save(tmp_path / "b.png", BLUE)
+    save(tmp_path / "sub" / "a.png", GREEN)
+    save(tmp_path / "not_listed.png")
+    rows = [{"file_name": "sub/a.png", "text": "gr\u00fcn\u2028 eins"}, {"file_name": "./b.png", "text": " blue "}]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(mark + lines + "\n", encoding="utf-8")
+    images = load_images(str(tmp_path), 8)
+    assert images.names == ["b.png", "sub/a.png"]
+    assert images.captions == ["blue", "gr\u00fcn eins"]
+    assert images.pixels.shape == (2, 8, 8, 3) and images.pixels.dtype == np.uint8
+    assert (images.pixels[0] == BLUE).all() and (images.pixels[1] == GREEN).all()
+    assert images.parts is None
+
+
+def test_metadata_csv(tmp_path):
+    save(tmp_path / "b.png", BLUE)
+    save(tmp_path / "a.png", GREEN)
+    (tmp_path / "metadata.csv").write_text('id,file_name,text\n1,b.png,"blue, ""deep"""\n2,a.png,green\n')
+    images = load_images(str(tmp_path), 8)
+    assert list(zip(images.names, images.captions, strict=True)) == [("a.png", "green"), ("b.png", 'blue, "deep"')]
+    assert (images.pixels[1] == BLUE).all()
+
+
+def test_kohya(tmp_path):
+    for name, caption in (("b.jpg", "two"), ("a.png", "\u4e00\n"), ("c.WEBP", None)):
+        file = save(tmp_path / name)
+        if caption:
+            file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    images = load_images(str(tmp_path), 8, "the rest")
+    assert images.names == ["a.png", "b.jpg", "c.WEBP"]
+    assert images.captions == ["\u4e00", "two", "the rest"]
+
+
+def test_plain_folder(tmp_path):
+    for suffix in ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"):
+        save(tmp_path / f"{suffix}.{suffix}")
+    (tmp_path / "._png.png").write_bytes(b"left by another system")
+    (tmp_path / "readme.md").write_text("not an image")
+    (tmp_path / "folder.png").mkdir()
+    images = load_images(str(tmp_path), 8, "a photo")
+    assert " ".join(images.names) == "bmp.bmp gif.gif jpeg.jpeg jpg.jpg png.png tif.tif tiff.tiff webp.webp"
+    assert images.captions == ["a photo"] * 8
+    assert np.abs(images.pixels.astype(int) - RED).max() < 8
+
+
+def test_paper_layout_in_three_forms(tmp_path):
+    for k, part in enumerate(PARTS):
+        for i in range(k + 1):
+            save(tmp_path / part / f"{i}.png", (k, i, 0))
+    (tmp_path / "D^m_te" / "metadata.csv").write_text("file_name,text\n1.png,listed one\n0.png,listed zero\n")
+    (tmp_path / "D^nm_aux" / "2.txt").write_text("beside")
+    images = load_images(str(tmp_path), 8, "flag")
+    assert images.parts == {"D^m_aux": [0], "D^m_te": [1, 2], "D^nm_aux": [3, 4, 5], "D^nm_te": [6, 7, 8, 9]}
+    assert images.names[1] == "D^m_te/0.png" and images.captions[1] == "listed zero"
+    assert images.captions[3:6] == ["flag", "flag", "beside"]
+    for k, indices in enumerate(images.parts.values()):
+        assert (images.pixels[indices][..., 0] == k).all()
+
+
+def test_relative_folder(tmp_path, monkeypatch):
+    save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    monkeypatch.chdir(tmp_path / "set")
+    assert load_images(".", 8).names == load_images("../set", 8).names == ["a.png"]
+
+
+# ---- kinds of pixel ----
+
+
+def test_cmyk(tmp_path):
+    file = tmp_path / "a.tif"
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(file)
+    assert (only_pixels(file) == RED).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_becomes_white(tmp_path, mode):
+    left = {"RGBA": (0, 0, 0, 0), "LA": (0, 0), "P": 0}[mode]
+    right = {"RGBA": (0, 0, 0, 255), "LA": (0, 255), "P": 1}[mode]
+    image = Image.new(mode, (16, 16), left)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 0, 0, 0])
+    image.paste(right, (8, 0, 16, 16))
+    image.save(tmp_path / "a.png", **({"transparency": 0} if mode == "P" else {}))
+    pixels = only_pixels(tmp_path / "a.png", 16)
+    assert (pixels[:, :8] == 255).all() and (pixels[:, 8:] == 0).all()
+
+
+def test_half_transparent_over_white(tmp_path):
+    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert np.abs(only_pixels(tmp_path / "a.png").astype(int) - (255, 127, 127)).max() <= 1
+
+
+def test_palette(tmp_path):
+    image = Image.new("P", (16, 16), 3)
+    image.putpalette([0, 0, 0] * 3 + list(GREEN))
+    image.save(tmp_path / "a.png")
+    assert (only_pixels(tmp_path / "a.png") == GREEN).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.full((16, 16), 200 * 257, dtype=np.uint16)).save(file)
+    assert (only_pixels(file) == 200).all()
+
+
+def test_bilevel(tmp_path):
+    Image.new("1", (16, 16), 1).save(tmp_path / "a.png")
+    assert (only_pixels(tmp_path / "a.png") == 255).all()
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (GREEN, BLUE)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (only_pixels(tmp_path / "a.gif") == GREEN).all()
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (16, 16), RED)
+    image.paste(BLUE, (0, 0, 16, 8))  # blue above red
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be shown upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    pixels = only_pixels(tmp_path / "a.png", 16)
+    assert (pixels[2] == RED).all() and (pixels[13] == BLUE).all()
+
+
+@pytest.mark.parametrize(
+    "size, scaled, box",
+    [
+        ((60, 20), (30, 10), (10, 0, 20, 10)),
+        ((20, 60), (10, 30), (0, 10, 10, 20)),
+        ((40, 40), (10, 10), (0, 0, 10, 10)),
+        ((8, 16), (10, 20), (0, 5, 10, 15)),  # enlarged
+    ],
+)
+def test_short_side_scaled_then_centre_cropped(tmp_path, size, scaled, box):
+    # mid-greys: the two ways clip at 0 and 255 in a different order
+    noise = np.random.default_rng(0).integers(80, 176, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    expected = Image.fromarray(noise).resize(scaled, Image.Resampling.LANCZOS).crop(box)
+    assert np.abs(only_pixels(tmp_path / "a.png", 10).astype(int) - np.asarray(expected)).max() <= 1
+
+
+# ---- messages: folders ----
+
+
+def test_folder_missing_or_a_file_or_empty(tmp_path):
+    message(tmp_path / "nowhere", None, "nowhere", "give a folder")
+    message(save(tmp_path / "a.png"), None, "a.png", "is a file")
+    (tmp_path / "empty").mkdir()
+    message(tmp_path / "empty", "x", "empty", "no images", "png")
+
+
+def test_only_some_of_the_papers_folders(tmp_path):
+    for part in ("D^m_aux", "D^nm_te"):
+        save(tmp_path / part / "a.png")
+    text = message(tmp_path, "x", "has D^m_aux, D^nm_te but not D^m_te, D^nm_aux")
+    assert str(tmp_path) in text
+
+
+def test_empty_paper_folder(tmp_path):
+    for part in PARTS:
+        save(tmp_path / part / "a.png")
+    (tmp_path / "D^m_te" / "a.png").unlink()
+    message(tmp_path, "x", "D^m_te holds no images")
+
+
+# ---- messages: images ----
+
+
+def cut(file: Path, length: int) -> None:
+    file.write_bytes(file.read_bytes()[:length])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
+@pytest.mark.parametrize("share", [0, 0.1, 0.6])
+def test_broken_image(tmp_path, suffix, share):
+    file = tmp_path / f"broken.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+    only_pixels(file)  # whole, it loads
+    cut(file, int(share * file.stat().st_size))
+    message(tmp_path, "x", f"broken.{suffix}", "not a readable image", "replace it")
+
+
+def test_text_and_foreign_formats_are_not_images(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    message(tmp_path, "x", "a.png", "not a readable image")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", "PPM")
+    message(tmp_path, "x", "a.png", "not a readable image")
+
+
+@pytest.mark.parametrize("size, fits", [((7, 30), False), ((8, 30), True), ((20_001, 8), False), ((20_000, 8), True)])
+def test_absurd_sides(tmp_path, size, fits):
+    file = save(tmp_path / "a.png", RED, size)
+    if fits:
+        assert (only_pixels(file) == RED).all()
+    else:
+        message(tmp_path, "x", "a.png", f"{size[0]}x{size[1]}", "8 to 20,000")
+
+
+@pytest.mark.parametrize("limit", [200, 100])  # PIL warns above its limit and refuses above twice its limit
+def test_decompression_bomb(tmp_path, monkeypatch, limit):
+    file = save(tmp_path / "bomb.png")  # 256 pixels
+    only_pixels(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    message(tmp_path, "x", "bomb.png", "too large", "scale it down")
+
+
+def test_32_bits_per_channel(tmp_path):
+    Image.fromarray(np.zeros((16, 16), dtype=np.float32)).save(tmp_path / "a.tif")
+    message(tmp_path, "x", "a.tif", "32 bits", "8 or 16")
+
+
+def test_unreadable_files(tmp_path, monkeypatch):
+    file = tmp_path / "gone.png"
+    file.symlink_to(tmp_path / "nothing")
+    message(tmp_path, "x", "cannot read", "gone.png", "No such file")
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(data.Image, "open", refuse)
+    message(tmp_path, "x", "cannot read", "gone.png", "Permission denied", "yours to read")
+
+
+def test_unreadable_caption(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").mkdir()
+    message(tmp_path, None, "cannot read", "a.txt")
+
+
+# ---- messages: captions and metadata ----
+
+
+def test_missing_captions(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("one")
+    message(tmp_path, None, "2 of 3", "b.png", "b.txt", "--caption")
+    assert len(load_images(str(tmp_path), 8, "x").names) == 3
+
+
+def test_unusable_captions(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("gr\u00fcn".encode("latin-1"))
+    message(tmp_path, "x", "a.txt", "not UTF-8", "byte 2")
+    (tmp_path / "a.txt").write_text(" \n")
+    message(tmp_path, "x", "a.txt is empty")
+    message(tmp_path, " ", "--caption is empty")
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"file_name": "a.png", "text": "x"', ["not a JSON object"]),
+        ('["a.png", "x"]', ["not a JSON object"]),
+        ('{"file": "a.png", "text": "x"}', ["has no file_name"]),
+        ('{"file_name": "a.png", "caption": "x"}', ["has no text"]),
+        ('{"file_name": "gone.png", "text": "x"}', ["'gone.png'", "does not exist"]),
+        ('{"file_name": "", "text": "x"}', ["no usable file_name"]),
+        ('{"file_name": 7, "text": "x"}', ["no usable file_name"]),
+        ('{"file_name": "a.png", "text": " "}', ["'a.png'", "empty caption"]),
+        ('{"file_name": "a.png", "text": null}', ["'a.png'", "empty caption"]),
+        ('{"file_name": "sub/../../b.png", "text": "x"}', ["'sub/../../b.png'", "outside"]),
+        ('{"file_name": "/b.png", "text": "x"}', ["'/b.png'", "outside"]),
+    ],
+)
+def test_metadata_jsonl_errors(tmp_path, line, words):
+    save(tmp_path / "b.png")
+    save(tmp_path / "set" / "a.png")
+    good = '{"file_name": "a.png", "text": "x"}'
+    metadata = tmp_path / "set" / "metadata.jsonl"
+    metadata.write_text(good)
+    load_images(str(tmp_path / "set"), 8)  # without the bad line it loads
+    metadata.write_text(f"{good}\n\n{line}\n")
+    message(tmp_path / "set", None, f"{metadata} line 3", *words)
+
+
+def test_metadata_escape_is_refused_from_a_relative_folder(tmp_path, monkeypatch):
+    save(tmp_path / "b.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "metadata.jsonl").write_text('{"file_name": "../b.png", "text": "x"}')
+    monkeypatch.chdir(tmp_path / "set")
+    message(".", None, "outside")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("file,text\na.png,x\n", ["lacks a column", "file_name and text"]),
+        ("", ["lacks a column"]),
+        ("file_name,text\na.png,x\ngone.png,x\n", ["line 3", "'gone.png'"]),
+        ("file_name,text\na.png\n", ["line 2", "empty caption"]),
+        ("file_name,text\na.png," + "x" * 200_000 + "\n", ["line 2", "not CSV"]),
+        ("file_name,text\n", ["no images"]),
+    ],
+)
+def test_metadata_csv_errors(tmp_path, text, words):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    message(tmp_path, None, str(tmp_path), *words)
+
+
+# ---- duplicates and splits ----
+
+
+def check_disjoint(roles: dict[str, list[int]], n: int) -> None:
+    assert tuple(roles) == ROLES
+    dealt = [i for role in roles.values() for i in role]
+    assert len(dealt) == len(set(dealt)) and set(dealt) <= set(range(n))
+    assert all(role == sorted(role) for role in roles.values())
+    assert all(type(i) is int for i in dealt)  # json cannot write numpy's
+
+
+def test_duplicates_against_comparison_of_all_pairs():
+    pixels = np.random.default_rng(0).integers(0, 2, (40, 2, 1, 3), dtype=np.uint8)
+    expected = [min(j for j in range(40) if (pixels[i] == pixels[j]).all()) for i in range(40)]
+    assert duplicates(pixels) == expected
+    assert expected != list(range(40))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(12, 300), members=st.integers(5, 150), seed=st.integers(0, 2**32))
+def test_default_split(n, members, seed):
+    try:
+        roles = split(numbered(n), seed, members)
+    except UserError:
+        assert n < 1.8 * members + 5  # members + aux + 2 val + 2 <= 1.7 members + rounding
+        return
+    check_disjoint(roles, n)
+    sizes = {role: len(indices) for role, indices in roles.items()}
+    assert sum(sizes.values()) == n
+    assert sizes["member_aux"] + sizes["member_val"] + sizes["member_test"] == members
+    assert sizes["member_aux"] == sizes["nonmember_aux"] == members // 2
+    assert abs(sizes["member_val"] - (members - members // 2) / 5) <= 0.5
+    assert sizes["nonmember_val"] == 2 * sizes["member_val"] >= 2
+    assert abs(sizes["fresh"] - (sizes["fresh"] + sizes["nonmember_test"]) / 5) <= 0.5
+    assert min(sizes[role] for role in ("member_aux", "member_test", "nonmember_aux", "nonmember_test")) >= 2
+
+
+def test_split_follows_the_seed():
+    images = numbered(100)
+    assert split(images, 0, 20) == split(images, 0, 20)
+    assert split(images, 0, 20) != split(images, 1, 20)
+    assert split(images, 0, 20)["member_aux"] != list(range(10))
+
+
+@pytest.mark.parametrize("members, needed", [(5, 11), (20, 36)])  # 5 + 2 + 2*1 + 2 and 20 + 10 + 2*2 + 2
+def test_too_few_images(members, needed):
+    split(numbered(needed), 0, members)
+    with pytest.raises(UserError, match=rf"^[^\n]*at least {needed} .*there are {needed - 1}: .*--members[^\n]*$"):
+        split(numbered(needed - 1), 0, members)
+
+
+@pytest.mark.parametrize("members", [-1, 0, 4])
+def test_too_few_members(members):
+    with pytest.raises(UserError, match=f"--members is {members}: 5 is the least"):
+        split(numbered(50), 0, members)
+
+
+def test_pokemon_preset():
+    sizes = (180, 20, 200, 180, 20, 233)
+    for n in (833, 900):
+        roles = split(numbered(n), 0, 0, "pokemon")
+        check_disjoint(roles, n)
+        assert tuple(map(len, roles.values())) == (*sizes, n - 833)
+    with pytest.raises(UserError, match=r"at least 833 .* there are 832: .*--members"):
+        split(numbered(832), 0, 0, "pokemon")
+    with pytest.raises(UserError, match='no preset "poke"'):
+        split(numbered(900), 0, 0, "poke")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_stay_on_one_side(capsys, seed):
+    images = numbered(60)
+    images.pixels = np.concatenate([images.pixels[:40], images.pixels[:20]])  # image 40 + i is a copy of image i
+    roles = split(images, seed, 10)
+    check_disjoint(roles, 60)
+    assert sorted(i for role in roles.values() for i in role) == list(range(40))
+    note = capsys.readouterr().out
+    assert note.count("\n") == 1 and "20 of 60" in note and "40.png = 0.png" in note
+    split(numbered(60), seed, 10)
+    assert capsys.readouterr().out == ""
+
+
+def paper_parts(*sizes: int) -> Images:
+    ends = np.cumsum(sizes)
+    parts = {p: list(range(e - s, e)) for p, s, e in zip(PARTS, sizes, ends, strict=True)}
+    return numbered(int(ends[-1]), parts)
+
+
+def test_split_follows_the_papers_folders():
+    images = paper_parts(40, 5, 30, 6)
+    roles = split(images, 0, 10_000)
+    check_disjoint(roles, 81)
+    assert sorted(roles["member_aux"] + roles["member_val"]) == images.parts["D^m_aux"]
+    assert sorted(roles["nonmember_aux"] + roles["nonmember_val"]) == images.parts["D^nm_aux"]
+    assert roles["member_test"] == images.parts["D^m_te"] and roles["nonmember_test"] == images.parts["D^nm_te"]
+    assert (len(roles["member_val"]), len(roles["nonmember_val"]), roles["fresh"]) == (4, 3, [])
+    assert roles == split(images, 0, 10) != split(images, 1, 10)
+
+
+def test_copy_across_the_papers_folders_stays_a_member(capsys):
+    images = paper_parts(5, 5, 5, 5)
+    images.parts = dict(zip(PARTS, reversed(images.parts.values()), strict=True))  # members have the higher indices
+    member, nonmember = images.parts["D^m_te"][0], images.parts["D^nm_te"][2]
+    assert nonmember < member
+    images.pixels[nonmember] = images.pixels[member]
+    roles = split(images, 0, 10)
+    assert member in roles["member_test"]
+    assert roles["nonmember_test"] == [i for i in images.parts["D^nm_te"] if i != nonmember]
+    note = capsys.readouterr().out
+    assert "1 of 20 images" in note and f"{nonmember}.png = {member}.png" in note
+
+
+@pytest.mark.parametrize("sizes, part", [((2, 2, 3, 2), "D^m_aux"), ((3, 2, 3, 1), "D^nm_te")])
+def test_too_few_images_in_a_paper_folder(sizes, part):
+    split(paper_parts(3, 2, 3, 2), 0, 10)
+    with pytest.raises(UserError) as caught:
+        split(paper_parts(*sizes), 0, 10)
+    assert f"{part} holds {sizes[list(PARTS).index(part)]} " in str(caught.value) and "--members" in str(caught.value)
+
+
+def test_twemoji():
+    images = load_images("twemoji", 48)
+    n = len(images.names)
+    assert n > 1300 and images.pixels.shape == (n, 48, 48, 3) and images.pixels.dtype == np.uint8
+    assert len(images.captions) == n and all(caption.strip() for caption in images.captions)
+    assert len(set(images.names)) == n
+    assert images.pixels.reshape(n, -1).std(1).min() > 0  # none is blank
+    roles = split(images, 0, 100)
+    check_disjoint(roles, n)
+    assert [len(roles[role]) for role in ROLES[:5]] == [50, 10, 40, 50, 20]

@@ -40,7 +40,7 @@ class RawProxy(nn.Module):
         )
 
     def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(self.layers(error.float()), dim=1)  # (B, C, h, w) -> (B, 2); blind to the timestep
+        return F.log_softmax(self.layers(error.to(self.layers[1].weight.dtype)), dim=1)  # (B, 2); blind to t
 
 
 class PooledProxy(nn.Module):
@@ -56,10 +56,10 @@ class PooledProxy(nn.Module):
 
     def features(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) errors and (B,) timesteps in 0..999 -> (B, 1 + C + 5 + 8)."""
-        error = error.float()
+        error = error.to(self.layers[0].weight.dtype)
         q = torch.quantile(error.flatten(1), error.new_tensor(self.QUANTILES), dim=1).T  # (B, 5)
         pooled = torch.cat([error.mean((1, 2, 3))[:, None], error.mean((2, 3)), q], dim=1)
-        phase = timesteps.float()[:, None] / 1000 * math.pi * 2.0 ** torch.arange(self.FREQUENCIES, device=q.device)
+        phase = timesteps.to(q.dtype)[:, None] / 1000 * math.pi * 2.0 ** torch.arange(self.FREQUENCIES, device=q.device)
         return torch.cat([torch.log(pooled + 1e-6), phase.sin(), phase.cos()], dim=1)
 
     def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -83,9 +83,10 @@ def attacker_gain(attacker: nn.Module, member: tuple, nonmember: tuple) -> tuple
 def attacker_step(attacker: nn.Module, optimizer: torch.optim.Optimizer, member: tuple, nonmember: tuple):
     """Algorithm 1, inner step: one ascent on G in the attacker's weights; returns (-G, accuracy) before it.
 
-    The errors must carry no graph: the adapter does not move here.
+    The errors are taken without their graph: the adapter does not move here.
     """
     attacker.train()
+    member, nonmember = ((error.detach(), timesteps) for error, timesteps in (member, nonmember))
     gain, accuracy = attacker_gain(attacker, member, nonmember)
     optimizer.zero_grad(set_to_none=True)
     (-gain).backward()

@@ -45,20 +45,29 @@ def load_base(model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32"
     """Load and freeze a pipeline.  Raises UserError for a missing or unusable one; pickled weights are never read."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    transformers_logging.disable_progress_bar()
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
         raise UserError(f"{model} is not a StableDiffusionPipeline folder: it has no model_index.json")
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             model,
-            torch_dtype=DTYPES[dtype],
+            dtype=DTYPES[dtype],
             use_safetensors=True,
             safety_checker=None,
             local_files_only=Path(model).exists(),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the base model {model} from safetensors: {reason}") from None
     prediction = pipeline.scheduler.config.prediction_type
@@ -122,9 +131,9 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
 
 
 def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
-    """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), float32; the adapter's gradient runs through it."""
+    """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), in the dtype of eps; the adapter's gradient flows."""
     noisy_latents = add_noise(latents, noise, timesteps, base.abar)
-    noise_pred = base.unet(noisy_latents.to(base.unet.dtype), timesteps, text, return_dict=False)[0].float()
+    noise_pred = base.unet(noisy_latents.to(base.unet.dtype), timesteps, text, return_dict=False)[0].to(noise.dtype)
     return (prediction_target(latents, noise, timesteps, base.abar, base.prediction) - noise_pred) ** 2
 
 

@@ -115,6 +115,8 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model; restored on the way out, also after an error."""
+        if any(layer.merged for layer in self.layers.values()):
+            raise RuntimeError("a merged adapter is part of the base weights: call unmerge() before disabled()")
         before = [layer.enabled for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
@@ -149,6 +151,8 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         first = next(iter(self.layers.values()))
+        if not kohya and any((x.rank, x.alpha) != (first.rank, first.alpha) for x in self.layers.values()):
+            raise UserError("layers of different rank or alpha can only be saved in kohya form")  # one scale per file
         if kohya:
             tensors = {}
             for name, layer in self.layers.items():
@@ -206,6 +210,14 @@ def _wrap(unet: nn.Module, name: str, rank: int, alpha: float) -> LoRALinear:
     return layer
 
 
+def remove(unet: nn.Module, adapter: Adapter) -> None:
+    """Put the base layers back in place: the UNet is as before `inject` or `load`."""
+    adapter.unmerge()
+    for name, layer in adapter.layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child, layer.base)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Reading adapters, ours and others'
 
@@ -223,26 +235,34 @@ def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, 
         raise UserError(f"there is no adapter file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a readable safetensors adapter ({error}); pickles are not read") from None
-    found = {}
+    found, used = {}, set()
     for key, a in tensors.items():
         if key.startswith("unet.") and key.endswith(".lora_A.weight"):
             name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
-            b, alpha = tensors.get(f"unet.{name}.lora_B.weight"), config.get("unet.lora_alpha", a.shape[0])
+            second, alpha = f"unet.{name}.lora_B.weight", config.get("unet.lora_alpha")
         elif key.startswith("lora_unet_") and key.endswith(".lora_down.weight"):
             stem = key.removesuffix(".lora_down.weight")
             name = stem.removeprefix("lora_unet_")
-            b, alpha = tensors.get(f"{stem}.lora_up.weight"), tensors.get(f"{stem}.alpha", torch.tensor(a.shape[0]))
+            second, alpha = f"{stem}.lora_up.weight", tensors.get(f"{stem}.alpha")
+            used.add(f"{stem}.alpha")
         else:
             continue
-        if b is None:
+        if second not in tensors:
             raise UserError(f"{path} has the first factor of {name} but not the second")
-        found[name] = (a, b, float(alpha))
+        if a.ndim < 2 or a.numel() == 0:
+            raise UserError(f"{path} has a first factor of shape {tuple(a.shape)} for {name}: no LoRA")
+        found[name] = (a, tensors[second], float(a.shape[0] if alpha is None else alpha))
+        used |= {key, second}
     if not found:
         raise UserError(f"{path} holds no UNet LoRA in diffusers or kohya form")
+    for key in tensors:  # a lone second factor, DoRA's magnitudes, ...: leaving them out would be another model
+        if key.startswith(("unet.", "lora_unet_")) and key not in used:
+            raise UserError(f"{path} holds {key}, which is no part of a plain LoRA in diffusers or kohya form")
     return found, metadata
 
 

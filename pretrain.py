@@ -120,6 +120,7 @@ def build_unet():
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",  # one ResNet block: what keeps the folder below 20 MB
         block_out_channels=(64, 128, 160),
         layers_per_block=1,
         cross_attention_dim=128,
@@ -164,7 +165,7 @@ def build_tokenizer(captions, folder):
     )
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     # the slow-tokenizer pair of files is what other tools read
@@ -267,13 +268,17 @@ def psnr(vae, images):
 def train_unet(settings, vae, captions, images):
     """UNet and text encoder on cached latents; returns the averaged pair, the tokenizer and the scale."""
     import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
 
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     tokenizer = build_tokenizer(captions, Path(settings.work) / "tokenizer")
     model = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+
+    def blend(old, new, count):  # the early weights are forgotten quickly, whatever the final decay
+        return old.lerp(new, 1 - min(settings.ema, (1 + float(count)) / (10 + float(count))))
+
+    averaged = AveragedModel(model, avg_fn=blend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.unet_lr, weight_decay=1e-3, betas=(0.9, 0.99))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     checkpoint = Checkpoint(Path(settings.work) / "unet.pt", settings.save_minutes, **parts)

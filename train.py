@@ -99,8 +99,12 @@ def resolve(settings: Settings) -> Settings:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if not (0 <= settings.lam < float("inf") and 0 <= settings.delta < float("inf")):
         raise UserError(f"--lam and --delta must be 0 or more, not {settings.lam} and {settings.delta}")
+    if settings.seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {settings.seed}")
     if settings.resume:
         raise UserError("--resume is not built yet: start again with another --out")
+    if Path(settings.out).is_file():
+        raise UserError(f"{settings.out} is a file: give --out the name of a folder")
     if (Path(settings.out) / "config.json").exists():
         raise UserError(f"{settings.out} already holds a run: give another --out, or --resume to continue it")
     return settings
@@ -109,20 +113,19 @@ def resolve(settings: Settings) -> Settings:
 if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__)
 
-import diffusers  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import tqdm  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import diffusers
+import numpy as np
+import torch
+import tqdm
+from safetensors.torch import save_file
 
-import attacks  # noqa: E402
-import lora  # noqa: E402
-import plots  # noqa: E402
-from attacker import PROXIES, attacker_step  # noqa: E402
-from data import load_images, split  # noqa: E402
-from diffusion import Base, encode_captions, encode_images, load_base, sample, squared_error  # noqa: E402
-from objectives import clip_, gradient_norms, gradients, objective  # noqa: E402
-
+import attacks
+import lora
+import plots
+from attacker import PROXIES, attacker_step
+from data import load_images, split
+from diffusion import Base, encode_captions, encode_images, load_base, sample, squared_error
+from objectives import clip_, gradient_norms, gradients, objective
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches
@@ -190,7 +193,7 @@ def train(settings: Settings) -> dict:
         torch.set_num_threads(settings.threads)
     started = time.time()
     run = prepare(settings)
-    base, adapter, parameters, method = run.base, run.adapter, run.adapter.parameters(), settings.method
+    base, parameters, method = run.base, run.adapter.parameters(), settings.method
     members = sorted(run.roles["member_aux"] + run.roles["member_val"] + run.roles["member_test"])
     steps = settings.steps or -(-settings.epochs * len(members) // settings.batch_size)
     save_every = settings.save_every or max(1, steps // 8)
@@ -311,7 +314,7 @@ def finish(run: Run, attacker: torch.nn.Module, steps: int, initial: dict, start
         (out / "attacker").mkdir(exist_ok=True)
         save_file(attacker.state_dict(), out / "attacker" / "attacker.safetensors", {"proxy": settings.proxy})
     sample_grid(run, f"step-{steps:06d}")
-    metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     plots.training_curves(metrics, settings.method, out / "curves.png")
     auc, (low, high) = verdict(run)
     last = next(m for m in reversed(metrics) if "nonmember_val_loss" in m)

@@ -1,0 +1,131 @@
+"""A tiny Stable Diffusion folder with random weights and a folder of pictures, each built once per test run."""
+
+import os
+import random
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import time; no test needs the network
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black", "grey", "pink", "brown", "cyan")
+SHAPES = ("circle", "square", "triangle", "ring")
+CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The tensors here are too small to gain from a second thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
+    """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32, seed 0."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from pretrain import MAX_TOKENS, build_tokenizer
+
+    tokenizer = build_tokenizer(CAPTIONS, folder / "tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            use_linear_projection=linear_projection,
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=32,
+            scaling_factor=0.7,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                projection_dim=32,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """Path of the tiny base model; its proj_in and proj_out are 1x1 convolutions, as in Stable Diffusion 1.x."""
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base_linear(tmp_path_factory):
+    """The same with linear proj_in and proj_out, as in Stable Diffusion 2.x."""
+    return save_tiny_base(tmp_path_factory.mktemp("base_linear"), linear_projection=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_base_v(tmp_path_factory):
+    """The same weights as `tiny_base`, declared to predict v."""
+    return save_tiny_base(tmp_path_factory.mktemp("base_v"), prediction="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Path of 40 distinct 32 px pictures `00.png` ... beside their captions `00.txt` ..."""
+    from PIL import Image, ImageDraw
+
+    folder, rng = tmp_path_factory.mktemp("images"), random.Random(0)
+    for i, caption in enumerate(CAPTIONS):
+        _, colour, shape = caption.split()
+        image = Image.new("RGB", (32, 32), "white")
+        draw = ImageDraw.Draw(image)
+        x, y, r = rng.randint(11, 21), rng.randint(11, 21), rng.randint(5, 10)
+        box = (x - r, y - r, x + r, y + r)
+        if shape == "square":
+            draw.rectangle(box, fill=colour)
+        elif shape == "triangle":
+            draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
+        else:
+            draw.ellipse(box, outline=colour, width=3, fill=colour if shape == "circle" else None)
+        image.save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(caption + "\n")
+    return str(folder)

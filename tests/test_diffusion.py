@@ -1,0 +1,169 @@
+"""diffusion.py: the noise process and the caches against diffusers, and what load_base refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS
+from safetensors.torch import load_file
+
+from diffusion import add_noise, encode_captions, encode_images, load_base, prediction_target, squared_error
+from errors import UserError
+from lora import inject
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return load_base(tiny_base)
+
+
+@pytest.fixture
+def batch():
+    """latents, text, timesteps, noise of four examples."""
+    g = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 4, 4, 8, 8, generator=g)
+    return latents, torch.randn(4, 16, 32, generator=g), torch.tensor([0, 50, 500, 999]), noise
+
+
+def test_add_noise_equals_diffusers(base, batch):
+    """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps, with SD's abar."""
+    latents, _, timesteps, noise = batch
+    want = base.pipeline.scheduler.add_noise(latents, noise, timesteps)
+    assert torch.allclose(add_noise(latents, noise, timesteps, base.abar), want, atol=1e-6)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    np.testing.assert_allclose(base.abar.numpy(), np.cumprod(1 - betas), rtol=1e-4)
+
+
+def test_targets_equal_diffusers(base, batch):
+    """eps itself, and v = sqrt(abar) eps - sqrt(1 - abar) z0."""
+    latents, _, timesteps, noise = batch
+    assert prediction_target(latents, noise, timesteps, base.abar, "epsilon") is noise
+    v = prediction_target(latents, noise, timesteps, base.abar, "v_prediction")
+    assert torch.allclose(v, base.pipeline.scheduler.get_velocity(latents, noise, timesteps), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_squared_error_by_hand(tiny_base, tiny_base_v, batch, prediction):
+    """e = (target - f(z_t, t, tau(y)))^2, elementwise, one example at a time with diffusers' own noising."""
+    base = load_base(tiny_base if prediction == "epsilon" else tiny_base_v)
+    assert base.prediction == prediction
+    latents, text, timesteps, noise = batch
+    error = squared_error(base, latents, text, timesteps, noise)
+    assert error.shape == (4, 4, 8, 8) and error.dtype == torch.float32
+    for i in range(4):
+        one = slice(i, i + 1)
+        scheduler = base.pipeline.scheduler
+        noisy = scheduler.add_noise(latents[one], noise[one], timesteps[one])
+        v = scheduler.get_velocity(latents[one], noise[one], timesteps[one])
+        target = noise[one] if prediction == "epsilon" else v
+        pred = base.unet(noisy, timesteps[i], encoder_hidden_states=text[one]).sample
+        assert torch.allclose(error[one], (target - pred) * (target - pred), atol=1e-4)
+
+
+def test_squared_error_in_bfloat16(tiny_base, batch):
+    """A half-precision base under a float32 adapter: the error is float32, near the float32 one, and differentiable."""
+    latents, text, timesteps, noise = batch
+    want = squared_error(load_base(tiny_base), latents, text, timesteps, noise)
+    base = load_base(tiny_base, dtype="bfloat16")
+    adapter = inject(base.unet, "attention", rank=2, alpha=2)
+    error = squared_error(base, latents, text.bfloat16(), timesteps, noise)
+    assert error.dtype == torch.float32 and torch.allclose(error, want, atol=0.3)
+    error.mean().backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in adapter.parameters())
+
+
+@torch.no_grad()
+def test_latents_are_the_scaled_posterior_mean(base):
+    """z0 = scaling_factor * E(x) with x in [-1, 1]; batches of any size give the same."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+    want = base.pipeline.vae.encode(x).latent_dist.mean * 0.7
+    assert base.latent_shape == (4, 8, 8)
+    for n in (2, 32):
+        assert torch.allclose(encode_images(base, pixels, batch=n), want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_captions_are_embedded_as_the_pipeline_does(base):
+    """tau(y) equals the pipeline's own encode_prompt; different captions differ."""
+    ours = encode_captions(base, CAPTIONS[:3], batch=2)
+    theirs, _ = base.pipeline.encode_prompt(CAPTIONS[:3], "cpu", 1, do_classifier_free_guidance=False)
+    assert ours.shape == (3, 16, 32) and torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours[0], ours[1], atol=1e-3)
+
+
+def test_long_captions_are_cut_with_one_note(base, capsys):
+    """One line, however many captions are cut; none if none is."""
+    encode_captions(base, ["a red circle"])
+    assert capsys.readouterr().out == ""
+    text = encode_captions(base, ["red " * 100, "a red circle", "blue " * 100])
+    assert text.shape == (3, 16, 32)
+    assert capsys.readouterr().out == "note: 2 of 3 captions are cut to 16 tokens\n"
+
+
+def test_the_base_is_frozen_and_in_eval_mode(base):
+    parts = (base.unet, base.pipeline.vae, base.pipeline.text_encoder)
+    assert not any(m.training for m in parts) and not any(p.requires_grad for m in parts for p in m.parameters())
+
+
+# ---- refusals ----
+
+
+def without_index(folder):
+    (folder / "model_index.json").unlink()
+    return ["model_index.json"]
+
+
+def pickles_only(folder):
+    for file in folder.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if file.stem == "model" else "diffusion_pytorch_model.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    return ["safetensors"]
+
+
+def unknown_prediction(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
+    return ["'sample'", "epsilon", "v_prediction"]
+
+
+def truncated_unet(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    return ["diffusion_pytorch_model.safetensors"]
+
+
+def truncated_text_encoder(folder):
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    return ["safetensors"]
+
+
+BROKEN = [without_index, pickles_only, unknown_prediction, truncated_unet, truncated_text_encoder]
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_refuses_a_broken_folder(tiny_base, tmp_path, damage):
+    """One line that names the folder and what is wrong with it."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    words = [str(folder), *damage(folder)]
+    with pytest.raises(UserError) as caught:
+        load_base(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_refuses_a_name_that_is_nowhere():
+    with pytest.raises(UserError, match="nobody/no-such-model") as caught:
+        load_base("nobody/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_a_size_that_the_unet_cannot_halve(tiny_base):
+    with pytest.raises(UserError, match="30 is not a multiple of 8"):
+        load_base(tiny_base, size=30)

@@ -1,0 +1,241 @@
+"""train.py and evaluate.py from the command line, on the tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from cli import one_line_errors, parse
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--members", 20, "--rank", 2, "--alpha", 4, "--batch-size", 4, "--target", "attention", "--lr", 0.01, "--attacker-lr", 0.01]  # fmt: skip
+
+
+def call(module, argv):
+    """Run a command in this process as its `__main__` does; returns what it returns."""
+    positional = "runs" if module is evaluate else None
+    with one_line_errors():
+        settings = parse(module.Settings, module.__doc__, positional, [str(a) for a in argv])
+        return module.train(settings) if module is train else module.evaluate(settings)
+
+
+def small_run(tiny_base, image_folder, out, *more):
+    call(train, ["--model", tiny_base, "--data", image_folder, "--out", out, *SMALL, *more])
+    return Path(out)
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "mp", "smp"])
+@pytest.mark.parametrize("proxy", ["raw", "pooled"])
+def test_six_steps_on_the_command_line(tiny_base, image_folder, tmp_path, method, proxy):
+    """A run folder holds everything that a run needs to be understood."""
+    if proxy == "raw" and method == "lora":
+        pytest.skip("no attacker in plain LoRA")
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--method",
+        method,
+        "--proxy",
+        proxy,
+        "--steps",
+        "6",
+        "--norms-every",
+        "3",
+    ]
+    command += ["--model", tiny_base, "--data", image_folder, "--out", out, "--save-every", "3", *map(str, SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[-3:]] == ["quality", "leakage", "files"]
+    for name in ("config.json", "splits.json", "curves.png", "samples/step-000006.png"):
+        assert (out / name).stat().st_size > 0
+    assert [p.name for p in (out / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert (out / "attacker" / "attacker.safetensors").exists() == (method != "lora")
+    metrics = rows(out)
+    assert [m["step"] for m in metrics] == list(range(7))
+    assert all(m["grad_norm"] > 0 for m in metrics[1:])
+    if method == "smp":
+        for m in metrics[1:]:
+            assert m["denominator"] == pytest.approx(1 - m_lam(out) * m["mi_gain"] + 1e-5, rel=1e-5)
+            assert m["objective"] == pytest.approx(m["adaptation_loss"] / m["denominator"], rel=1e-5)
+            assert m["lambda_effective"] == pytest.approx(m_lam(out) * m["objective"], rel=1e-5)
+    if method == "mp":
+        assert all(
+            m["objective"] == pytest.approx(m["adaptation_loss"] + m_lam(out) * m["mi_gain"], rel=1e-5)
+            for m in metrics[1:]
+        )
+    assert ("grad_norm_gain" in metrics[3]) == (method != "lora") and "grad_norm_loss" not in metrics[2]
+    assert {"versions", "settings", "git_commit", "summary"} <= set(json.loads((out / "config.json").read_text()))
+
+
+def m_lam(run):
+    return json.loads((run / "config.json").read_text())["settings"]["lam"]
+
+
+def test_same_seed_same_bits(tiny_base, image_folder, tmp_path):
+    """Two runs with one seed are bit-equal on the CPU, and another seed is not."""
+    runs = [
+        small_run(tiny_base, image_folder, tmp_path / n, "--steps", 5, "--seed", s)
+        for n, s in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    a, b, c = (load_file(r / "adapter" / "pytorch_lora_weights.safetensors") for r in runs)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+    drop = [[{k: v for k, v in m.items() if k != "seconds"} for m in rows(r)] for r in runs]
+    assert drop[0] == drop[1] != drop[2]
+
+
+def test_methods_share_batches_and_noise(tiny_base, image_folder, tmp_path):
+    """The first step's loss is the same for every method: only the objective differs between them."""
+    first = [
+        rows(small_run(tiny_base, image_folder, tmp_path / m, "--steps", 1, "--method", m))[1]["adaptation_loss"]
+        for m in ("lora", "mp", "smp")
+    ]
+    assert first[0] == first[1] == first[2]
+
+
+def test_training_lowers_the_loss(tiny_base, image_folder, tmp_path):
+    """Sixty steps fit the members better than none."""
+    run = small_run(
+        tiny_base, image_folder, tmp_path / "r", "--method", "lora", "--steps", 60, "--rank", 16, "--target", "all"
+    )
+    held = [m["member_val_loss"] for m in rows(run) if "member_val_loss" in m]
+    assert held[-1] < 0.95 * held[0]
+
+
+def test_separate_norms_do_not_change_the_run(tiny_base, image_folder, tmp_path):
+    """The extra backward passes are only looked at."""
+    losses = []
+    for every in (1, 100):
+        run = small_run(tiny_base, image_folder, tmp_path / str(every), "--steps", 4, "--norms-every", every)
+        losses.append([m["objective"] for m in rows(run)[1:]])
+    assert losses[0] == losses[1]
+
+
+def test_batches_cover_every_index_once_per_pass():
+    """Whatever the batch size, each pass visits every index exactly once."""
+    batches = train.Batches(list(range(10)), 4, torch.Generator().manual_seed(0))
+    drawn = torch.cat([batches.draw() for _ in range(5)])
+    assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+
+
+def test_evaluate(tiny_base, image_folder, tmp_path, capsys):
+    """A table and eval.json, with the control, for the last and the best adapter; the UNet is put back after each."""
+    run = small_run(tiny_base, image_folder, tmp_path / "r", "--method", "lora", "--steps", 4, "--save-every", 2)
+    again = small_run(tiny_base, image_folder, tmp_path / "s", "--method", "smp", "--steps", 2)
+    results = call(evaluate, [run, again, "--quality", 8, "--sampling-steps", 2, "--bootstrap", 50])
+    for result in results:
+        assert set(result["adapted"]["attacks"]) == set(evaluate.ATTACKS)
+        assert set(result["base"]["attacks"]) == set(evaluate.ATTACKS) - {"difference"}
+        assert result["adapted"]["frechet_members"] > 0
+        worst = result["adapted"]["worst"]
+        assert result["adapted"]["attacks"][worst]["auc"] == max(
+            f["auc"] for f in result["adapted"]["attacks"].values()
+        )
+    assert results[0]["base"] == results[1]["base"]
+    assert json.loads((run / "eval.json").read_text()) == results[0]
+    best = call(evaluate, [run, "--at", "best", "--quality", 0, "--bootstrap", 10])[0]
+    held = {m["step"]: m["nonmember_val_loss"] for m in rows(run) if m["step"] and "nonmember_val_loss" in m}
+    assert best["step"] == min(held, key=held.get) and (run / "eval-best.json").exists()
+    assert "base (control" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_imports_nothing_heavy(script):
+    """`--help` answers at once because torch is not loaded for it."""
+    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: pass\nassert not {{'torch', 'numpy', 'diffusers'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--seed" in done.stdout + "--seed", done.stderr
+
+
+def bad(base, images, tmp):
+    """(name, argv, words the message must have) of every documented bad input."""
+    (tmp / "empty").mkdir()
+    (tmp / "corrupt").mkdir()
+    (tmp / "corrupt" / "x.png").write_bytes(b"not a picture")
+    (tmp / "corrupt" / "x.txt").write_text("a caption")
+    (tmp / "bare").mkdir()
+    for i in range(3):
+        (tmp / "bare" / f"{i}.png").write_bytes((Path(images) / f"{i:02d}.png").read_bytes())
+    (tmp / "used").mkdir()
+    (tmp / "used" / "config.json").write_text("{}")
+    good = ["--model", base, "--data", images, "--out", tmp / "out", *SMALL, "--steps", 2]
+    return {
+        "method": ([*good, "--method", "dp"], "--method"),
+        "option": ([*good, "--epsilon", "3"], "--epsilon"),
+        "number": ([*good, "--rank", "many"], "--rank"),
+        "rank": ([*good, "--rank", "0"], "--rank"),
+        "steps": ([*good, "--steps", "-1"], "--steps"),
+        "lam": ([*good, "--lam", "-1"], "--lam"),
+        "lam nan": ([*good, "--lam", "nan"], "--lam"),
+        "seed": ([*good, "--seed", "-1"], "--seed"),
+        "device": ([*good, "--device", "toaster"], "toaster"),
+        "no model": ([*good, "--model", "nobody/no-such-model"], "no-such-model"),
+        "not a model": ([*good, "--model", tmp / "empty"], "model_index.json"),
+        "no data": ([*good, "--data", tmp / "nowhere"], "nowhere"),
+        "no images": ([*good, "--data", tmp / "empty"], "empty"),
+        "corrupt": ([*good, "--data", tmp / "corrupt"], "x.png"),
+        "no caption": ([*good, "--data", tmp / "bare"], "0.png"),
+        "too few": ([*good, "--data", tmp / "bare", "--caption", "a thing"], "--members"),
+        "used": ([*good, "--out", tmp / "used"], "used"),
+        "resume": ([*good, "--resume"], "--resume"),
+        "nan": ([*good, "--lr", "1e30", "--steps", "5", "--method", "lora"], "finite"),
+        "out is a file": ([*good, "--out", Path(images) / "00.png"], "00.png"),
+    }  # fmt: skip
+
+
+CASES = ["method", "option", "number", "rank", "steps", "lam", "lam nan", "seed", "device", "no model", "not a model", "no data",
+         "no images", "corrupt", "no caption", "too few", "used", "resume", "nan", "out is a file"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_2(tiny_base, image_folder, tmp_path, case, capsys):
+    """One sentence on stderr that names the culprit, exit code 2, and no half-made run."""
+    argv, words = bad(tiny_base, image_folder, tmp_path)[case]
+    with pytest.raises(SystemExit) as stop:
+        call(train, argv)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2
+    assert len(errors) == 1 and words in errors[0]
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert case == "nan" or not (tmp_path / "out").exists()
+
+
+def test_every_bad_input_is_listed(tiny_base, image_folder, tmp_path):
+    """The list above and the table it indexes are the same."""
+    assert list(bad(tiny_base, image_folder, tmp_path)) == CASES
+
+
+@pytest.mark.parametrize(
+    "argv,words", [([], "name at least one"), (["/nowhere"], "not a run folder"), (["RUN", "--at", "7"], "step 7")]
+)
+def test_bad_input_to_evaluate(tiny_base, image_folder, tmp_path, argv, words, capsys):
+    """The same for evaluate.py."""
+    run = small_run(tiny_base, image_folder, tmp_path / "r", "--method", "lora", "--steps", 1)
+    with pytest.raises(SystemExit) as stop:
+        call(evaluate, [run if a == "RUN" else a for a in argv])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_evaluate_refuses_changed_data(tiny_base, image_folder, tmp_path):
+    """A run whose images are gone is not scored on others."""
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    run = small_run(tiny_base, str(folder), tmp_path / "r", "--method", "lora", "--steps", 1)
+    (folder / "00.png").unlink()
+    with pytest.raises(SystemExit):
+        call(evaluate, [run])
+    assert np.all([not (run / "eval.json").exists()])

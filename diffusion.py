@@ -45,7 +45,6 @@ def load_base(model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32"
     """Load and freeze a pipeline.  Raises UserError for a missing or unusable one; pickled weights are never read."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
@@ -56,7 +55,6 @@ def load_base(model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32"
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    transformers_logging.disable_progress_bar()
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
         raise UserError(f"{model} is not a StableDiffusionPipeline folder: it has no model_index.json")
     try:

@@ -28,8 +28,8 @@ PAPER = {
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,
 }  # fmt: skip
 FAST = {
-    "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 1.0,
-    "lr": 6e-4, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 80, "members": 100,
+    "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
+    "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 60, "members": 100,
 }  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def picture_quality(subject: Subject, network, settings: Settings) -> dict[str, 
     noise = noise.to(subject.base.device)
     images = sample(subject.base, subject.text[index], empty, noise, settings.sampling_steps, settings.guidance)
     generated = quality.features(network, images)
-    held_out = roles["fresh"] or roles["nonmember_test"]
+    held_out = roles["fresh"] if len(roles["fresh"]) > 1 else roles["nonmember_test"]
     real = {"members": members, "held_out": held_out}
     return {
         f"frechet_{name}": quality.frechet_distance(quality.features(network, subject.pixels[found]), generated)

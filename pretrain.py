@@ -94,6 +94,7 @@ def augment(pixels, generator):
 
 
 def build_vae():
+    """The autoencoder: 48 px pictures to latents 6 x 12 x 12."""
     from diffusers import AutoencoderKL
 
     import emojis
@@ -110,6 +111,7 @@ def build_vae():
 
 
 def build_unet():
+    """The denoiser, cross-attention on its lower two levels."""
     from diffusers import UNet2DConditionModel
 
     import emojis
@@ -130,6 +132,7 @@ def build_unet():
 
 
 def build_text_encoder(tokenizer):
+    """A two-layer CLIP text encoder for the tokenizer's vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(

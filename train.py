@@ -21,8 +21,8 @@ from errors import UserError
 
 EMBEDDED = str(Path(__file__).parent / "base")
 
-# What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded model, values that
-# were chosen on validation images (README, "How the defaults were chosen").
+# What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded model, values
+# set by hand and not tuned yet (README, "How the defaults were chosen").
 PAPER = {
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,

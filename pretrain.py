@@ -35,7 +35,8 @@ class Settings:
     snr_gamma: float = 5.0  # min-SNR weight (Hang et al. 2023): lower spends more of the fit on noisy latents
     ema: float = 0.999  # decay of the averaged weights, which are the ones exported
     drop_caption: float = 0.1  # share of empty captions: what classifier-free guidance needs
-    drop_style: float = 0.3  # share of captions without the ", noto" that names the drawing style
+    drop_style: float = 0.15  # share of captions without the ", noto" that names the drawing style
+    unet_sets: str = "noto,fluent"  # styles the UNet learns; the autoencoder sees all of them
     save_minutes: float = 4.0
     threads: int = 2
 
@@ -276,13 +277,18 @@ def train_unet(settings, vae, captions, images):
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     tokenizer = build_tokenizer(captions, Path(settings.work) / "tokenizer")
+    kept = [i for i, c in enumerate(captions) if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
+    captions, images = [captions[i] for i in kept], images[kept]
     model = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
 
     def blend(old, new, count):  # the early weights are forgotten quickly, whatever the final decay
-        return old.lerp(new, 1 - min(settings.ema, (1 + float(count)) / (10 + float(count))))
+        torch._foreach_lerp_(old, new, 1 - min(settings.ema, (1 + float(count)) / (10 + float(count))))
 
-    averaged = AveragedModel(model, avg_fn=blend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.unet_lr, weight_decay=1e-3, betas=(0.9, 0.99))
+    averaged = AveragedModel(model, multi_avg_fn=torch.no_grad()(blend))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.unet_lr, weight_decay=1e-3, betas=(0.9, 0.99), fused=True
+    )
+    model["unet"].to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     checkpoint = Checkpoint(Path(settings.work) / "unet.pt", settings.save_minutes, **parts)
 

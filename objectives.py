@@ -22,7 +22,7 @@ from torch import nn
 
 from attacker import MEMBER
 
-METHODS = ("lora", "mp", "smp")
+METHODS = ("lora", "mp", "smp", "smp-detached")
 
 
 def adaptation_loss(error: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,10 @@ class Terms:
 
 
 def objective(method: str, error, timesteps, attacker: nn.Module | None, lam: float, delta: float = 1e-5) -> Terms:
-    """The objective of `method` on one batch of members: error (B, C, h, w), timesteps (B,)."""
+    """The objective of `method` on one batch of members: error (B, C, h, w), timesteps (B,).
+
+    "smp-detached" is a control: the value of SMP, but D is held, so the step is grad L / D and the gain has no pull.
+    """
     loss = adaptation_loss(error)
     if method == "lora":
         return Terms(loss, None, 1.0, 0.0, loss)
@@ -70,6 +73,8 @@ def objective(method: str, error, timesteps, attacker: nn.Module | None, lam: fl
     if method == "mp":
         return Terms(loss, gain, 1.0, lam, sum_objective(loss, gain, lam))
     d = denominator(gain, lam, delta)
+    if method == "smp-detached":
+        return Terms(loss, gain, d.item(), 0.0, loss / d.detach())
     total = loss / d
     return Terms(loss, gain, d.item(), lam * total.item(), total)
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-COLOURS = {"base": "#000000", "lora": "#D55E00", "mp": "#E69F00", "smp": "#0072B2"}
+COLOURS = {"base": "#000000", "lora": "#D55E00", "mp": "#E69F00", "smp": "#0072B2", "smp-detached": "#56B4E9"}
 SECOND = "#009E73"  # the other line in a panel
 
 

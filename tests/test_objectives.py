@@ -179,6 +179,11 @@ def test_detached_denominator_is_a_shorter_plain_step(setting):
     got = gradient(setting, ratio_objective(setting.loss(), gain, LAM, DELTA))
     want = gradient(setting, setting.loss()) / denominator(gain, LAM, DELTA).item()
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
+    terms = objective("smp-detached", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
+    np.testing.assert_allclose(flat(gradients(terms.total, setting.parameters)), want, rtol=1e-10, atol=1e-14)
+    smp = objective("smp", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
+    assert (terms.total.item(), terms.denominator) == (smp.total.item(), smp.denominator)
+    assert terms.lambda_effective == 0
 
 
 def test_outer_step_leaves_the_attacker_alone(setting):

@@ -82,6 +82,15 @@ def load_base(model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32"
     return Base(model, pipeline, pipeline.unet, abar, prediction, size, torch.device(device))
 
 
+def resolve_dtype(dtype: str, device: str) -> str:
+    """ "auto" as the name of a dtype: half precision on a GPU, bfloat16 where it has it, and float32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What is cached once per run
 

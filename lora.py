@@ -112,6 +112,13 @@ class Adapter:
             for k in "AB"
         }
 
+    def scale(self) -> tuple[int, float]:
+        """(rank, alpha) of all layers; raises UserError if they differ, since diffusers' file states one of each."""
+        found = {(layer.rank, layer.alpha) for layer in self.layers.values()}
+        if len(found) > 1:
+            raise UserError("layers of different rank or alpha can only be saved in kohya form")
+        return found.pop()
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model; restored on the way out, also after an error."""
@@ -150,9 +157,8 @@ class Adapter:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        first = next(iter(self.layers.values()))
-        if not kohya and any((x.rank, x.alpha) != (first.rank, first.alpha) for x in self.layers.values()):
-            raise UserError("layers of different rank or alpha can only be saved in kohya form")  # one scale per file
+        if not kohya:
+            rank, alpha = self.scale()
         if kohya:
             tensors = {}
             for name, layer in self.layers.items():
@@ -162,13 +168,13 @@ class Adapter:
                 tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
         else:
             tensors = {f"unet.{k}": v for k, v in self.state_dict().items()}
-        config = {
-            "unet.r": first.rank,
-            "unet.lora_alpha": int(first.alpha) if first.alpha.is_integer() else first.alpha,
-            "unet.target_modules": list(TARGETS[self.target]),
-        }
         metadata = {"format": "pt", "target": self.target, **{k: str(v) for k, v in (extra or {}).items()}}
         if not kohya:
+            config = {
+                "unet.r": rank,
+                "unet.lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+                "unet.target_modules": list(TARGETS[self.target]),
+            }
             metadata["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
         path = folder / (KOHYA_NAME if kohya else FILE_NAME)
         aside = path.with_suffix(".tmp")

@@ -15,6 +15,7 @@ so SMP is MP with the adaptive weight lambda J, and its steps are scaled by 1 / 
 Held by tests/test_objectives.py: to the closed forms, and dG/d(A, B) to finite differences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,15 +94,15 @@ def norm(tensors: list[torch.Tensor]) -> float:
     return torch.stack([t.norm() for t in tensors]).norm().item()
 
 
-def gradient_norms(terms: Terms, parameters: list[nn.Parameter]) -> dict[str, float]:
-    """L2 norms of grad L and grad G apart, and their cosine; keeps the graph for the step that follows.
+def gradient_norms(terms: Terms, gradient: Callable[[torch.Tensor], list[torch.Tensor]]) -> dict[str, float]:
+    """L2 norms of grad L and grad G apart, and their cosine; `gradient(value)` keeps the graph for the step after it.
 
     A cosine of -1 says that privacy and adaptation pull straight against each other.
     """
-    grad_loss = gradients(terms.loss, parameters, keep_graph=True)
+    grad_loss = gradient(terms.loss)
     norms = {"grad_norm_loss": norm(grad_loss)}
     if terms.gain is not None:
-        grad_gain = gradients(terms.gain, parameters, keep_graph=True)
+        grad_gain = gradient(terms.gain)
         norms["grad_norm_gain"] = norm(grad_gain)
         dot = sum((a * b).sum() for a, b in zip(grad_loss, grad_gain, strict=True)).item()
         norms["grad_cosine"] = dot / max(norms["grad_norm_loss"] * norms["grad_norm_gain"], 1e-30)

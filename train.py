@@ -11,145 +11,14 @@ This is Algorithm 1 of Luo et al. 2025 (arXiv 2402.11989): each iteration (a) im
 balanced batch of auxiliary members and non-members, then (b) takes one step on the adapter against it.
 """
 
-import json
-import os
 import resource
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
-from cli import one_line_errors, option, parse
+from cli import one_line_errors, parse
 from errors import UserError
-
-EMBEDDED = str(Path(__file__).parent / "base")
-HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
-
-# What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded model, values
-# set by hand and not tuned yet (README, "How the defaults were chosen").
-PAPER = {
-    "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
-    "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,
-}  # fmt: skip
-FAST = {
-    "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
-    "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 60, "members": 100,
-}  # fmt: skip
-
-
-@dataclass
-class Settings:
-    """Everything that decides a run; each field is a flag.  None: PAPER, or FAST for the embedded model."""
-
-    method: str = option(
-        "smp",
-        "lora, or with the defence: mp (the sum, Eq. 6) or smp (the ratio, Eq. 10); smp-detached is a control",
-        ("lora", "mp", "smp", "smp-detached"),
-    )
-    model: str = option(EMBEDDED, "StableDiffusionPipeline folder, hub name, or single .safetensors checkpoint")
-    size: int | None = option(None, "pixels of a side, a multiple of 8 (default: what the model was trained at)")
-    data: str = option("twemoji", "twemoji, or a folder of captioned images")
-    caption: str | None = option(None, "one caption for images that have none of their own")
-    split: str = option(
-        "default", "roles of the images; pokemon is the paper's 200/200/200/233", ("default", "pokemon")
-    )
-    members: int | None = option(None, "how many images to adapt on; half of them also train the attacker")
-    out: str | None = option(None, "run folder (default: runs/<method>)")
-    init: str | None = option(None, "adapter to start from; its rank, alpha and layers win over the flags")
-    rank: int | None = option(None, "LoRA rank r; more adapts faster and leaks more")
-    alpha: float | None = option(None, "LoRA alpha: the adapter is scaled by alpha / rank")
-    target: str | None = option(None, "which layers are adapted", ("attention", "transformer", "all"))
-    proxy: str | None = option(
-        None, "the attacker in the loop: the paper's MLP on raw errors, or pooled statistics", ("raw", "pooled")
-    )
-    lam: float | None = option(None, "privacy weight lambda; 0 is plain LoRA")
-    delta: float = option(1e-5, "stabiliser in the ratio's denominator")
-    lr: float | None = option(None, "learning rate of the adapter (AdamW, constant)")
-    attacker_lr: float | None = option(None, "learning rate of the attacker (Adam)")
-    batch_size: int | None = option(None, "members per forward, and per half of the attacker's batch")
-    accumulate: int = option(1, "forwards per step: with N, a step is that of a batch N times as large")
-    steps: int | None = option(None, "outer steps; overrides --epochs")
-    epochs: int | None = option(None, "passes over the members")
-    clip: float = option(1.0, "limit of the gradient norm")
-    seed: int = option(0, "decides split, initialisation, data order and noise")
-    dtype: str = option(
-        "auto",
-        "of the frozen base, the rest stays float32; auto: bfloat16 or float16 on a GPU, float32 on a CPU",
-        ("auto", "float32", "bfloat16", "float16"),
-    )
-    gradient_checkpointing: bool = option(False, "compute activations twice to keep fewer: a third slower, far smaller")
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch")
-    save_every: int | None = option(
-        None, "steps between adapters kept, each with its held-out loss (default: an eighth of the run)"
-    )
-    sample_every: int | None = option(None, "steps between sample grids (default: only the last)")
-    norms_every: int = option(20, "steps between separate gradient norms of L and G (two more backward passes)")
-    hessian_every: int = option(
-        0, "steps between Hessian norms and their bound on a fixed batch (each costs dozens of steps); 0 is never"
-    )
-    state_every: int = option(100, "steps between training states for --resume")
-    keep: int = option(2, "how many of them are kept")
-    resume: bool = option(False, "continue the run in --out, with its settings; a run not begun is begun")
-    format: str = option("diffusers", "kohya writes that form too, for ComfyUI and A1111", ("diffusers", "kohya"))
-    track: str | None = option(None, "also log to a dashboard", ("tensorboard",))
-    dry_run: bool = option(False, "say what would happen, with time and memory from two steps, and stop")
-
-
-FREE = ("out", "device", "threads", "state_every", "keep", "resume", "track", "dry_run")  # may change on --resume
-
-
-def resolve(settings: Settings) -> Settings:
-    """Fill the flags that were left out and refuse what cannot work; raises UserError."""
-    embedded = Path(settings.model).resolve() == Path(EMBEDDED).resolve()
-    for name, value in (FAST if embedded else PAPER).items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-    settings.out = settings.out or f"runs/{settings.method}"
-    settings.dtype = resolve_dtype(settings.dtype, settings.device)
-    positive = "size rank members batch_size accumulate epochs steps lr attacker_lr clip alpha"
-    for name in (*positive.split(), "norms_every", "save_every", "sample_every", "state_every", "keep"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if not (0 <= settings.lam < float("inf") and 0 <= settings.delta < float("inf")):
-        raise UserError(f"--lam and --delta must be 0 or more, not {settings.lam} and {settings.delta}")
-    for name in ("hessian_every", "threads"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(settings, name)}")
-    if not 0 <= settings.seed < 2**62:
-        raise UserError(f"--seed must be from 0 to 2**62, not {settings.seed}")
-    if Path(settings.out).is_file():
-        raise UserError(f"{settings.out} is a file: give --out the name of a folder")
-    if (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.dry_run):
-        raise UserError(f"{settings.out} already holds a run: give another --out, or --resume to continue it")
-    return settings
-
-
-def stored(settings: Settings) -> tuple[Settings, dict | None]:
-    """For --resume: the settings of the run in --out, and its summary if it is finished.
-
-    A flag given that says something else is refused, save those in FREE.
-    """
-    path = Path(settings.out or f"runs/{settings.method}") / "config.json"
-    if not path.is_file():
-        return settings, None
-    try:
-        config = json.loads(path.read_text())
-        known = {f.name: config["settings"][f.name] for f in fields(Settings) if f.name in config["settings"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's config ({error}): it cannot be continued, take another --out") from None
-    for f in fields(Settings):
-        given = getattr(settings, f.name)
-        if f.name in known and f.name not in FREE and given not in (f.default, known[f.name]):
-            flag = "--" + f.name.replace("_", "-")
-            raise UserError(f"{path.parent} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out")
-    return replace(Settings(**known), **{name: getattr(settings, name) for name in FREE}), config.get("summary")
-
+from settings import EMBEDDED, FAST, PAPER, Settings, resolve, stored  # noqa: F401
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__)
@@ -161,39 +30,15 @@ import checkpoint
 import lora
 import runfolder
 import smoothness
-from attacker import PROXIES, attacker_step
+from attacker import attacker_step
 from data import load_images, split
-from diffusion import Base, encode_captions, encode_images, load_base, resolve_dtype, squared_error
+from diffusion import encode_captions, encode_images, load_base, resolve_dtype, squared_error
+from learner import Batches, Learner, draw_noise
 from objectives import clip_, gradient_norms, objective
 from parallel import Processes, WholeBatch, gradients_of_mean
-from runfolder import Run, write_json
+from runfolder import Run, write_json  # noqa: F401 (the latter for evaluate.py)
 
-# ---------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-class Batches:
-    """Endless shuffled batches of `size` from `indices`: every index once per pass, a pass may end inside a batch."""
-
-    def __init__(self, indices: list[int], size: int, generator: torch.Generator):
-        self.indices, self.size, self.generator = torch.tensor(indices), size, generator
-        self.queue = torch.empty(0, dtype=torch.long)
-
-    def draw(self) -> torch.Tensor:
-        """(size,) indices."""
-        while len(self.queue) < self.size:
-            order = torch.randperm(len(self.indices), generator=self.generator)
-            self.queue = torch.cat([self.queue, self.indices[order]])
-        batch, self.queue = self.queue[: self.size], self.queue[self.size :]
-        return batch
-
-
-def draw_noise(base: Base, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps (count,) uniform in 0..T-1 and Gaussian noise (count, C, h, w), drawn on the CPU for every device."""
-    timesteps = torch.randint(len(base.abar), (count,), generator=generator)
-    noise = torch.randn((count, *base.latent_shape), generator=generator)
-    return timesteps.to(base.device), noise.to(base.device)
-
+HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
 
 # ---------------------------------------------------------------------------------------------------------------
 # The run
@@ -218,55 +63,6 @@ def prepare(settings: Settings, processes: Processes) -> Run:
     run = Run(settings, base, adapter, latents, text, roles, images.names, images.captions, processes)
     run.steps = settings.steps or -(-settings.epochs * len(run.members) // run.batch)
     return run
-
-
-class Learner:
-    """All that changes while a run trains, and so what a training state holds: weights, optimisers, orders, noise."""
-
-    def __init__(self, run: Run):
-        settings = run.settings
-        # separate streams, so that every method sees the same batches and noise in its outer steps
-        self.outer, self.inner = (torch.Generator().manual_seed(settings.seed * 2 + k) for k in (1, 2))
-        self.private = Batches(run.members, run.batch, self.outer)
-        self.aux = [Batches(run.roles[f"{side}_aux"], run.batch, self.inner) for side in ("member", "nonmember")]
-        self.adapter, self.parameters, self.device = run.adapter, run.adapter.parameters(), run.base.device
-        self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
-        self.attacker_optimizer = torch.optim.Adam(self.attacker.parameters(), lr=settings.attacker_lr)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything as named tensors; random streams as the bytes of their state."""
-        groups = {
-            "adapter": self.adapter.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
-            "attacker": self.attacker.state_dict(),
-            "attacker_optimizer": checkpoint.optimizer_tensors(self.attacker_optimizer),
-            "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state(), "cpu": torch.get_rng_state()},
-            "queue": {str(i): batches.queue for i, batches in enumerate([self.private, *self.aux])},
-        }
-        if self.device.type != "cpu":
-            groups["random"]["device"] = getattr(torch, self.device.type).get_rng_state()
-        return {f"{group}/{name}": t for group, found in groups.items() for name, t in found.items()}
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `tensors`."""
-        groups: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "attacker_optimizer": {}}
-        for name, tensor in tensors.items():
-            group, _, key = name.partition("/")
-            groups.setdefault(group, {})[key] = tensor
-        with torch.no_grad():
-            for name, weight in self.adapter.state_dict().items():
-                weight.copy_(groups["adapter"][name])
-        self.attacker.load_state_dict(groups["attacker"])
-        checkpoint.restore_optimizer(self.optimizer, groups["optimizer"])
-        checkpoint.restore_optimizer(self.attacker_optimizer, groups["attacker_optimizer"])
-        self.outer.set_state(groups["random"]["outer"])
-        self.inner.set_state(groups["random"]["inner"])
-        torch.set_rng_state(groups["random"]["cpu"])
-        if "device" in groups["random"] and self.device.type != "cpu":
-            getattr(torch, self.device.type).set_rng_state(groups["random"]["device"])
-        for i, batches in enumerate([self.private, *self.aux]):
-            batches.queue = groups["queue"][str(i)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -335,6 +131,7 @@ def train(settings: Settings) -> dict:
     if settings.resume:
         settings, summary = stored(settings)
     resolve(settings)
+    settings.dtype = resolve_dtype(settings.dtype, settings.device)
     if summary is not None:
         print(f"{settings.out} is finished: nothing to resume")
         return summary
@@ -348,7 +145,7 @@ def train(settings: Settings) -> dict:
     first, before = start(run, learner)
     save_every = settings.save_every or max(1, run.steps // 8)
 
-    with stop_signals() as caught, runfolder.metrics_log(run) as log, progress(run, first) as bar:
+    with checkpoint.stop_signals() as caught, runfolder.MetricsLog(run) as log, progress(run, first) as bar:
         for step in bar:
             tick, row = time.time(), {"step": step}
             if settings.method != "lora":
@@ -385,7 +182,12 @@ def _postfix(row: dict) -> dict[str, str]:
 def progress(run: Run, first: int) -> tqdm.tqdm:
     """The steps still to do, with a bar."""
     return tqdm.trange(
-        first, run.steps + 1, initial=first - 1, total=run.steps, desc=run.settings.method, disable=not run.processes.main
+        first,
+        run.steps + 1,
+        initial=first - 1,
+        total=run.steps,
+        desc=run.settings.method,
+        disable=not run.processes.main,
     )
 
 
@@ -403,26 +205,6 @@ def start(run: Run, learner: Learner) -> tuple[int, float]:
         print(f"continuing {run.out} ({run.settings.method}) after step {step} of {run.steps}")
     learner.restore(tensors)
     return step + 1, facts["seconds"]
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one acts at once."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def leave(run: Run, step: int, caught: list[int]) -> None:

@@ -1,0 +1,104 @@
+"""Training state on disk, so that a run killed at any moment goes on to the same numbers, bit for bit.
+
+    save(folder, step, tensors, facts, keep=2)     # folder/step-000120.safetensors
+    step, tensors, facts = load(folder)            # the newest that is whole, or None
+
+One safetensors file per step: tensors by name, everything else as JSON in its header; no pickle is written or read.
+The file is written aside, flushed to the disk and renamed, so a file of that name is always whole.
+Held by tests/test_checkpoint.py, which kills a run twenty times.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
+    """Write the state of `step` atomically, then delete all but the newest `keep` files; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}.safetensors"
+    aside = path.with_suffix(".tmp")
+    header = {"format": "pt", "state": json.dumps({"step": step} | facts)}
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside, header)
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    for old in files(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def files(folder: Path) -> list[Path]:
+    """The state files of a folder, oldest first."""
+    return sorted(folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def load(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict] | None:
+    """(step, tensors, facts) of the newest readable state, None without one; a damaged file is passed over, aloud."""
+    for path in reversed(files(folder)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["state"])
+                return facts.pop("step"), {k: file.get_tensor(k) for k in file.keys()}, facts  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            print(f"note: {path} is damaged ({error}); going back to the state before it")
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Delete the state of a finished run, and what a killed one left aside."""
+    for path in [*files(folder), *folder.glob("step-*.tmp")]:
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimisers as flat dictionaries of tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{"<parameter index>.<name>": tensor}: moments and step counts of an Adam-like optimiser."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, slots in state.items() for name, value in slots.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse; learning rate and the like stay as the optimiser was made."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Being asked to stop
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one acts at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

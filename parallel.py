@@ -1,0 +1,144 @@
+"""One batch, cut over processes and micro-batches, with exactly the gradient it has in one piece.
+
+Started by `accelerate launch train.py ...` or `torchrun`, every process draws the same whole batch and takes its own
+part; adapter and attacker stay the same everywhere.  An objective J such as the ratio (Eq. 10) is no mean over images,
+so the mean of the parts' gradients is not its gradient.  But J is a function of the error maps e alone, hence
+
+    dJ / d(A, B) = sum over parts of (de_part / d(A, B))^T  dJ / de_part
+
+The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each part's slice of dJ/de
+is pulled back through the UNet.  Micro-batches cost one more forward without gradient, since dJ/de wants all of e first;
+means over images (LoRA, MP) are spared it.  Held by tests/test_parallel.py to one big batch in one process.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import distributed
+from torch.nn import Parameter
+
+Forward = Callable[[slice], torch.Tensor]  # error maps e (b, C, h, w) of a part of the batch
+
+
+class Processes:
+    """The processes of a run: one, unless a launcher says otherwise in the environment."""
+
+    def __init__(self, device: str = "cpu"):
+        self.count, self.rank, self.device = int(os.environ.get("WORLD_SIZE", 1)), 0, device
+        if self.count > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=device == "cpu")
+            self.count, self.rank, self.device = state.num_processes, state.process_index, str(state.device)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def parts(self, total: int, size: int) -> list[slice]:
+        """This process's share of `total` images, in micro-batches of `size`."""
+        share = total // self.count
+        start = self.rank * share
+        return [slice(i, i + size) for i in range(start, start + share, size)]
+
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """The shares of all processes, joined along the first axis in the order of `parts`."""
+        if self.count == 1:
+            return mine
+        shares = [torch.empty_like(mine) for _ in range(self.count)]
+        distributed.all_gather(shares, mine.contiguous())
+        return torch.cat(shares)
+
+    def sum(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Sums over processes, in one exchange."""
+        if self.count == 1:
+            return tensors
+        flat = torch.cat([t.flatten() for t in tensors])
+        distributed.all_reduce(flat)
+        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+    def same(self, module: torch.nn.Module) -> None:
+        """Give every process the first one's weights; without it, rounding on several GPUs would drift apart."""
+        if self.count > 1:
+            with torch.no_grad():
+                for tensor in module.state_dict().values():
+                    distributed.broadcast(tensor, 0)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is raised in any process."""
+        if self.count == 1:
+            return flag
+        raised = torch.tensor(int(flag), device=self.device)
+        distributed.all_reduce(raised)
+        return bool(raised)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.count > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+class WholeBatch:
+    """The error maps of a whole batch as a leaf, and gradients of any function of them.
+
+    batch = WholeBatch(forward, parts, parameters, processes)
+    value = objective(batch.error, ...)            # any scalar function of e (B, C, h, w)
+    grads = batch.gradients(value)                 # d value / d parameters, over all parts and processes
+    """
+
+    def __init__(self, forward: Forward, parts: list[slice], parameters: list[Parameter], processes: Processes):
+        self.forward, self.parts, self.parameters, self.processes = forward, parts, parameters, processes
+        if len(parts) == 1:
+            self.mine = forward(parts[0])  # with its graph: the only forward there is
+        else:
+            with torch.no_grad():
+                self.mine = torch.cat([forward(part) for part in parts])
+        self.error = processes.gather(self.mine.detach()).requires_grad_()
+
+    def gradients(self, value: torch.Tensor, last: bool = True) -> list[torch.Tensor]:
+        """d value / d parameters; `last` frees the graph."""
+        slope = torch.autograd.grad(value, self.error, retain_graph=not last)[0]  # dJ/de (B, C, h, w)
+        slopes = [slope[part] for part in self.parts]
+        if len(self.parts) == 1:
+            return self.processes.sum(pull_back(self.mine, slopes[0], self.parameters, keep_graph=not last))
+        pulled = (pull_back(self.forward(p), s, self.parameters) for p, s in zip(self.parts, slopes, strict=True))
+        return self.processes.sum(total(pulled))
+
+
+def gradients_of_mean(
+    forward: Forward, parts: list[slice], parameters, processes: Processes, value: Callable
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(gradients, e of the whole batch) for a `value(error, part)` that is a mean over images: one forward per part."""
+    count, errors = len(parts) * processes.count, []
+
+    def pulled():
+        for part in parts:
+            error = forward(part)
+            errors.append(error.detach())
+            leaf = error.detach().requires_grad_()
+            slope = torch.autograd.grad(value(leaf, part) / count, leaf)[0]
+            yield pull_back(error, slope, parameters)
+
+    grads = processes.sum(total(pulled()))
+    return grads, processes.gather(torch.cat(errors))
+
+
+def pull_back(error, slope, parameters: list[Parameter], keep_graph: bool = False) -> list[torch.Tensor]:
+    """(de / d parameters)^T slope.
+
+    A mean over a latent has slopes near 1e-5, which half precision rounds to nothing on its way through the UNet: the
+    largest is scaled to about 1 by a power of two, which changes no digit, and the gradients are scaled back.
+    """
+    scale = 2.0 ** -torch.frexp(slope.abs().max().float())[1].item()
+    grads = torch.autograd.grad(error, parameters, slope * scale, retain_graph=keep_graph)
+    return [g / scale for g in grads]
+
+
+def total(lists) -> list[torch.Tensor]:
+    """The sum of lists of tensors, entry by entry."""
+    result = None
+    for tensors in lists:
+        result = list(tensors) if result is None else [a.add_(b) for a, b in zip(result, tensors, strict=True)]
+    return result

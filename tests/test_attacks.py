@@ -1,68 +1,14 @@
-"""The attacks' figures against scikit-learn, and the attacks on a model whose errors can be written down."""
+"""The attacks on models whose answers can be written down, and on planted signals."""
 
 import types
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
 import attacks
+import roc
 from diffusion import Base
-
-
-def scores(seed=0, shift=1.0, n=250):
-    rng = np.random.default_rng(seed)
-    return rng.normal(shift, 1, 80), rng.normal(0, 1, n)
-
-
-def test_figures_agree_with_scikit_learn():
-    """AUC, balanced ASR and TPR at 5 % FPR by another route; intervals hold the point and narrow with data."""
-    member, nonmember = scores()
-    found = attacks.figures(member, nonmember, threshold=0.4)
-    labels, values = np.r_[np.ones(80), np.zeros(250)], np.r_[member, nonmember]
-    assert found["auc"] == pytest.approx(roc_auc_score(labels, values))
-    assert found["auc"] == pytest.approx((member[:, None] > nonmember).mean())
-    assert found["asr"] == pytest.approx(balanced_accuracy_score(labels, values >= 0.4))
-    fpr, tpr, _ = roc_curve(labels, values)
-    assert found["tpr_at_5_fpr"] == pytest.approx(tpr[fpr <= 0.05].max())
-    low, high = found["auc_interval"]
-    assert low < found["auc"] < high and high - low < 0.2
-    wide = attacks.figures(member[:8], nonmember[:20])["auc_interval"]
-    assert wide[1] - wide[0] > high - low
-
-
-def test_interval_covers_chance():
-    """Over 40 pairs of samples without signal, the 95 % interval misses 0.5 rarely."""
-    misses = 0
-    for seed in range(40):
-        low, high = attacks.figures(*scores(seed, shift=0), seed=seed, rounds=200)["auc_interval"]
-        misses += not low <= 0.5 <= high
-    assert misses <= 7
-
-
-def test_too_few_nonmembers_for_five_percent():
-    """TPR at 5 % FPR needs 200 non-members; below, it is not given."""
-    member, nonmember = scores(n=199)
-    assert attacks.figures(member, nonmember)["tpr_at_5_fpr"] is None
-
-
-def test_auc_is_unfolded():
-    """Scores that point the wrong way read below 0.5, and the folded figure says how far."""
-    member, nonmember = scores(shift=-1)
-    found = attacks.figures(member, nonmember)
-    assert found["auc"] < 0.4 and found["auc_folded"] == pytest.approx(1 - 2 * found["auc"])
-
-
-def test_threshold_is_the_best_on_validation():
-    """No other threshold has a better balanced accuracy."""
-    member, nonmember = scores()
-    best = attacks.balanced_accuracy_threshold(member, nonmember)
-
-    def accuracy(threshold):
-        return (member >= threshold).mean() + (nonmember < threshold).mean()
-
-    assert accuracy(best) == pytest.approx(max(accuracy(v) for v in np.r_[member, nonmember]))
 
 
 class Leaky(torch.nn.Module):
@@ -118,6 +64,87 @@ def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
         start = end
     for signal in (0.25, 1.0):
         h = torch.tensor(rng.lognormal(0, 0.2, n) * np.where(member, signal, 1.0), dtype=torch.float32)
-        score = attacks.proxy_attack(leaky, torch.zeros(n, 4, 8, 8), h.view(n, 1, 1), roles, proxy, seed=0, epochs=30)
-        found = attacks.auc(score[roles["member_test"]], score[roles["nonmember_test"]])
+        latents, text = torch.zeros(n, 4, 8, 8), h.view(n, 1, 1)
+        attacker = attacks.train_proxy(leaky, latents, text, roles, proxy, seed=0, epochs=30)
+        grid, odds = attacks.sweep(leaky, latents, text, {proxy: attacker})
+        torch.testing.assert_close(grid[:, 0, 0], h)
+        score = odds[proxy].mean((1, 2)).numpy()
+        found = roc.auc(score[roles["member_test"]], score[roles["nonmember_test"]])
         assert found > 0.95 if signal < 1 else 0.3 < found < 0.7
+
+
+class Scaling(torch.nn.Module):
+    """eps(z, t) = c z: every attack on the predicted noise has a closed form."""
+
+    dtype = torch.float64
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+
+    def forward(self, noisy, timesteps, text, return_dict=False):
+        return (self.c * noisy,)
+
+
+@pytest.fixture
+def scaling():
+    """A base that predicts 0.3 z, three latents and unused captions."""
+    abar = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
+    base = Base("scaling", None, Scaling(0.3), abar, "epsilon", 32, torch.device("cpu"))
+    latents = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return base, latents, torch.zeros(3, 1, 1)
+
+
+def test_sima_and_pia_closed_forms(scaling):
+    """SimA is c |z|_4 at every t; PIA is |c z - c (sqrt(abar) + sqrt(1 - abar) c) z|_4."""
+    base, latents, text = scaling
+    l4 = (latents**4).sum((1, 2, 3)).numpy() ** 0.25
+    np.testing.assert_allclose(attacks.sima(base, latents, text, (100, 300)), -0.3 * np.stack([l4] * 3, 1), rtol=1e-9)
+    a = base.abar[100].item()
+    factor = abs(0.3 - 0.3 * (a**0.5 + (1 - a) ** 0.5 * 0.3))
+    np.testing.assert_allclose(attacks.pia(base, latents, text, (100,))[:, 0], -factor * l4, rtol=1e-9)
+    scale = (2 / np.pi) ** 0.5 / latents.abs().mean((1, 2, 3)).numpy()  # PIAN: eps_0 = scale z
+    z = latents.numpy()
+    wanted = scale[:, None, None, None] * z - 0.3 * (a**0.5 * z + (1 - a) ** 0.5 * scale[:, None, None, None] * z)
+    found = attacks.pia(base, latents, text, (100,), normalised=True)[:, 0]
+    np.testing.assert_allclose(found, -((wanted**4).sum((1, 2, 3)) ** 0.25), rtol=1e-9)
+
+
+def test_secmi_closed_form(scaling):
+    """With eps = c z each DDIM move is a factor, so the whole walk is a product of factors."""
+    base, latents, text = scaling
+    abar = base.abar.numpy()
+
+    def factor(s, t):
+        return np.sqrt(abar[t]) * (1 - np.sqrt(1 - abar[s]) * 0.3) / np.sqrt(abar[s]) + np.sqrt(1 - abar[t]) * 0.3
+
+    z = latents.numpy() * np.prod([factor(s, s + 10) for s in range(0, 100, 10)])
+    back = z * factor(100, 110) * factor(110, 100)
+    np.testing.assert_allclose(attacks.secmi(base, latents, text), -((back - z) ** 2).sum((1, 2, 3)), rtol=1e-9)
+
+
+def test_pfami_and_clid_formulas():
+    """By hand, one image at a time."""
+    rng = np.random.default_rng(0)
+    losses, crops, cuts = (torch.tensor(rng.uniform(0.1, 1, s)) for s in ((5, 2), (3, 5, 2), (3, 5, 2)))
+    for i, score in enumerate(attacks.pfami(losses, crops)):
+        terms = [(crops[m, i, t] - losses[i, t]) / losses[i, t] for m in range(3) for t in range(2)]
+        assert score == pytest.approx(float(sum(terms) / 6))
+    known = [0, 1, 2]
+    found = attacks.clid(losses, cuts, known, alphas=(0, 0.25, 1))
+    gap, fit = (cuts.mean(0) - losses).mean(1).numpy(), -losses.mean(1).numpy()
+    gap, fit = ((x - x[known].mean()) / x[known].std(ddof=1) for x in (gap, fit))
+    np.testing.assert_allclose(found, np.stack([fit, 0.25 * gap + 0.75 * fit, gap], 1), rtol=1e-9)
+
+
+def test_classifier_and_black_box():
+    """A planted shift is found on images that were not trained on; a copy lies at distance zero."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 6))
+    features[:100, 2] += 2
+    score = attacks.classifier_score(features, (list(range(50)), list(range(100, 150))))
+    assert roc.auc(score[50:100], score[150:]) > 0.85
+    generated = rng.normal(size=(200, 2, 6))
+    generated[7, 1] = 3 * features[7]
+    found = attacks.black_box(features, generated)
+    assert found[7] == pytest.approx(0, abs=1e-12) and np.delete(found, 7).max() < 0

@@ -1,28 +1,62 @@
-"""The Frechet distance against its closed form, and the feature network on real pictures."""
+"""Frechet distance, KID and copying against closed forms on the same features."""
 
 import numpy as np
+import pytest
 import torch
-from scipy.linalg import sqrtm
+from scipy import linalg
 
-import emojis
 import quality
 
 
+def gaussians(n=300, width=12):
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=generator)
+    real = torch.randn(n, width, generator=generator)
+    return real, torch.randn(n, width, generator=generator) @ mix + 0.5
+
+
 def test_frechet_distance_is_the_closed_form():
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), by scipy's matrix root."""
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(300, 6)), rng.normal(0.5, 2.0, size=(200, 6))
-    s, t = np.cov(a.T), np.cov(b.T)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
-    assert abs(quality.frechet_distance(torch.tensor(a), torch.tensor(b)) - expected) < 1e-3 * expected
+    """|mu - mu'|^2 + tr(S + S' - 2 sqrt(S S')), with the matrix root by scipy."""
+    real, generated = gaussians()
+    s, g = (np.cov(x.double().numpy(), rowvar=False) for x in (real, generated))
+    shift = (real.mean(0) - generated.mean(0)).square().sum().item()
+    expected = shift + np.trace(s + g - 2 * linalg.sqrtm(s @ g).real)
+    assert quality.frechet_distance(real, generated) == pytest.approx(expected, rel=1e-4)
+    assert quality.frechet_distance(real, real) == pytest.approx(0, abs=1e-3)
 
 
-def test_features_tell_pictures_from_noise():
-    """Half of the emoji are nearer to the other half than to noise of the same colours, by far."""
-    images = emojis.twemoji()[2][::8]
-    network = quality.Features()
-    real = quality.features(network, images)
-    noise = np.random.default_rng(0).permutation(images.reshape(-1, 3)).reshape(images.shape)
-    assert real.shape == (len(images), quality.FEATURES)
-    near = quality.frechet_distance(real[::2], real[1::2])
-    assert quality.frechet_distance(real[::2], quality.features(network, noise)) > 2 * near
+def test_kernel_distance_is_the_unbiased_mmd():
+    """With one subset size of all pictures, KID is the unbiased cubic-kernel MMD, written out here."""
+    real, generated = (x[:50].double() for x in gaussians())
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    expected = within(real) + within(generated) - 2 * kernel(real, generated).mean()
+    mean, deviation = quality.kernel_distance(real, generated)
+    assert mean == pytest.approx(expected.item(), rel=1e-4)
+    assert deviation == pytest.approx(0, abs=1e-4 * abs(mean) + 1e-6)  # every subset is the whole
+
+
+def test_nearest_finds_copies():
+    """A copy lies at distance 0 of its original."""
+    real, generated = gaussians(20)
+    generated[3] = 2 * real[7]
+    distance, index = quality.nearest(real, generated)
+    assert index[3] == 7 and distance[3] == pytest.approx(0, abs=1e-6)
+    assert np.delete(distance, 3).min() > 1e-3
+
+
+def test_embedded_network_tells_pictures_apart():
+    """Features of different flat colours differ, of equal pictures do not; 320 of them."""
+    network = quality.load_network("embedded")
+    images = np.full((3, 48, 48, 3), 255, np.uint8)
+    images[1, 10:30, 10:30] = (200, 0, 0)
+    found = quality.features(network, images)
+    assert found.shape == (3, 320)
+    torch.testing.assert_close(found[0], found[2])
+    assert (found[0] - found[1]).norm() > 0.1

@@ -15,7 +15,7 @@ import train
 from cli import one_line_errors, parse
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--members", 20, "--rank", 2, "--alpha", 4, "--batch-size", 4, "--target", "attention", "--lr", 0.01, "--attacker-lr", 0.01]  # fmt: skip
+SMALL = ["--save-every", 1000, "--members", 20, "--rank", 2, "--alpha", 4, "--batch-size", 4, "--target", "attention", "--lr", 0.01, "--attacker-lr", 0.01]  # fmt: skip
 
 
 def call(module, argv):

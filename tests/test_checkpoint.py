@@ -1,0 +1,184 @@
+"""checkpoint.py and --resume: killed twenty times at random moments, a run ends in the same bits as one left alone."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import runfolder
+import train
+from errors import UserError
+from settings import Settings, stored
+
+STEPS, KILLS = 30, 20
+
+
+def life(settings):
+    """The process id of a run in a fork of this process, which has loaded and encoded what runs work on."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            train.train(settings)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    return pid
+
+
+def end(pid):
+    """The exit code of a life, minus the signal's number if one killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def newest(out):
+    """Step of the newest training state, 0 without one."""
+    found = checkpoint.files(Path(out) / "state")
+    return int(found[-1].stem.removeprefix("step-")) if found else 0
+
+
+def until(step, out, pid):
+    """Wait until the run has saved a state of `step` or later."""
+    while newest(out) < step:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended before it could be stopped"
+        time.sleep(0.002)
+
+
+def lives(model, images, tmp):
+    """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both signals."""
+    torch.set_num_threads(1)
+    rng, base, found = random.Random(0), train.load_base(model), train.load_images(images, 32)
+    latents, text = train.encode_images(base, found.pixels), train.encode_captions(base, found.captions)
+    train.load_base, train.load_images = lambda *_: base, lambda *_: found
+    train.encode_images, train.encode_captions = lambda *_: latents, lambda *_: text
+    runfolder.sample_grid = runfolder.plots.training_curves = lambda *_: None
+
+    def settings(out, resume=False):
+        return Settings(
+            model=model, data=images, out=f"{tmp}/{out}", resume=resume, steps=STEPS, state_every=2, members=20, rank=2, alpha=4.0,
+            batch_size=2, target="attention", proxy="raw", lr=0.01, attacker_lr=0.01, save_every=15, norms_every=7
+        )  # fmt: skip
+
+    codes = {"alone": end(life(settings("alone"))), "killed": [], "kept": 0}
+    for k in range(KILLS):
+        pid = life(settings("killed", resume=k > 0))
+        if k:  # the first life is killed while it begins its folder
+            until(k + 1, f"{tmp}/killed", pid)
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        codes["killed"].append(end(pid))
+        codes["kept"] = max(codes["kept"], len(checkpoint.files(Path(tmp, "killed", "state"))))
+    codes["killed"].append(end(life(settings("killed", resume=True))))
+    codes["asked"] = []
+    for k, number in enumerate((signal.SIGTERM, signal.SIGINT)):
+        pid = life(settings("asked", resume=k > 0))
+        until(4 + 8 * k, f"{tmp}/asked", pid)
+        os.kill(pid, number)
+        codes["asked"].append(end(pid))
+    codes["asked"].append(end(life(settings("asked", resume=True))))
+    Path(tmp, "codes.json").write_text(json.dumps(codes))
+
+
+@pytest.fixture(scope="module")
+def three_runs(tiny_base, image_folder, tmp_path_factory):
+    """Folder of the runs alone, killed and asked, and their exit codes."""
+    tmp = tmp_path_factory.mktemp("lives")
+    process = multiprocessing.get_context("spawn").Process(target=lives, args=(tiny_base, image_folder, str(tmp)))
+    process.start()
+    process.join(200)
+    if process.is_alive():
+        process.kill()
+    return tmp, json.loads((tmp / "codes.json").read_text())
+
+
+def same(a, b):
+    """Assert that two run folders hold the same numbers, bit for bit."""
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b))
+    for row in one + two:
+        row.pop("seconds", None)
+    assert one == two and len(one) == STEPS + 1
+    files = sorted(path.relative_to(a) for path in a.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(b) for path in b.rglob("*.safetensors")) and len(files) == 4
+    for name in files:
+        x, y = load_file(a / name), load_file(b / name)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+def test_killed_twenty_times(three_runs):
+    """Data order, noise, dropout, both optimisers and both models go on as if nothing had happened."""
+    tmp, codes = three_runs
+    assert codes["alone"] == 0 and codes["killed"] == [-signal.SIGKILL] * KILLS + [0]
+    assert codes["kept"] == 2
+    same(tmp / "alone", tmp / "killed")
+    assert not (tmp / "killed" / "state").exists() and not list((tmp / "killed").rglob("*.tmp"))
+
+
+def test_signals_save_and_exit(three_runs):
+    """SIGTERM and SIGINT end a run after its step, with the usual exit codes; nothing is lost."""
+    tmp, codes = three_runs
+    assert codes["asked"] == [128 + signal.SIGTERM, 128 + signal.SIGINT, 0]
+    same(tmp / "alone", tmp / "asked")
+
+
+def test_resume_of_a_finished_run_does_nothing(three_runs, capsys):
+    """For loops that start a run again until it is done."""
+    tmp, _ = three_runs
+    before = {path: path.stat().st_mtime_ns for path in (tmp / "alone").rglob("*")}
+    summary = train.train(Settings(out=str(tmp / "alone"), resume=True))
+    assert summary["held_out_loss"] > 0 and "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp / "alone").rglob("*")}
+
+
+def test_resume_takes_the_settings_of_the_run(three_runs):
+    """Flags left out are the run's; one that says something else is refused, one that may change is taken."""
+    out = str(three_runs[0] / "alone")
+    settings, _ = stored(Settings(out=out, resume=True, keep=5))
+    assert (settings.steps, settings.rank, settings.proxy, settings.keep) == (STEPS, 2, "raw", 5)
+    with pytest.raises(UserError, match="begun with --rank 2, not 4"):
+        stored(Settings(out=out, resume=True, rank=4))
+    with pytest.raises(UserError, match="begun with --method smp, not lora"):
+        stored(Settings(out=out, resume=True, method="lora"))
+
+
+def test_newest_whole_state(tmp_path, capsys):
+    """At most K files are kept, and a damaged one is passed over."""
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, step, {"x": torch.full((3,), float(step))}, {"seconds": 1.5}, keep=3)
+    assert [p.name for p in checkpoint.files(tmp_path)] == [f"step-00000{k}.safetensors" for k in (3, 4, 5)]
+    newest = checkpoint.files(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:-5])
+    step, tensors, facts = checkpoint.load(tmp_path)
+    assert step == 4 and tensors["x"].tolist() == [4.0] * 3 and facts == {"seconds": 1.5}
+    assert "step-000005" in capsys.readouterr().out
+    checkpoint.clear(tmp_path)
+    assert not tmp_path.exists() and checkpoint.load(tmp_path) is None
+
+
+def test_optimizer_goes_on():
+    """Adam continued from tensors takes the steps that it would have taken."""
+    weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([w], lr=0.1) for w in weights]
+
+    def step(k, x):
+        weights[k].grad = torch.arange(4.0) + x
+        optimizers[k].step()
+
+    for x in range(3):
+        step(0, x)
+    with torch.no_grad():
+        weights[1].copy_(weights[0])
+    tensors = {name: t.clone() for name, t in checkpoint.optimizer_tensors(optimizers[0]).items()}
+    checkpoint.restore_optimizer(optimizers[1], tensors)
+    for k in (0, 1):
+        step(k, 5)
+    assert torch.equal(*weights) and not torch.equal(weights[0], torch.ones(4))

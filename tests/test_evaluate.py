@@ -1,0 +1,65 @@
+"""evaluate.py on a real run of the tiny model: what it writes, resumes and selects on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import train
+from errors import UserError
+from settings import Settings
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, image_folder, tmp_path_factory):
+    """A short run on the tiny base."""
+    out = str(tmp_path_factory.mktemp("runs") / "smp")
+    small = {"members": 20, "rank": 2, "alpha": 4, "batch_size": 4, "target": "attention", "lr": 0.01}
+    train.train(Settings(model=tiny_base, data=image_folder, out=out, steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
+    return out
+
+
+def test_evaluation_of_a_run(run, capsys, monkeypatch):
+    """Every attack gives figures for the run, the control holds all but the difference, and a second call asks nothing
+    of the model again."""
+    settings = evaluate.Settings(runs=[run], pictures=4, sampling_steps=2, bootstrap=50)
+    (record,) = evaluate.evaluate(settings)
+    saved = json.loads(Path(run, "eval.json").read_text())
+    assert saved["adapted"]["attacks"] == record["adapted"]["attacks"]
+    assert set(record["adapted"]["attacks"]) - set(record["base"]["attacks"]) == {"difference"}
+    assert len(record["adapted"]["attacks"]) == 13
+    assert record["adapted"]["worst"]["auc"] == max(f["auc"] for f in record["adapted"]["attacks"].values())
+    assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
+    assert "worst case" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(evaluate.attacks, "error_maps", None)
+    (again,) = evaluate.evaluate(settings)
+    assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
+
+
+def test_choice_is_made_on_known_images():
+    """A signal planted in auxiliary and validation images alone decides the column; test images have no say."""
+    rng = np.random.default_rng(0)
+    roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in evaluate.SIDES for p in ("aux", "val", "test"))}  # fmt: skip
+    subject = evaluate.Subject(*[None] * 5, roles, *[None] * 3)
+    score = rng.normal(size=(60, 3))
+    score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
+    score[roles["member_aux"] + roles["member_val"], 2] += 3
+    chosen = evaluate.choose(subject, score)
+    np.testing.assert_array_equal(chosen, score[:, 2])
+    before = evaluate.threshold(subject, "loss", chosen)
+    chosen[roles["member_test"]] += 100
+    assert evaluate.threshold(subject, "loss", chosen) == before
+
+
+def test_refusals(run, tmp_path):
+    """A folder that is no run, a step that was not saved, an adapter without its data: one sentence each."""
+    for settings, words in (
+        (evaluate.Settings(runs=[str(tmp_path)]), "not a run folder"),
+        (evaluate.Settings(runs=[run], at="99"), "no adapter of step 99"),
+        (evaluate.Settings(adapter="x"), "--model is missing"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate.evaluate(settings)

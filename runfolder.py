@@ -231,7 +231,9 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"summary": summary})
     checkpoint.clear(out / "state")
     print(f"quality:  held-out loss {last['nonmember_val_loss']:.4f}, {initial['nonmember_val_loss']:.4f} before")
-    print(f"leakage:  loss-attack AUC {auc:.2f} [{low:.2f}, {high:.2f}] on auxiliary and validation images; 0.5 is none")
+    print(
+        f"leakage:  loss-attack AUC {auc:.2f} [{low:.2f}, {high:.2f}] on auxiliary and validation images; 0.5 is none"
+    )
     print(f"files:    {out}/  ({summary['seconds']:.0f} s); next: python evaluate.py {out}")
     return summary
 

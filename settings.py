@@ -17,7 +17,7 @@ PAPER = {
 }  # fmt: skip
 FAST = {
     "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
-    "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 60, "members": 100,
+    "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
 }  # fmt: skip
 
 

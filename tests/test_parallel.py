@@ -138,13 +138,12 @@ def test_two_processes_follow_one(tiny_base, image_folder, tmp_path, big_batch):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",  # a free port, found by torchrun
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
         str(script),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_trajectory(big_batch / "smp", tmp_path / "r")
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

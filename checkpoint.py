@@ -9,7 +9,6 @@ Held by tests/test_checkpoint.py, which kills a run twenty times.
 """
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,19 +17,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
+
+import atomic
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
     """Write the state of `step` atomically, then delete all but the newest `keep` files; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}.safetensors"
-    aside = path.with_suffix(".tmp")
     header = {"format": "pt", "state": json.dumps({"step": step} | facts)}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside, header)
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    content = serialize({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
+    path = atomic.write(folder / f"step-{step:06d}.safetensors", content)
     for old in files(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -55,7 +52,7 @@ def load(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict] | None:
 
 def clear(folder: Path) -> None:
     """Delete the state of a finished run, and what a killed one left aside."""
-    for path in [*files(folder), *folder.glob("step-*.tmp")]:
+    for path in [*files(folder), *folder.glob("step-*.safetensors.tmp")]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

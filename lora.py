@@ -17,15 +17,18 @@ Held by tests/test_lora.py to diffusers + peft loading the same file.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
+import atomic
 from errors import UserError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -178,11 +181,8 @@ class Adapter:
                 "unet.target_modules": list(TARGETS[self.target]),
             }
             metadata["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
-        path = folder / (KOHYA_NAME if kohya else FILE_NAME)
-        aside = path.with_suffix(".tmp")
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, aside, metadata)
-        aside.rename(path)
-        return path
+        content = serialize({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata)
+        return atomic.write(folder / (KOHYA_NAME if kohya else FILE_NAME), content)
 
 
 def inject(unet: nn.Module, target: str, rank: int, alpha: float, generator: torch.Generator | None = None) -> Adapter:
@@ -234,7 +234,8 @@ def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, 
     """An adapter file in diffusers or kohya form as ({key: (A, B, alpha)}, metadata).
 
     The keys are module names, for kohya with underscores in place of dots.  A file without a stated alpha takes
-    alpha = rank, as diffusers does.  Only safetensors are read: a pickle can run code.  Raises UserError.
+    alpha = rank, as diffusers does; peft's alpha_pattern is honoured and ranks are those of the factors.  A part for
+    the text encoder is left out with a note.  Only safetensors are read: a pickle can run code.  Raises UserError.
     """
     path = Path(path)
     if path.is_dir():
@@ -245,14 +246,14 @@ def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, 
         with safe_open(path, framework="pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors adapter ({error}); pickles are not read") from None
+    config = _peft_config(path, metadata)
     found, used = {}, set()
     for key, a in tensors.items():
         if key.startswith("unet.") and key.endswith(".lora_A.weight"):
             name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
-            second, alpha = f"unet.{name}.lora_B.weight", config.get("unet.lora_alpha")
+            second, alpha = f"unet.{name}.lora_B.weight", _alpha(config, name)
         elif key.startswith("lora_unet_") and key.endswith(".lora_down.weight"):
             stem = key.removesuffix(".lora_down.weight")
             name = stem.removeprefix("lora_unet_")
@@ -264,14 +265,52 @@ def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, 
             raise UserError(f"{path} has the first factor of {name} but not the second")
         if a.ndim < 2 or a.numel() == 0:
             raise UserError(f"{path} has a first factor of shape {tuple(a.shape)} for {name}: no LoRA")
-        found[name] = (a, tensors[second], float(a.shape[0] if alpha is None else alpha))
+        found[name] = (a, tensors[second], _scale(path, name, a.shape[0] if alpha is None else alpha))
         used |= {key, second}
     if not found:
         raise UserError(f"{path} holds no UNet LoRA in diffusers or kohya form")
+    others = [key for key in tensors if not key.startswith(("unet.", "lora_unet_"))]
+    if others:
+        print(f"note: {path} also adapts what is not the UNet ({len(others)} tensors, such as {others[0]}): not read")
     for key in tensors:  # a lone second factor, DoRA's magnitudes, ...: leaving them out would be another model
         if key.startswith(("unet.", "lora_unet_")) and key not in used:
             raise UserError(f"{path} holds {key}, which is no part of a plain LoRA in diffusers or kohya form")
     return found, metadata
+
+
+def _peft_config(path: Path, metadata: dict[str, str]) -> dict:
+    """The peft settings that diffusers stores in the header; raises UserError for those that change the formula."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} has a damaged header: lora_adapter_metadata is not JSON ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("unet.alpha_pattern") or {}, dict):
+        raise UserError(f"{path} has a damaged header: lora_adapter_metadata is not an object of settings")
+    for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if config.get(f"unet.{name}"):
+            raise UserError(f"{path} was made with {name}, which is no plain LoRA: it cannot be read here")
+    return config
+
+
+def _alpha(config: dict, name: str):
+    """alpha of a module: the first pattern that its name ends with (peft's rule), else that of all, else None."""
+    for pattern, alpha in (config.get("unet.alpha_pattern") or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return alpha
+        except re.error:
+            continue
+    return config.get("unet.lora_alpha")
+
+
+def _scale(path: Path, name: str, alpha) -> float:
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{path} states no usable alpha for {name}: {alpha!r:.60}")
+    return value
 
 
 def load(unet: nn.Module, path: str | Path) -> tuple[Adapter, dict[str, str]]:

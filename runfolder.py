@@ -19,8 +19,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
+import atomic
 import attacks
 import checkpoint
 import lora
@@ -147,9 +148,7 @@ def cut_metrics(out: Path, step: int) -> None:
             break
     if rows != list(range(step + 1)):
         raise UserError(f"{path} does not hold every step up to {step}: it cannot be continued, take another --out")
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(path.read_text().splitlines(keepends=True)[: step + 1]))
-    os.replace(aside, path)
+    atomic.write(path, "".join(path.read_text().splitlines(keepends=True)[: step + 1]))
 
 
 class MetricsLog:
@@ -193,7 +192,9 @@ def tracker(run: Run):
         from accelerate.tracking import TensorBoardTracker
 
         accelerate.PartialState()
-        return TensorBoardTracker(run_name="tensorboard", logging_dir=run.out)
+        found = TensorBoardTracker(run_name="tensorboard", logging_dir=run.out)
+        getattr(found, "start", lambda: None)()  # what older versions of accelerate do at once
+        return found
     except ImportError:
         raise UserError("--track tensorboard needs a package that is missing: pip install tensorboard") from None
 
@@ -213,7 +214,8 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
         save_adapter(run, out / "kohya", steps, kohya=True)
     if settings.method != "lora":
         (out / "attacker").mkdir(exist_ok=True)
-        save_file(attacker.state_dict(), out / "attacker" / "attacker.safetensors", {"proxy": settings.proxy})
+        tensors = {name: t.cpu().contiguous() for name, t in attacker.state_dict().items()}
+        atomic.write(out / "attacker" / "attacker.safetensors", serialize(tensors, {"proxy": settings.proxy}))
     sample_grid(run, f"step-{steps:06d}")
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     plots.training_curves(metrics, settings.method, out / "curves.png")
@@ -248,7 +250,5 @@ def git_commit() -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write aside, then rename: a killed run leaves no torn file."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(aside, path)
+    """JSON a person can read, written atomically."""
+    atomic.write(path, json.dumps(value, indent=2) + "\n")

@@ -102,8 +102,9 @@ def resolve(settings: Settings) -> Settings:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(settings, name)}")
     if not 0 <= settings.seed < 2**62:
         raise UserError(f"--seed must be from 0 to 2**62, not {settings.seed}")
-    if Path(settings.out).is_file():
-        raise UserError(f"{settings.out} is a file: give --out the name of a folder")
+    for path in (Path(settings.out), *Path(settings.out).parents):
+        if path.is_file():
+            raise UserError(f"{path} is a file: give --out the name of a folder")
     if (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(f"{settings.out} already holds a run: give another --out, or --resume to continue it")
     return settings

@@ -173,13 +173,17 @@ def gradient(model, images, dtype, **more):
     return torch.cat([p.grad.flatten() for p in learner.parameters])
 
 
-@pytest.mark.xfail(strict=True, reason="measured: cosine 0.80 in bfloat16, 0.990 in float16; not understood yet")
-@pytest.mark.parametrize("dtype, angle", [("bfloat16", 0.05), ("float16", 0.002)])
-def test_half_precision_gradient(tiny_base, image_folder, float_gradient, dtype, angle):
-    """The base in half precision, adapter and attacker in float32: the gradient points where float32's does."""
-    got = gradient(tiny_base, image_folder, dtype)
-    assert 1 - torch.nn.functional.cosine_similarity(got, float_gradient, dim=0) < angle
-    assert got.norm() == pytest.approx(float_gradient.norm().item(), rel=0.1)
+@pytest.mark.parametrize("method", ["lora", "smp"])
+@pytest.mark.parametrize("dtype, angle", [("bfloat16", 0.02), ("float16", 0.002)])
+def test_half_precision_gradient(tiny_base, image_folder, method, dtype, angle):
+    """The base in half precision, adapter and attacker in float32: the gradient points where float32's does.
+
+    With the raw proxy: the pooled one has quantiles of e, whose slope sits on single elements, and rounding moves it
+    from one to its neighbour (cosine 0.80 in bfloat16, 0.99 in float16 on these 256 elements).
+    """
+    got, want = (gradient(tiny_base, image_folder, d, method=method, proxy="raw", clip=1e9) for d in (dtype, "float32"))
+    assert 1 - torch.nn.functional.cosine_similarity(got, want, dim=0) < angle
+    assert got.norm() == pytest.approx(want.norm().item(), rel=0.1)
 
 
 def test_checkpointed_gradient(tiny_base, image_folder, float_gradient):

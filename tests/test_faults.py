@@ -1,0 +1,384 @@
+"""What users and machines do to a run: bad models, bad adapters, full disks, numbers that blow up; and reuse elsewhere."""
+
+import contextlib
+import json
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import atomic
+import lora
+import runfolder
+import train
+from cli import one_line_errors
+from data import load_images
+from diffusion import encode_captions, load_base
+from errors import UserError
+from parallel import Processes
+from settings import Settings, resolve
+
+ROOT = Path(train.__file__).parent
+few = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take most of a tiny run's time."""
+    monkeypatch.setattr(runfolder, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(runfolder.plots, "training_curves", lambda *_: None)
+
+
+@pytest.fixture
+def small(tiny_base, image_folder, tmp_path):
+    """Settings of a small run, changed by keywords."""
+
+    def make(**more):
+        return Settings(**{
+            "model": tiny_base, "data": image_folder, "out": str(tmp_path / "run"), "members": 20, "rank": 2, "alpha": 4.0,
+            "batch_size": 4, "target": "attention", "proxy": "pooled", "lr": 0.01, "attacker_lr": 0.01, "steps": 3,
+            "save_every": 1000, "method": "lora", **more
+        })  # fmt: skip
+
+    return make
+
+
+def refused(capsys, settings, *words):
+    """Assert one line on stderr with `words` and exit code 2."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        train.train(settings)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    assert all(word in errors[0] for word in words), errors[0]
+
+
+# ---- base models ----
+
+
+def edit(file, **changes):
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "FluxPipeline"])
+def test_refuses_another_pipeline(tiny_base, tmp_path, kind):
+    """The folder says what it is; guessing would load half of it."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    edit(folder / "model_index.json", _class_name=kind)
+    with pytest.raises(UserError, match=f"base is a {kind}"):
+        load_base(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 a zipped pickle", b"\x80\x02}q\x00.", b"\x10" + b"\0" * 7 + b'{"a"']
+)
+def test_refuses_a_single_file_that_is_no_safetensors(tmp_path, content):
+    """Pickles, empty and cut files by their content, whatever the name says."""
+    for name in ("model.ckpt", "model.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is not a whole safetensors file .*pickles are not read"):
+            load_base(str(tmp_path / name))
+
+
+def test_refuses_a_single_file_of_something_else(tiny_base, tmp_path):
+    """Without configs at hand the message says where they belong; with them, that the keys do not fit."""
+    path = tmp_path / "model.safetensors"
+    save_file({"something.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"no configs in .*model/"):
+        load_base(str(path))
+    shutil.copytree(tiny_base, tmp_path / "model")
+    with pytest.raises(UserError, match="with the configs in"):
+        load_base(str(path))
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"accumulate": 0}, {"size": 20}, {"state_every": 0}, {"keep": 0}, {"threads": -1}, {"alpha": float("inf")}, {"lr": float("nan")}],
+)  # fmt: skip
+def test_refuses_numbers_out_of_range(capsys, small, wrong):
+    flag = "not a multiple" if "size" in wrong else "--" + next(iter(wrong)).replace("_", "-")
+    refused(capsys, small(**wrong), flag)
+
+
+def test_out_below_a_file(small, tmp_path):
+    (tmp_path / "note").write_text("x")
+    with pytest.raises(UserError, match="note is a file"):
+        resolve(small(out=str(tmp_path / "note" / "runs" / "a")))
+
+
+# ---- a run that goes wrong ----
+
+
+def nan_loss(error):
+    return error * float("nan")
+
+
+def nan_gradient(error):
+    return error + torch.sqrt(error * 0)  # + 0, with an infinite slope
+
+
+@pytest.mark.parametrize("poison", [nan_loss, nan_gradient])
+def test_numbers_that_blow_up_stop_the_run(capsys, small, tmp_path, monkeypatch, poison):
+    """The step is named, no weight has taken the bad step, and the state before it is whole."""
+    calls, honest = [], train.squared_error
+
+    def poisoned(*inputs):
+        calls.append(1)
+        return poison(honest(*inputs)) if len(calls) == 5 else honest(*inputs)
+
+    monkeypatch.setattr(train, "squared_error", poisoned)
+    refused(capsys, small(steps=8, state_every=1), "no longer finite at step 5", "--lr")
+    assert not (tmp_path / "run" / "adapter").exists()
+    files = list((tmp_path / "run" / "state").iterdir())
+    assert [f.name for f in sorted(files)] == ["step-000003.safetensors", "step-000004.safetensors"]
+    assert all(t.isfinite().all() for f in files for t in load_file(f).values() if t.is_floating_point())
+    train.train(small(out=str(tmp_path / "run"), steps=8, resume=True))  # the cause gone, it can go on
+    assert (tmp_path / "run" / "adapter").exists()
+
+
+def test_full_disk(capsys, small, tmp_path):
+    """A write that does not fit: one line that names the file, and nothing of it left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        refused(capsys, small(state_every=1, target="all", rank=8), "cannot write", "step-000001.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "run").rglob("*.tmp")) and not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="wants a folder that not even root may write to")
+def test_read_only_folder(capsys, small):
+    refused(capsys, small(out="/sys/kernel/run"), "cannot write", "/sys/kernel/run")
+
+
+def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """A failure between writing and renaming changes nothing."""
+    path = tmp_path / "a.json"
+    atomic.write(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "replace", fail)
+    with pytest.raises(OSError) as caught:
+        atomic.write(path, "new")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_resume_refuses_other_images(capsys, small, image_folder, tmp_path, monkeypatch):
+    """An image gone or new would deal the roles anew, and members would become non-members."""
+    folder = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    monkeypatch.setattr(runfolder, "finish", lambda *_: {})  # as if killed before it
+    train.train(small(data=str(folder)))
+    (folder / "00.png").unlink()
+    refused(capsys, small(data=str(folder), resume=True), "no longer holds the images")
+
+
+def test_resume_of_nothing_begins(small, tmp_path):
+    """So that one command line serves the first start and every later one."""
+    train.train(small(resume=True))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "summary" in config and config["settings"]["resume"] is False
+
+
+def test_resume_refuses_a_torn_config(capsys, small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"settings": {')
+    refused(capsys, small(resume=True), "config.json", "not a run's config")
+
+
+# ---- adapters from elsewhere ----
+
+
+def adapter_file(path, metadata=None, extra=None, rank=2):
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"unet.{name}.lora_A.weight": torch.ones(rank, 32), f"unet.{name}.lora_B.weight": torch.ones(32, rank)}
+    save_file(tensors | (extra or {}), path, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
+    return path, name
+
+
+@pytest.mark.parametrize(
+    "pattern, alpha", [("to_q", 7.0), ("attn1.to_q", 7.0), (".*attn1.to_q", 7.0), ("attn2.to_q", 3.0), ("o_q", 3.0)]
+)
+def test_alpha_pattern_is_honoured(tmp_path, pattern, alpha):
+    """As peft matches it (checked against its own function)."""
+    from peft.utils.other import get_pattern_key
+
+    path, name = adapter_file(tmp_path / "a.safetensors", {"unet.lora_alpha": 3, "unet.alpha_pattern": {pattern: 7}})
+    found, _ = lora.read(path)
+    assert found[name][2] == alpha
+    assert {pattern: 7}.get(get_pattern_key([pattern], name), 3) == alpha
+
+
+def test_rank_comes_from_the_factors(tmp_path):
+    path, name = adapter_file(tmp_path / "a.safetensors", {"unet.r": 64, "unet.rank_pattern": {"to_q": 5}, "unet.lora_alpha": 2}, rank=5)  # fmt: skip
+    assert lora.read(path)[0][name][0].shape[0] == 5
+
+
+@pytest.mark.parametrize("name", ["use_rslora", "use_dora"])
+def test_refuses_another_formula(tmp_path, name):
+    path, _ = adapter_file(tmp_path / "a.safetensors", {f"unet.{name}": True})
+    with pytest.raises(UserError, match=name):
+        lora.read(path)
+
+
+def test_names_what_is_not_the_unet(tmp_path, capsys):
+    path, _ = adapter_file(tmp_path / "a.safetensors", extra={"text_encoder.layer.lora_A.weight": torch.ones(2, 4)})
+    lora.read(path)
+    assert "text_encoder.layer.lora_A.weight" in capsys.readouterr().out
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@few
+@given(
+    config=json_values
+    | st.dictionaries(st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.r"]), json_values)
+)
+def test_fuzz_adapter_settings(tmp_path, config):
+    """Whatever the header says, the adapter is read with a finite scale or refused in one line."""
+    path, name = adapter_file(tmp_path / "a.safetensors", config)
+    try:
+        found, _ = lora.read(path)
+        assert abs(found[name][2]) < float("inf")
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@few
+@given(start=st.integers(0, 400), junk=st.binary(max_size=40), end=st.integers(0, 600))
+def test_fuzz_adapter_bytes(tmp_path, start, junk, end):
+    """The same for damaged and cut files."""
+    path, _ = adapter_file(tmp_path / "a.safetensors", {"unet.lora_alpha": 3})
+    content = bytearray(path.read_bytes())
+    content[start : start + len(junk)] = junk
+    path.write_bytes(content[: len(content) - end])
+    with contextlib.suppress(UserError):
+        lora.read(path)
+
+
+@few
+@given(
+    caption=st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300).filter(str.strip),
+    stem=st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=40)
+    .filter(lambda s: s[0] != "." and len(s.encode()) < 200),
+)  # fmt: skip
+def test_fuzz_captions_and_file_names(tiny_base_loaded, tmp_path, caption, stem):
+    """Any Unicode caption and file name goes through to an embedding of the usual shape."""
+    folder = tmp_path / "fuzz"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / f"{stem}.png")
+    (folder / f"{stem}.png").with_suffix(".txt").write_bytes(caption.encode())
+    images = load_images(str(folder), 8)
+    assert images.names == [f"{stem}.png"]
+    assert images.captions == [" ".join(caption.removeprefix("\ufeff").replace("\r", "\n").split())]
+    text = encode_captions(tiny_base_loaded, images.captions)
+    assert text.shape[0] == 1 and text.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def tiny_base_loaded(tiny_base):
+    return load_base(tiny_base)
+
+
+# ---- reuse ----
+
+
+@pytest.fixture
+def kohya_run(small, tmp_path):
+    """A run that wrote both forms, and its folder."""
+    train.train(small(out=str(tmp_path / "first"), format="kohya"))
+    return tmp_path / "first"
+
+
+def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
+    """--format kohya adds a file that says the same; --init starts at exactly that adapter, with its rank and alpha."""
+    one = lora.read(kohya_run / "adapter")[0]
+    two = lora.read(kohya_run / "kohya" / lora.KOHYA_NAME)[0]
+    assert {k.replace(".", "_") for k in one} == set(two)
+    for name, (a, b, alpha) in one.items():
+        x, y, scale = two[name.replace(".", "_")]
+        assert torch.equal(a, x) and torch.equal(b, y) and alpha == scale == 4.0
+    for path in (kohya_run / "adapter", kohya_run / "kohya" / lora.KOHYA_NAME):
+        settings = small(init=str(path), rank=16, alpha=1.0, target="all")
+        run = train.prepare(settings, Processes())
+        assert (settings.rank, settings.alpha, settings.target) == (2, 4.0, "attention")
+        assert all(torch.equal(one[n][1], layer.lora_B.weight) for n, layer in run.adapter.layers.items())
+    train.train(small(init=str(kohya_run / "adapter"), rank=16, steps=1))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["rank"] == 2
+    moved = lora.read(tmp_path / "run" / "adapter")[0]
+    assert moved.keys() == one.keys() and not torch.equal(moved[name][1], one[name][1])
+
+
+def test_init_refuses_a_pickle(capsys, small, tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "adapter.safetensors")
+    refused(capsys, small(init=str(tmp_path / "adapter.safetensors")), "adapter.safetensors", "pickles are not read")
+    refused(capsys, small(init=str(tmp_path / "nothing")), "there is no adapter file")
+    assert not (tmp_path / "run").exists()
+
+
+def test_readme_snippet_loads_the_adapter(tiny_base, kohya_run, monkeypatch):
+    """The README's lines of diffusers code, run with our folders in place of theirs."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    snippet = next((b for b in blocks if "load_lora_weights" in b), None)
+    if snippet is None:
+        pytest.skip("the README has no such snippet")
+    for name in ("SD15_FOLDER", "base"):
+        snippet = snippet.replace(f'"{name}"', repr(tiny_base))
+    snippet = re.sub(r'"runs/[^"]*"', repr(str(kohya_run / "adapter")), snippet)
+    before = load_base(tiny_base).unet
+    names: dict = {}
+    exec(snippet, names)
+    pipe = next(v for v in names.values() if hasattr(v, "unet"))
+    x, t, c = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        got, plain = pipe.unet(x, t, c)[0], before(x, t, c)[0]
+        lora.load(before, kohya_run / "adapter")
+        torch.testing.assert_close(got, before(x, t, c)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, plain, atol=1e-6)
+
+
+# ---- looking first, and dashboards ----
+
+
+@pytest.mark.parametrize("method", ["lora", "smp"])
+def test_dry_run_says_and_writes_nothing(small, tmp_path, capsys, method):
+    """Counts, parameters, steps, time and memory; no folder."""
+    plan = train.train(small(method=method, dry_run=True, steps=100))
+    text = capsys.readouterr().out
+    assert "member_aux 10" in text and "nothing was written" in text
+    assert plan["steps"].startswith("100 of 4 images, 20.0 passes")
+    layers = 16  # 2 blocks x (attn1, attn2) x 4 projections
+    assert plan["adapter"].endswith(f"in {layers} layers") or "layers" in plan["adapter"]
+    assert float(plan["memory"].split()[0]) > 0.1 and not (tmp_path / "run").exists()
+
+
+def test_tensorboard_shows_the_metrics(small, tmp_path):
+    """What the dashboard reads is what metrics.jsonl says."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.train(small(track="tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    got = [(e.step, e.value) for e in events.Scalars("adaptation_loss")]
+    assert [s for s, _ in got] == [1, 2, 3]
+    assert [v for _, v in got] == pytest.approx([r["adaptation_loss"] for r in rows])

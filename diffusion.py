@@ -134,10 +134,15 @@ def resolve_dtype(dtype: str, device: str) -> str:
 # What is cached once per run
 
 
+def at_once(base: Base) -> int:
+    """Pictures that go through the autoencoder together: 32 small ones, 2 of 512 px, so that memory stays bounded."""
+    return min(32, max(1, 32 * 128**2 // base.size**2))
+
+
 @torch.no_grad()
-def encode_images(base: Base, pixels: np.ndarray, batch: int = 32) -> torch.Tensor:
+def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> scaled latents z0 (N, C, h, w), float32: the mode of the VAE's posterior."""
-    vae, parts = base.pipeline.vae, []
+    vae, parts, batch = base.pipeline.vae, [], at_once(base)
     for i in range(0, len(pixels), batch):
         x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
         x = (x.float() / 127.5 - 1).to(vae.dtype)
@@ -187,7 +192,7 @@ def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.0, batch: int = 32) -> np.ndarray:
+def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.0) -> np.ndarray:
     """Pictures uint8 (N, H, W, 3) from text embeddings (N, L, D) by DDIM with classifier-free guidance.
 
     `empty` (1, L, D) embeds "" and `noise` (N, C, h, w) is z_T, so two models can be drawn from the same noise.
@@ -195,7 +200,7 @@ def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.
     from diffusers import DDIMScheduler
 
     base.pipeline.scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config)
-    parts = []
+    parts, batch = [], at_once(base)
     for i in range(0, len(text), batch):
         prompts = text[i : i + batch]
         images = base.pipeline(

@@ -91,8 +91,11 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
     return roc.auc(*pair), tuple(bootstrap.interval(bootstrap.auc(*pair)))
 
 
-def sample_grid(run: Run, name: str, columns: int = 8) -> None:
-    """Sixteen pictures from fixed captions and noise, the upper row of members' captions, the lower of others'."""
+def sample_grid(run: Run, name: str) -> None:
+    """Pictures from fixed captions and noise, the upper row of members' captions, the lower of others'."""
+    columns = run.settings.samples
+    if not columns:
+        return
     rng = np.random.default_rng(run.settings.seed)
     index = [i for r in ("member_test", "nonmember_test") for i in rng.choice(run.roles[r], columns)]
     noise = torch.randn(

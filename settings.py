@@ -68,6 +68,7 @@ class Settings:
         None, "steps between adapters kept, each with its held-out loss (default: an eighth of the run)"
     )
     sample_every: int | None = option(None, "steps between sample grids (default: only the last)")
+    samples: int = option(8, "pictures in each of the grid's two rows; 0 makes none, which saves hours on a CPU")
     norms_every: int = option(20, "steps between separate gradient norms of L and G (two more backward passes)")
     hessian_every: int = option(
         0, "steps between Hessian norms and their bound on a fixed batch (each costs dozens of steps); 0 is never"
@@ -97,7 +98,7 @@ def resolve(settings: Settings) -> Settings:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if not (0 <= settings.lam < float("inf") and 0 <= settings.delta < float("inf")):
         raise UserError(f"--lam and --delta must be 0 or more, not {settings.lam} and {settings.delta}")
-    for name in ("hessian_every", "threads"):
+    for name in ("hessian_every", "threads", "samples"):
         if getattr(settings, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(settings, name)}")
     if not 0 <= settings.seed < 2**62:

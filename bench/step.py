@@ -1,48 +1,198 @@
-"""Seconds of a training step per method, as ratios to plain LoRA measured in turn in one process.
+"""Seconds and peak memory of a training step: ours, diffusers + peft's, and the arrangement of the paper's released code.
 
-python bench/step.py                # embedded model, default settings; about three minutes on two cores
-python bench/step.py --model DIR    # any other base
+    python bench/step.py                          # embedded model, default settings
+    python bench/step.py --model SD15_FOLDER      # full size: bench/sd15.py writes one
+
+Every figure is of a process of its own that does nothing but steps on random latents; ratios are per round, so that
+drift of the machine shows.  Memory is the peak resident set while stepping (Linux), weights included.
+
+    lora            this project, the reference of the ratios
+    lora peft       the same layers, rank and batch by `unet.add_adapter` of diffusers + peft
+    smp pooled/raw  Algorithm 1: a forward of 2 B for the attacker, one forward of B for L and G
+    smp released    L and G from two forwards with noise of their own, as in the released code; raw proxy
 """
 
 import argparse
-import json
+import multiprocessing
 import sys
-import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train
-
-METHODS = (("lora", "pooled"), ("mp", "pooled"), ("smp", "pooled"), ("smp", "raw"))
+VARIANTS = ("lora", "lora peft", "smp pooled", "smp raw", "smp released")
 
 
-def step_seconds(model: str, method: str, proxy: str, steps: int) -> float:
-    """Median seconds of a step, the first five left out; no norms, no checkpoints in between."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/run"
-        train.train(
-            train.Settings(
-                method=method, proxy=proxy, model=model, out=out, steps=steps, norms_every=10**6, save_every=10**6
-            )
-        )
-        rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return median(row["seconds"] for row in rows[6:])
+def build(args, method: str, proxy: str, adapted: bool = True):
+    """(run, learner) on random latents; without our adapter if not `adapted`."""
+    import torch
+
+    import lora
+    from diffusion import encode_captions, load_base, resolve_dtype
+    from learner import Learner
+    from parallel import Processes
+    from runfolder import Run
+    from settings import Settings, resolve
+
+    settings = Settings(
+        method=method, proxy=proxy, model=args.model, dtype=args.dtype, device=args.device, out="/unused"
+    )
+    resolve(settings)
+    settings.batch_size = args.batch_size or settings.batch_size
+    settings.dtype, settings.norms_every = resolve_dtype(settings.dtype, settings.device), 10**9
+    settings.gradient_checkpointing = args.gradient_checkpointing
+    torch.manual_seed(0)
+    base = load_base(settings.model, settings.device, settings.dtype)
+    text = encode_captions(base, ["a picture"]).expand(8, -1, -1)
+    latents = torch.randn(8, *base.latent_shape, device=base.device)
+    roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
+    adapter = (
+        lora.inject(base.unet, settings.target, settings.rank, settings.alpha) if adapted else lora.Adapter({}, "")
+    )
+    if settings.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    run = Run(settings, base, adapter, latents, text, roles, [], [], Processes())
+    return run, Learner(run) if adapted else None
+
+
+def ours(args, method: str, proxy: str):
+    """A function that takes one step as train.py does."""
+    import train
+
+    run, learner = build(args, method, proxy)
+
+    def step():
+        if method != "lora":
+            train.attacker_turn(run, learner)
+        train.adapter_turn(run, learner, 2)
+        learner.optimizer.step()
+
+    return step
+
+
+def peft(args):
+    """The LoRA step of diffusers' own training example: mean squared error, clipping, AdamW."""
+    import torch
+    from peft import LoraConfig
+
+    from diffusion import squared_error
+    from lora import TARGETS
+
+    run, _ = build(args, "lora", "raw", adapted=False)
+    s, base = run.settings, run.base
+    base.unet.requires_grad_(False)
+    config = LoraConfig(
+        r=s.rank, lora_alpha=s.alpha, init_lora_weights="gaussian", target_modules=list(TARGETS[s.target])
+    )
+    base.unet.add_adapter(config)
+    parameters = [p for p in base.unet.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    optimizer = torch.optim.AdamW(parameters, lr=s.lr)
+
+    def step():
+        index = torch.randint(8, (s.batch_size,))
+        timesteps = torch.randint(1000, (s.batch_size,), device=base.device)
+        noise = torch.randn(s.batch_size, *base.latent_shape, device=base.device)
+        squared_error(base, run.latents[index], run.text[index], timesteps, noise).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def released(args):
+    """L and G of one batch from two forwards, each with its own timesteps and noise."""
+    import train
+    from diffusion import squared_error
+    from learner import draw_noise
+    from objectives import adaptation_loss, clip_, gradients, mi_gain, ratio_objective
+
+    run, learner = build(args, "smp", "raw")
+    s, base = run.settings, run.base
+
+    def step():
+        train.attacker_turn(run, learner)
+        index, errors, times = learner.private.draw(), [], []
+        for _ in range(2):
+            timesteps, noise = draw_noise(base, len(index), learner.outer)
+            errors.append(squared_error(base, run.latents[index], run.text[index], timesteps, noise))
+            times.append(timesteps)
+        value = ratio_objective(adaptation_loss(errors[0]), mi_gain(learner.attacker, errors[1], times[1]), s.lam)
+        grads = gradients(value, learner.parameters)
+        clip_(grads, s.clip)
+        for p, g in zip(learner.parameters, grads, strict=True):
+            p.grad = g
+        learner.optimizer.step()
+
+    return step
+
+
+def peak_gib(reset: bool = False) -> float:
+    """The peak resident set since the last reset, in GiB; not a number where the kernel does not say."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    except OSError:
+        return float("nan")
+
+
+def measure(variant: str, args, queue) -> None:
+    """Put (median seconds of a step, peak GiB); the first two steps warm up."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name, _, kind = variant.partition(" ")
+    step = {"peft": peft, "released": released}.get(kind)
+    step = step(args) if step else ours(args, name, kind or "pooled")
+    seconds = []
+    for i in range(args.steps + args.warm_up):
+        if i == args.warm_up:
+            peak_gib(reset=True)
+        tick = time.perf_counter()
+        step()
+        if torch.device(args.device).type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - tick)
+    queue.put((median(seconds[args.warm_up :]), peak_gib()))
 
 
 def main() -> None:
-    """Three rounds over all methods; prints the ratio per round, so that drift of the machine shows."""
+    """All variants in turn, `--rounds` times."""
+    from settings import EMBEDDED
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=train.EMBEDDED)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=VARIANTS, choices=VARIANTS)
     args = parser.parse_args()
-    rounds = [[step_seconds(args.model, *m, args.steps) for m in METHODS] for _ in range(args.rounds)]
-    print(f"{'method':14}{'seconds':>9}   ratio to lora, per round")
-    for i, (method, proxy) in enumerate(METHODS):
-        ratios = "  ".join(f"{r[i] / r[0]:.2f}" for r in rounds)
-        print(f"{method + ' ' + proxy:14}{median(r[i] for r in rounds):9.3f}   {ratios}")
+    context, found = multiprocessing.get_context("spawn"), {v: [] for v in args.only}
+    for _ in range(args.rounds):
+        for variant in args.only:
+            queue = context.SimpleQueue()
+            process = context.Process(target=measure, args=(variant, args, queue))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{variant} failed with exit code {process.exitcode}")
+            found[variant].append(queue.get())
+    first = args.only[0]
+    print(f"{'':14}{'seconds':>9}{'GiB':>7}   seconds and memory against {first}, per round")
+    for variant, rounds in found.items():
+        ratios = "  ".join(f"{s / a:.2f}/{g / b:.2f}" for (s, g), (a, b) in zip(rounds, found[first], strict=True))
+        print(f"{variant:14}{median(s for s, _ in rounds):9.3f}{median(g for _, g in rounds):7.2f}   {ratios}")
 
 
 if __name__ == "__main__":

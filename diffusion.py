@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from errors import UserError
+from settings import EMBEDDED
 
-EMBEDDED = str(Path(__file__).parent / "base")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

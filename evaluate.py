@@ -3,7 +3,6 @@
     python evaluate.py runs/lora runs/mp runs/smp     # a table, figures, and eval.json in each run folder
     python evaluate.py runs/lora --at best            # the adapter of the step with the lowest held-out loss
     python evaluate.py --model SD15 --adapter my.safetensors --data FOLDER   # trained elsewhere; FOLDER in four parts
-    python evaluate.py runs/smp --shadow 8            # and an adversary who trains eight adapters of the same kind
 
 Figures are of test images that no choice was made on.  The hyper-parameters that an attack leaves open are chosen on
 the images that the attacker knows (auxiliary and validation), thresholds and checkpoints of trained attacks on
@@ -13,12 +12,10 @@ validation images.  Scores are kept per attack, so a stopped evaluation goes on 
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli import one_line_errors, option, parse
-from errors import UserError
 
 
 @dataclass
@@ -38,7 +35,6 @@ class Settings:
     sampling_steps: int = option(20, "DDIM steps per picture")
     guidance: float = option(3.0, "classifier-free guidance scale")
     features: str = option("embedded", "network of the Frechet distance and KID", ("embedded", "inception"))
-    shadow: int = option(0, "adapters to train for the calibrated attack; 8 is a good number")
     bootstrap: int = option(1000, "bootstrap rounds for the intervals")
     device: str = option("cpu", "cpu, cuda, cuda:1, mps")
     dtype: str = option("float32", "of the base of --adapter", ("float32", "bfloat16", "float16"))
@@ -50,137 +46,15 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and a mis
 
 import numpy as np
 import torch
-import tqdm
 
 import attacks
 import lora
 import plots
 import quality
 import roc
-from diffusion import encode_captions, sample
 from runfolder import write_json
+from scores import Store, attack_scores, draw, query, threshold
 from targets import SIDES, Subject, Target, prepare, read_adapter, read_run
-
-VARIANT_TIMESTEPS = attacks.TIMESTEPS[1::2]  # for crops and cut captions
-TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled", "GSA1", "blind")  # fitted to auxiliary images: no choice there
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scores
-
-
-class Store:
-    """Arrays kept by name in a folder and computed once; emptied when `key` changes."""
-
-    def __init__(self, folder: Path, key: str):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "key.json").is_file() or (folder / "key.json").read_text() != key:
-            for old in folder.glob("*.npz"):
-                old.unlink()
-            (folder / "key.json").write_text(key)
-
-    def get(self, name: str, compute: Callable[[], dict]) -> dict[str, np.ndarray]:
-        """The named arrays that `compute` returns, from the folder if they are there."""
-        path = self.folder / f"{name}.npz"
-        if not path.exists():
-            aside = path.with_suffix(".tmp")
-            with open(aside, "wb") as file:
-                np.savez(file, **compute())
-            aside.rename(path)
-        with np.load(path) as arrays:
-            return dict(arrays)
-
-
-def query(subject: Subject, network, store: Store, adapter: lora.Adapter, s: Settings, seed: int, label: str) -> dict:
-    """Everything that the attacks ask of the model as it stands, as named arrays over the images.
-
-    This is where the time goes; what follows is arithmetic.
-    """
-    base, latents, text = subject.base, subject.latents, subject.text
-
-    def grid():
-        h = {p: attacks.train_proxy(base, latents, text, subject.roles, p, seed) for p in ("raw", "pooled")}
-        losses, odds = attacks.sweep(base, latents, text, h)
-        late = attacks.loss_grid(base, latents, text, attacks.LATE_TIMESTEPS, draws=1)
-        odds = {f"odds-{p}": o.numpy() for p, o in odds.items()}
-        return {"losses": losses.numpy(), "late": late.numpy(), **odds}
-
-    def noise():
-        clean = attacks.predict_noise(base, latents, 0, text)
-        return {
-            "SecMI-stat": attacks.secmi(base, latents, text),
-            "PIA": attacks.pia(base, latents, text, clean=clean),
-            "PIAN": attacks.pia(base, latents, text, clean=clean, normalised=True),
-            "SimA": attacks.sima(base, latents, text, clean=clean),
-        }
-
-    def variants():
-        """Losses of crops and of cut captions on the first draw of the grid: (2, N, T) each."""
-        crops = [attacks.loss_grid(base, z, text, VARIANT_TIMESTEPS, draws=1)[:, :, 0] for z in subject.crops]
-        cuts = [attacks.loss_grid(base, latents, c, VARIANT_TIMESTEPS, draws=1)[:, :, 0] for c in subject.cuts]
-        return {"crops": torch.stack(crops).numpy(), "cuts": torch.stack(cuts).numpy()}
-
-    def generated():
-        """Pictures from the captions of validation and test images, fewer steps than for quality."""
-        found = [i for side in SIDES for part in ("val", "test") for i in subject.roles[f"{side}_{part}"]]
-        score = np.full(len(latents), np.nan)
-        sets = subject.pixels[found], draw(subject, found, 8, s.guidance)
-        real, made = (quality.features(network, pictures).numpy() for pictures in sets)
-        score[found] = attacks.black_box(real, made[:, None])
-        return {"black-box": score}
-
-    def gradients():
-        adapter.unmerge()
-        return {"gradients": attacks.gradient_features(base, adapter.parameters(), latents, text)}
-
-    adapter.merge()  # nothing but the gradients needs the factors apart
-    raw, stages = {}, (grid, noise, variants, generated, gradients)
-    with tqdm.tqdm(stages, desc=f"attacks on {label}") as bar:
-        for stage in bar:
-            bar.set_postfix_str(stage.__name__)
-            raw |= store.get(stage.__name__, stage)
-    if not all(np.isfinite(v).all() for k, v in raw.items() if k != "black-box"):
-        raise UserError(f"{label} gives losses that are not finite: there is nothing to attack")
-    return raw
-
-
-def attack_scores(subject: Subject, raw: dict, references: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """One score per image and attack, (N,): formulas on what `query` found, open choices made on known images.
-
-    `references` are loss grids (N, T, K) of other models: the base for "difference", shadow models for "shadow".
-    """
-    losses, first = torch.from_numpy(raw["losses"]), torch.from_numpy(raw["losses"][:, 1::2, 0])  # VARIANT_TIMESTEPS
-    train = tuple(subject.roles[f"{side}_aux"] for side in SIDES)
-    scores = {
-        "loss": attacks.loss_attack(losses),
-        "proxy-raw-1": attacks.one_draw(torch.from_numpy(raw["odds-raw"]), seed),
-        "proxy-raw": raw["odds-raw"].mean((1, 2)),
-        "proxy-pooled": raw["odds-pooled"].mean((1, 2)),
-        "SecMI-stat": raw["SecMI-stat"],
-        "PIA": raw["PIA"],
-        "PIAN": raw["PIAN"],
-        "SimA": raw["SimA"],
-        "PFAMI": attacks.pfami(first, torch.from_numpy(raw["crops"])),
-        "CLiD": attacks.clid(first, torch.from_numpy(raw["cuts"]), subject.known()),
-        "GSA1": attacks.classifier_score(raw["gradients"], train),
-        "black-box": raw["black-box"],
-    }
-    for name, grid in references.items():
-        scores[name] = attacks.difference_attack(losses, torch.from_numpy(grid))
-    return {name: choose(subject, score) for name, score in scores.items()}
-
-
-def choose(subject: Subject, score: np.ndarray) -> np.ndarray:
-    """The column of (N, candidates) with the best AUC on the images that the attacker knows; (N,) as it is."""
-    if score.ndim == 1:
-        return score
-    return max(score.T, key=lambda column: roc.auc(*subject.pair(column, "aux", "val")))
-
-
-def threshold(subject: Subject, name: str, score: np.ndarray) -> float:
-    """The best threshold on known images: validation alone where the attack was fitted to the auxiliary ones."""
-    parts = ("val",) if name in TRAINED or np.isnan(score).any() else ("aux", "val")
-    return roc.best_threshold(*subject.pair(score, *parts))
 
 
 def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: int) -> dict:
@@ -193,13 +67,6 @@ def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Quality
-
-
-def draw(subject: Subject, index, steps: int, guidance: float) -> np.ndarray:
-    """Pictures from the captions of `index`, from the same noise for every model."""
-    noise = torch.randn((len(index), *subject.base.latent_shape), generator=torch.Generator().manual_seed(1))
-    empty = encode_captions(subject.base, [""])
-    return sample(subject.base, subject.text[index], empty, noise.to(subject.base.device), steps, guidance)
 
 
 def picture_quality(subject: Subject, network, made: np.ndarray) -> dict:
@@ -230,7 +97,7 @@ class Measured:
 
 def measure(subject, network, store, adapter, s: Settings, seed: int, label: str, references: dict) -> Measured:
     """Attack the model as it stands, and judge its pictures."""
-    raw = query(subject, network, store, adapter, s, seed, label)
+    raw = query(subject, network, store, adapter, s.guidance, seed, label)
     scores = attack_scores(subject, raw, references, seed)
     record = leakage(subject, scores, s.bootstrap, seed)
     grid = np.concatenate([raw["losses"][:, :, 0], raw["late"][:, :, 0]], axis=1)  # (N, 8): one draw per timestep
@@ -241,9 +108,8 @@ def measure(subject, network, store, adapter, s: Settings, seed: int, label: str
     if s.pictures:
         adapter.merge()
         index = np.resize(subject.members(), s.pictures)
-        made = store.get("pictures", lambda: {"pictures": draw(subject, index, s.sampling_steps, s.guidance)})[
-            "pictures"
-        ]
+        kept = store.get("pictures", lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)})
+        made = kept["made"]
         record["quality"] = picture_quality(subject, network, made)
     return Measured(record, scores, raw, made)
 
@@ -255,6 +121,20 @@ def fingerprint(target: Target, s: Settings) -> str:
     return json.dumps(
         [attacks.GRID_SEED, c["model"], c["data"], c["caption"], c["dtype"], c["seed"], target.splits, choices]
     )
+
+
+def measure_base(subject, network, folder: Path, key: str, adapter: lora.Adapter, s: Settings, seed: int) -> Measured:
+    """The control: an adapter of the same shape before its first step, which is the base model with gradients to take.
+
+    Its scores are kept beside the runs, so that every run over the same images finds them.
+    """
+    layer, unet = next(iter(adapter.layers.values())), subject.base.unet
+    untrained = lora.inject(unet, adapter.target, layer.rank, layer.alpha, torch.Generator().manual_seed(seed))
+    store = Store(folder / f"control-{hashlib.sha256(key.encode()).hexdigest()[:8]}", key)
+    try:
+        return measure(subject, network, store, untrained, s, seed, "the base model", {})
+    finally:
+        lora.remove(unet, untrained)
 
 
 def evaluate(s: Settings) -> list[dict]:
@@ -270,20 +150,12 @@ def evaluate(s: Settings) -> list[dict]:
             subject, key, control = prepare(target, s.device, s.nonmembers), fingerprint(target, s), None
         unet = subject.base.unet
         adapter, _ = lora.load(unet, target.adapter)
-        files = sorted(
-            p.stat().st_mtime_ns for p in ([target.adapter] if target.adapter.is_file() else target.adapter.iterdir())
-        )
-        layer = next(iter(adapter.layers.values()))
-        if control is None:  # the base model is an adapter of the same shape before its first step
+        if control is None:
             lora.remove(unet, adapter)
-            untrained = lora.inject(unet, adapter.target, layer.rank, layer.alpha, torch.Generator().manual_seed(seed))
-            store = Store(folder.parent / f"control-{hashlib.sha256(key.encode()).hexdigest()[:8]}", key)
-            control = measure(subject, network, store, untrained, s, seed, "the base model", {})
-            lora.remove(unet, untrained)
+            control = measure_base(subject, network, target.run.parent, key, adapter, s, seed)
             adapter, _ = lora.load(unet, target.adapter)
-        references = {"difference": control.raw["losses"]}
-        store = Store(folder / "scores" / "adapter", json.dumps([key, str(target.adapter), files]))
-        found = measure(subject, network, store, adapter, s, seed, target.name, references)
+        store = Store(folder / "scores", json.dumps([key, str(target.adapter), written(target.adapter)]))
+        found = measure(subject, network, store, adapter, s, seed, target.name, {"difference": control.raw["losses"]})
         lora.remove(unet, adapter)
         record = {
             "run": target.name,
@@ -299,14 +171,19 @@ def evaluate(s: Settings) -> list[dict]:
             "seconds": round(time.time() - started, 1),
         }
         write_json(folder / "eval.json", record)
-        plots.evaluation(subject, found, control, folder / "figures")
+        plots.evaluation(subject, found, control, target.config["method"], folder / "figures")
         records.append(record)
         test_scores.append({name: subject.pair(score, "test") for name, score in found.scores.items()})
     print_table(records)
     print_differences(records, test_scores, s.bootstrap)
     if len(records) > 1:
-        plots.privacy_against_quality(records, targets[0].folder.parent / "privacy-quality.png")
+        plots.privacy_against_quality(records, targets[0].run.parent / "privacy-quality.png")
     return records
+
+
+def written(adapter: Path) -> list[int]:
+    """When the files of an adapter were written: another training into the same folder is another adapter."""
+    return sorted(p.stat().st_mtime_ns for p in ([adapter] if adapter.is_file() else adapter.iterdir()))
 
 
 def blind(subject: Subject, rounds: int, seed: int) -> dict:

@@ -9,7 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+import roc
+
 COLOURS = {"base": "#000000", "lora": "#D55E00", "mp": "#E69F00", "smp": "#0072B2", "smp-detached": "#56B4E9"}
+OTHER = "#CC79A7"  # an adapter trained elsewhere
 SECOND = "#009E73"  # the other line in a panel
 
 
@@ -69,10 +72,10 @@ def training_curves(metrics: list[dict], method: str, path: Path) -> None:
 # Evaluation
 
 
-def evaluation(subject, found, control, folder: Path) -> None:
+def evaluation(subject, found, control, method: str, folder: Path) -> None:
     """The four figures of one evaluated adapter, from evaluate.py's `Measured` of it and of the base model."""
     folder.mkdir(parents=True, exist_ok=True)
-    colour = COLOURS.get(folder.parent.name.split("-")[0], COLOURS["smp"])
+    colour = COLOURS.get(method, OTHER)
     worst = found.record["worst"]["attack"]
     roc_curves(subject, found, folder / "roc.png", colour)
     name = worst if worst in control.scores else "loss"
@@ -89,24 +92,21 @@ def evaluation(subject, found, control, folder: Path) -> None:
 def roc_curves(subject, found, path: Path, colour: str) -> None:
     """ROC of every attack on log axes, the worst one with its 95 % band."""
     figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")
-    worst, floor = found.record["worst"]["attack"], 0.5
+    worst = found.record["worst"]["attack"]
     for name, score in found.scores.items():
         member, nonmember = subject.pair(score, "test")
-        floor = min(floor, 0.5 / len(nonmember))
-        fprs = np.arange(1, len(nonmember) + 1) / len(nonmember)
-        cuts = np.sort(nonmember)[::-1]  # above the i-th highest non-member: FPR (i - 1) / N
-        hits = np.array([(member > c).mean() for c in cuts])
-        if name == worst:
-            axis.plot(fprs, hits, color=colour, lw=2.2, zorder=3, label=f"{name} (worst case)")
-            rng = np.random.default_rng(0)
-            draws = [[(rng.choice(member, len(member)) > c).mean() for c in cuts[::4]] for _ in range(200)]
-            low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-            axis.fill_between(fprs[::4], np.maximum(low, 1e-4), np.maximum(high, 1e-4), color=colour, alpha=0.15, lw=0)
-        else:
-            axis.plot(fprs, hits, color="grey", lw=0.8, alpha=0.6)
-    axis.plot([1e-4, 1], [1e-4, 1], "k:", lw=1, label="guessing")
+        rates = np.arange(1, len(nonmember) + 1) / len(nonmember)
+        cuts = np.sort(nonmember)[::-1]  # just below the i-th highest non-member: FPR i / N
+        if name != worst:
+            axis.plot(rates, roc.hits(member, cuts), color="grey", lw=0.8, alpha=0.6)
+            continue
+        axis.plot(rates, roc.hits(member, cuts), color=colour, lw=2.2, zorder=3, label=f"{name} (worst case)")
+        drawn = np.random.default_rng(0).choice(member, (1000, len(member)))
+        low, high = np.percentile([roc.hits(m, cuts) for m in drawn], [2.5, 97.5], axis=0)
+        axis.fill_between(rates, low, high, color=colour, alpha=0.15, lw=0, label="its 95 % band over members")
     axis.plot([], [], color="grey", lw=0.8, label="the other attacks")
-    axis.set(xscale="log", yscale="log", xlim=(2 * floor, 1), ylim=(1 / 80, 1.05))
+    axis.plot([1e-4, 1], [1e-4, 1], "k:", lw=1, label="guessing")
+    axis.set(xscale="log", yscale="log", xlim=(1 / len(nonmember), 1), ylim=(0.5 / len(member), 1.05))
     axis.set(xlabel="false-positive rate (non-members called members)", ylabel="true-positive rate (members found)")
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.grid(alpha=0.2, which="both")
@@ -159,7 +159,7 @@ def privacy_against_quality(records: list[dict], path: Path) -> None:
     for method, point in points:
         x, worst = point["held_out_loss"], point["worst"]
         low, high = worst["auc_interval"]
-        colour, label = COLOURS.get(method, "#CC79A7"), None if method in seen else method
+        colour, label = COLOURS.get(method, OTHER), None if method in seen else method
         spread = [[max(0, worst["auc"] - low)], [max(0, high - worst["auc"])]]
         axis.errorbar(x, worst["auc"], yerr=spread, fmt="o", color=colour, capsize=3, label=label)
         seen.add(method)

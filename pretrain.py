@@ -41,10 +41,6 @@ class Settings:
     threads: int = 2
 
 
-LATENT_CHANNELS = 6
-MAX_TOKENS = 16  # longest emoji name: 14 tokens with both ends
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Data: the public sets as one array, rasterised once
 
@@ -88,94 +84,6 @@ def augment(pixels, generator):
     moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1  # zero padding is white after the shift
     mix = torch.eye(3) + 0.5 * (u[:, 4:5, None] < 0.5) * (torch.rand(n, 3, 3, generator=generator) - 0.5)
     return torch.einsum("nij,njhw->nihw", mix / mix.sum(2, keepdim=True), moved)  # rows sum to one: white stays
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The four parts of the pipeline
-
-
-def build_vae():
-    """The autoencoder: 48 px pictures to latents 6 x 12 x 12."""
-    from diffusers import AutoencoderKL
-
-    import emojis
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 96),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=emojis.SIZE,
-    )
-
-
-def build_unet():
-    """The denoiser, cross-attention on its lower two levels."""
-    from diffusers import UNet2DConditionModel
-
-    import emojis
-
-    return UNet2DConditionModel(
-        sample_size=emojis.SIZE // 4,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        mid_block_type="UNetMidBlock2D",  # one ResNet block: what keeps the folder below 20 MB
-        block_out_channels=(64, 128, 160),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, whatever diffusers calls it
-        norm_num_groups=16,
-    )
-
-
-def build_text_encoder(tokenizer):
-    """A two-layer CLIP text encoder for the tokenizer's vocabulary."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_tokenizer(captions, folder):
-    """A CLIPTokenizer whose byte-pair merges are learned on the public captions, saved to `folder`."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    words = pre_tokenizers.Split(Regex(r"\w+|[^\s\w]+"), behavior="removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=3
-        ),
-    )
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
-    tokenizer.save_pretrained(folder)
-    # the slow-tokenizer pair of files is what other tools read
-    (Path(folder) / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]) + "\n")
-    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -225,6 +133,8 @@ def train_vae(settings, images):
     import torch
     from torch.nn import functional as F
 
+    from base_model import build_vae
+
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     vae = build_vae().to(memory_format=torch.channels_last)
@@ -269,16 +179,47 @@ def psnr(vae, images):
     return float(torch.cat(values).mean())
 
 
+class Latents:
+    """The public pictures of the chosen styles as cached posteriors, and three captions of each as token ids."""
+
+    def __init__(self, settings, vae, tokenizer, captions, images):
+        import torch
+
+        kept = [i for i, c in enumerate(captions) if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
+        captions, images = [captions[i] for i in kept], images[kept]
+        with torch.no_grad():
+            chunks = [vae.encode(to_pixels(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)]
+        self.mean, self.std = torch.cat([c.mean for c in chunks]), torch.cat([c.std for c in chunks])  # (N, C, h, w)
+        self.scale = float(1 / (self.mean.var() + self.std.square().mean()).sqrt())
+        plain = [c.rsplit(",", 1)[0] for c in captions]
+        texts = captions, plain, [""] * len(captions)
+        pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        self.ids = torch.stack([tokenizer(t, **pad).input_ids for t in texts])  # (3, N, L)
+
+    def draw(self, settings, generator):
+        """A batch: scaled latents (B, C, h, w), token ids (B, L), timesteps (B,), noise (B, C, h, w)."""
+        import torch
+
+        n = settings.unet_batch
+        pick = torch.randint(len(self.mean), (n,), generator=generator)
+        u = torch.rand(n, generator=generator)
+        kind = (u < settings.drop_caption).long() * 2  # 0 with style, 1 without, 2 no caption
+        kind[(u >= settings.drop_caption) & (u < settings.drop_caption + settings.drop_style)] = 1
+        t = torch.randint(1000, (n,), generator=generator)
+        noise = torch.randn((2, *self.mean[pick].shape), generator=generator)
+        return self.scale * (self.mean[pick] + self.std[pick] * noise[0]), self.ids[kind, pick], t, noise[1]
+
+
 def train_unet(settings, vae, captions, images):
-    """UNet and text encoder on cached latents; returns the averaged pair, the tokenizer and the scale."""
+    """UNet and text encoder on cached latents; returns the averaged pair, the tokenizer, the scale and the seconds."""
     import torch
     from torch.optim.swa_utils import AveragedModel
+
+    from base_model import build_text_encoder, build_tokenizer, build_unet
 
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     tokenizer = build_tokenizer(captions, Path(settings.work) / "tokenizer")
-    kept = [i for i, c in enumerate(captions) if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
-    captions, images = [captions[i] for i in kept], images[kept]
     model = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
 
     def blend(old, new, count):  # the early weights are forgotten quickly, whatever the final decay
@@ -291,35 +232,13 @@ def train_unet(settings, vae, captions, images):
     model["unet"].to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     checkpoint = Checkpoint(Path(settings.work) / "unet.pt", settings.save_minutes, **parts)
-
-    with torch.no_grad():
-        chunks = [vae.encode(to_pixels(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)]
-        mean, std = torch.cat([c.mean for c in chunks]), torch.cat([c.std for c in chunks])
-    scale = float(1 / (mean.var() + std.square().mean()).sqrt())
-
-    def tokens(texts):
-        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-    plain = [c.rsplit(",", 1)[0] for c in captions]
-    ids = torch.stack([tokens(captions), tokens(plain), tokens([""] * len(captions))])  # (3, N, L)
+    latents = Latents(settings, vae, tokenizer, captions, images)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-    snr = abar / (1 - abar)
     start, tick = checkpoint.load(generator), time.time()
     for step in range(start, settings.unet_steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.unet_lr * cosine(step, settings.unet_steps, warmup=200)
-        pick = torch.randint(len(captions), (settings.unet_batch,), generator=generator)
-        u = torch.rand(settings.unet_batch, generator=generator)
-        kind = (u < settings.drop_caption).long() * 2
-        kind[(u >= settings.drop_caption) & (u < settings.drop_caption + settings.drop_style)] = 1
-        t = torch.randint(1000, (settings.unet_batch,), generator=generator)
-        noise = torch.randn((2, *mean[pick].shape), generator=generator)
-        z0 = scale * (mean[pick] + std[pick] * noise[0])
-        a = abar[t].view(-1, 1, 1, 1)
-        text = model["text_encoder"](ids[kind, pick])[0]
-        pred = model["unet"](a.sqrt() * z0 + (1 - a).sqrt() * noise[1], t, text).sample
-        error = (pred - noise[1]).square().mean((1, 2, 3))
-        loss = (error * (snr[t].clamp_max(settings.snr_gamma) / snr[t])).mean()
+        error, loss = unet_loss(model, abar, settings.snr_gamma, *latents.draw(settings, generator))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -328,40 +247,33 @@ def train_unet(settings, vae, captions, images):
         if step % 50 == 0:
             pace = (time.time() - tick) / (step - start + 1)
             print(
-                f"unet {step}/{settings.unet_steps} eps-mse {error.mean():.4f} weighted {loss:.4f} {pace:.2f} s/step",
+                f"unet {step}/{settings.unet_steps} eps-mse {error:.4f} weighted {loss:.4f} {pace:.2f} s/step",
                 flush=True,
             )
         checkpoint.save(step + 1, generator)
     checkpoint.save(max(start, settings.unet_steps), generator, now=True)
-    return averaged.module.eval(), tokenizer, scale, checkpoint.spent + time.time() - checkpoint.started
+    return averaged.module.eval(), tokenizer, latents.scale, checkpoint.spent + time.time() - checkpoint.started
+
+
+def unet_loss(model, abar, gamma, z0, ids, t, noise):
+    """(mean squared error, its min-SNR weighted mean) of the predicted noise."""
+    a = abar[t].view(-1, 1, 1, 1)
+    text = model["text_encoder"](ids)[0]
+    pred = model["unet"](a.sqrt() * z0 + (1 - a).sqrt() * noise, t, text).sample
+    error = (pred - noise).square().mean((1, 2, 3))
+    snr = abar[t] / (1 - abar[t])
+    return error.mean(), (error * (snr.clamp_max(gamma) / snr)).mean()
 
 
 def export(settings, vae, model, tokenizer, scale, card):
-    """Write the pipeline folder in half precision, without a safety checker (the pictures are emoji)."""
+    """Write the pipeline folder in half precision, and how it was made."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from base_model import pipeline
 
     vae.register_to_config(scaling_factor=scale)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model["text_encoder"],
-        tokenizer=tokenizer,
-        unet=model["unet"],
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16)
-    pipeline.save_pretrained(settings.out, safe_serialization=True)
+    made = pipeline(vae, model["text_encoder"], tokenizer, model["unet"]).to(dtype=torch.float16)
+    made.save_pretrained(settings.out, safe_serialization=True)
     (Path(settings.out) / "pretraining.json").write_text(json.dumps(card, indent=2) + "\n")
 
 

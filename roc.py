@@ -6,6 +6,7 @@ Held by tests/test_roc.py to scikit-learn and to simulated scores without signal
 """
 
 import numpy as np
+from scipy.stats import rankdata
 
 FPRS = (0.05, 0.01, 0.001)
 PER_FPR = 10  # TPR at a false-positive rate f wants at least 10 / f non-members
@@ -38,6 +39,11 @@ def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> np.ndarray 
     allowed = int(np.floor(fpr * nonmember.shape[-1] + 1e-9))  # so many non-members may score above the threshold
     threshold = np.sort(nonmember, axis=-1)[..., -1 - allowed]
     return (member > threshold[..., None]).mean(-1)
+
+
+def hits(member: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """True-positive rate at each threshold: the share of member scores (M,) at or above `cuts` (K,)."""
+    return 1 - np.searchsorted(np.sort(member), cuts, side="left") / len(member)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,7 +111,7 @@ def worst_case(scores: dict[str, tuple], bootstrap: Bootstrap, seed: int = 0) ->
     name = max(areas, key=areas.get)
     draws = np.max([bootstrap.auc(*s) for s in scores.values()], axis=0)
     rng, m = np.random.default_rng(seed), len(next(iter(scores.values()))[0])
-    ranks = [_ranks(np.r_[s]) for s in map(np.concatenate, scores.values())]
+    ranks = [rankdata(np.concatenate(s)) for s in scores.values()]
     n = len(ranks[0]) - m
     null = []
     for _ in range(len(draws)):
@@ -117,12 +123,6 @@ def worst_case(scores: dict[str, tuple], bootstrap: Bootstrap, seed: int = 0) ->
         "auc_interval": bootstrap.interval(draws),
         "null": float(np.percentile(null, 95)),
     }
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    return rankdata(values)
 
 
 def paired_difference(first: tuple, second: tuple, bootstrap: Bootstrap) -> tuple[float, list[float]]:

@@ -10,7 +10,7 @@ from errors import UserError
 EMBEDDED = str(Path(__file__).parent / "base")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded model, values
-# set by hand and not tuned yet (README, "How the defaults were chosen").
+# set by hand, but for the number of epochs (README, "How the defaults were chosen").
 PAPER = {
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,
@@ -30,7 +30,7 @@ class Settings:
         "lora, or with the defence: mp (the sum, Eq. 6) or smp (the ratio, Eq. 10); smp-detached is a control",
         ("lora", "mp", "smp", "smp-detached"),
     )
-    model: str = option(EMBEDDED, "StableDiffusionPipeline folder or hub name")
+    model: str = option(EMBEDDED, "StableDiffusionPipeline folder, hub name, or one .safetensors checkpoint")
     size: int | None = option(None, "pixels of a side, a multiple of 8 (default: what the model was trained at)")
     data: str = option("twemoji", "twemoji, or a folder of captioned images")
     caption: str | None = option(None, "one caption for images that have none of their own")

@@ -23,7 +23,8 @@ class Target:
     """One adapter to evaluate."""
 
     name: str
-    folder: Path  # where the results go
+    run: Path  # the run folder; what several runs share lies beside it
+    folder: Path  # where the results go: the run folder, or one in it
     adapter: Path
     step: int | None
     at: str
@@ -51,7 +52,7 @@ def read_run(folder: str, at: str = "last") -> Target:
         raise UserError(f"{folder} is not a complete run: {error}") from None
     adapter, step = adapter_folder(path, at, metrics)
     results = path if at == "last" else path / f"at-{at}"
-    return Target(f"{path} @{step}", results, adapter, step, at, config, splits)
+    return Target(f"{path} @{step}", path, results, adapter, step, at, config, splits)
 
 
 def adapter_folder(folder: Path, at: str, metrics: list[dict]) -> tuple[Path, int]:
@@ -83,7 +84,8 @@ def read_adapter(
             raise UserError(f"name run folders, such as runs/smp, or --model, --adapter and --data: {flag} is missing")
     config = {"model": model, "data": data, "caption": caption, "dtype": dtype, "method": "adapter", "seed": 0}
     roles = read_json(Path(splits)) if splits else None
-    return Target(adapter, Path(out or "runs/evaluation"), Path(adapter), None, "file", config, roles)
+    folder = Path(out or "runs/evaluation")
+    return Target(adapter, folder, folder, Path(adapter), None, "file", config, roles)
 
 
 @dataclass

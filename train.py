@@ -18,7 +18,7 @@ import time
 
 from cli import one_line_errors, parse
 from errors import UserError
-from settings import EMBEDDED, FAST, PAPER, Settings, resolve, stored  # noqa: F401
+from settings import Settings, resolve, stored
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__)
@@ -36,7 +36,7 @@ from diffusion import encode_captions, encode_images, load_base, resolve_dtype, 
 from learner import Batches, Learner, draw_noise
 from objectives import clip_, gradient_norms, objective
 from parallel import Processes, WholeBatch, gradients_of_mean
-from runfolder import Run, write_json  # noqa: F401 (the latter for evaluate.py)
+from runfolder import Run
 
 HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import lora
-import train
 from attacker import PROXIES
 from diffusion import load_base, squared_error
 from objectives import objective
+from settings import EMBEDDED, FAST
 from smoothness import flat_gradient, hessian_vector_product, lanczos, plain_attention
 
 
@@ -35,15 +35,15 @@ def seconds(call, times: int) -> float:
 def main() -> None:
     """Three rounds in turn, so that drift of the machine shows; random latents, since time does not depend on them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=train.EMBEDDED)
-    parser.add_argument("--batch-size", type=int, default=train.FAST["batch_size"])
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--batch-size", type=int, default=FAST["batch_size"])
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
     g = torch.Generator().manual_seed(0)
     base = load_base(args.model)
-    f = train.FAST
+    f = FAST
     parameters = lora.inject(base.unet, f["target"], f["rank"], f["alpha"], g).parameters()
     latents, noise = torch.randn(2, args.batch_size, *base.latent_shape, generator=g)
     tokens = base.pipeline.tokenizer.model_max_length

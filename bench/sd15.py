@@ -69,23 +69,15 @@ def clip_tokenizer(folder: Path):
 def write(folder: Path) -> None:
     """The pipeline folder, random weights of seed 0 in float16: 2.1 GB."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from base_model import pipeline
+
     torch.manual_seed(0)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)).half(),
-        tokenizer=clip_tokenizer(folder / "tokenizer"),
-        unet=UNet2DConditionModel(**UNET).half(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
+    vae, text_encoder = AutoencoderKL(**VAE).half(), CLIPTextModel(CLIPTextConfig(**TEXT)).half()
+    unet = UNet2DConditionModel(**UNET).half()
+    pipeline(vae, text_encoder, clip_tokenizer(folder / "tokenizer"), unet).save_pretrained(folder)
 
 
 def check(folder: Path, dtype: str, size: int) -> None:

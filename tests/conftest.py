@@ -23,10 +23,9 @@ def one_thread():
 def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
     """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32, seed 0."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from pretrain import MAX_TOKENS, build_tokenizer
+    from base_model import build_text_encoder, build_tokenizer, pipeline
 
     tokenizer = build_tokenizer(CAPTIONS, folder / "tokenizer")
     with torch.random.fork_rng():
@@ -54,39 +53,8 @@ def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
             sample_size=32,
             scaling_factor=0.7,
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                max_position_embeddings=MAX_TOKENS,
-                projection_dim=32,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
+        text_encoder = build_text_encoder(tokenizer, width=32, layers=1)
+    pipeline(vae, text_encoder, tokenizer, unet, prediction).save_pretrained(folder, safe_serialization=True)
     return str(folder)
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import evaluate
+import scores
 import train
 from errors import UserError
 from settings import Settings
+from targets import SIDES, Subject
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
     assert "worst case" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "draw", None)
-    monkeypatch.setattr(evaluate.attacks, "error_maps", None)
+    monkeypatch.setattr(scores.attacks, "error_maps", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
@@ -42,16 +44,16 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
 def test_choice_is_made_on_known_images():
     """A signal planted in auxiliary and validation images alone decides the column; test images have no say."""
     rng = np.random.default_rng(0)
-    roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in evaluate.SIDES for p in ("aux", "val", "test"))}  # fmt: skip
-    subject = evaluate.Subject(*[None] * 5, roles, *[None] * 3)
+    roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in SIDES for p in ("aux", "val", "test"))}  # fmt: skip
+    subject = Subject(*[None] * 5, roles, *[None] * 3)
     score = rng.normal(size=(60, 3))
     score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
     score[roles["member_aux"] + roles["member_val"], 2] += 3
-    chosen = evaluate.choose(subject, score)
+    chosen = scores.choose(subject, score)
     np.testing.assert_array_equal(chosen, score[:, 2])
-    before = evaluate.threshold(subject, "loss", chosen)
+    before = scores.threshold(subject, "loss", chosen)
     chosen[roles["member_test"]] += 100
-    assert evaluate.threshold(subject, "loss", chosen) == before
+    assert scores.threshold(subject, "loss", chosen) == before
 
 
 def test_refusals(run, tmp_path):

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 import train
 from attacker import PROXIES, attacker_step
-from diffusion import EMBEDDED, load_base, squared_error
+from diffusion import load_base, squared_error
 from lora import inject
 from objectives import METHODS, objective
+from settings import EMBEDDED
 from smoothness import (
     bound,
     correlation,

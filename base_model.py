@@ -1,0 +1,111 @@
+"""The four parts of the embedded base model, and how a pipeline folder is put together from such parts.
+
+`pretrain.py` trains what is built here.  Sizes are of the embedded model; the folder is one that plain
+`StableDiffusionPipeline.from_pretrained` loads.
+"""
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import emojis
+
+LATENT_CHANNELS = 6
+MAX_TOKENS = 16  # longest emoji name: 14 tokens with both ends
+
+
+def build_vae() -> AutoencoderKL:
+    """The autoencoder: 48 px pictures to latents 6 x 12 x 12."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=emojis.SIZE,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The denoiser, cross-attention on its lower two levels."""
+    return UNet2DConditionModel(
+        sample_size=emojis.SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",  # one ResNet block: what keeps the folder below 20 MB
+        block_out_channels=(64, 128, 160),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, whatever diffusers calls it
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 2) -> CLIPTextModel:
+    """A small CLIP text encoder for the tokenizer's vocabulary, four heads."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
+    """A CLIPTokenizer whose byte-pair merges are learned on the captions, saved to `folder`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    words = pre_tokenizers.Split(Regex(r"\w+|[^\s\w]+"), behavior="removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=3
+        ),
+    )
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer.save_pretrained(folder)
+    # the slow-tokenizer pair of files is what other tools read
+    (Path(folder) / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]) + "\n")
+    return tokenizer
+
+
+def pipeline(vae, text_encoder, tokenizer, unet, prediction: str = "epsilon") -> StableDiffusionPipeline:
+    """The parts with Stable Diffusion's noise schedule (DDIM), without a safety checker; save it with `save_pretrained`."""
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -207,7 +207,7 @@ def cell(figures: dict | None, key: str = "auc") -> str:
 
 def print_table(records: list[dict]) -> None:
     """AUC per attack (rows) and model (columns), then the headline and the quality of each."""
-    columns = [("base", records[0]["base"])] + [(r["run"], r["adapted"]) for r in records]
+    columns = [("base", records[0]["base"])] + [(Path(r["run"]).name, r["adapted"]) for r in records]
     width = max(20, *(len(name) + 2 for name, _ in columns))
     names = list(dict.fromkeys(a for _, c in reversed(columns) for a in c["attacks"]))
 

@@ -6,6 +6,8 @@ its distances are comparable within this project only, and only at equal numbers
 Held by tests/test_quality.py to closed forms on the same features.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import nn
@@ -85,7 +87,9 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) 
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(50, len(real), len(generated))
-    metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=size)
+    with warnings.catch_warnings():  # "will save all extracted features in buffer": a few hundred rows
+        warnings.simplefilter("ignore", UserWarning)
+        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=size)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng():

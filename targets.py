@@ -130,14 +130,14 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
             raise UserError(f"{c['data']} no longer holds {missing[0]} ({len(missing)} images of the run are gone)")
         every = {role: [position[n] for n in found] for role, found in target.splits.items()}
     elif images.parts is not None:
-        every = split(images, c["seed"])
+        every = split(images, c["seed"], 0)
     else:
         raise UserError(f"{c['data']} does not say who is a member: give --splits, or sub-folders {', '.join(PARTS)}")
     roles, chosen = {}, []
     for role in (f"{side}_{part}" for side in SIDES for part in ("aux", "val", "test")):
         if not every.get(role):
             raise UserError(f"the split has no images for the role {role}")
-        found = every[role][: nonmembers or None] if role == "nonmember_test" else every[role]
+        found = subset(every[role], nonmembers) if role == "nonmember_test" else every[role]
         roles[role] = list(range(len(chosen), len(chosen) + len(found)))
         chosen += found
     fresh = every.get("fresh", [])
@@ -155,6 +155,13 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
         torch.stack([encode_images(base, crop(pixels, share)) for share in (0.9, 0.8)]),
         torch.stack([encode_captions(base, cut) for cut in (halves, [""] * len(captions))]),
     )
+
+
+def subset(found: list[int], count: int) -> list[int]:
+    """`count` of `found` at random, the same for every run (0: all); the first ones by name would be all of a kind."""
+    if not 0 < count < len(found):
+        return found
+    return sorted(np.random.default_rng(0).permutation(found)[:count].tolist())
 
 
 def crop(pixels: np.ndarray, share: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """evaluate.py on a real run of the tiny model: what it writes, resumes and selects on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import evaluate
 import scores
 import train
+from data import PARTS
 from errors import UserError
 from settings import Settings
-from targets import SIDES, Subject
+from targets import SIDES, Subject, subset
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,26 @@ def test_refusals(run, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             evaluate.evaluate(settings)
+
+
+def test_test_non_members_are_a_random_subset():
+    """File names sort emojis by kind: the first ones would all be of a kind, and any attack would tell them apart."""
+    found = subset(list(range(1000)), 200)
+    assert len(set(found)) == 200 and found == sorted(found) == subset(list(range(1000)), 200)
+    assert 400 < np.mean(found) < 600
+    assert subset([3, 1], 0) == subset([3, 1], 5) == [3, 1]
+
+
+def test_adapter_with_a_folder_in_four_parts(run, tiny_base, image_folder, tmp_path):
+    """An adapter from elsewhere on the paper's four sub-folders, without a run folder or splits."""
+    pictures = sorted(Path(image_folder).glob("*.png"))
+    for k, part in enumerate(PARTS):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for picture in pictures[10 * k : 10 * k + 10]:
+            for file in (picture, picture.with_suffix(".txt")):
+                shutil.copy(file, tmp_path / "data" / part)
+    data, out = str(tmp_path / "data"), str(tmp_path / "out")
+    settings = {"pictures": 0, "bootstrap": 50, "adapter": f"{run}/adapter", "model": tiny_base}
+    (record,) = evaluate.evaluate(evaluate.Settings(data=data, out=out, **settings))
+    assert record["images"] == {f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))}
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["adapted"]["worst"]["auc"] >= 0.5

@@ -360,13 +360,14 @@ def test_readme_snippet_loads_the_adapter(tiny_base, kohya_run, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["lora", "smp"])
-def test_dry_run_says_and_writes_nothing(small, tmp_path, capsys, method):
+def test_dry_run_says_and_writes_nothing(small, tiny_base, tmp_path, capsys, method):
     """Counts, parameters, steps, time and memory; no folder."""
     plan = train.train(small(method=method, dry_run=True, steps=100))
     text = capsys.readouterr().out
     assert "member_aux 10" in text and "nothing was written" in text
     assert plan["steps"].startswith("100 of 4 images, 20.0 passes")
-    layers = 16  # 2 blocks x (attn1, attn2) x 4 projections
+    unet = load_base(tiny_base).unet
+    layers = sum(name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name, _ in unet.named_modules())
     assert plan["adapter"].endswith(f"in {layers} layers")
     assert float(plan["memory"].split()[0]) > 0.1 and not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""What an adapter leaks, and how good its pictures are: twelve attacks, controls and intervals.
+"""What an adapter leaks, and how good its pictures are: twelve attacks on any model, a thirteenth on adapters, controls and intervals.
 
     python evaluate.py runs/lora runs/mp runs/smp     # a table, figures, and eval.json in each run folder
     python evaluate.py runs/lora --at best            # the adapter of the step with the lowest held-out loss
@@ -54,7 +54,7 @@ import quality
 import roc
 from runfolder import write_json
 from scores import Store, attack_scores, draw, query, threshold
-from targets import SIDES, Subject, Target, prepare, read_adapter, read_run
+from targets import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
 
 
 def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: int) -> dict:
@@ -69,12 +69,16 @@ def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: 
 # Quality
 
 
-def picture_quality(subject: Subject, network, made: np.ndarray) -> dict:
-    """Frechet distance, KID and distance to the nearest, of generated pictures to the members (as in the paper) and to
-    held-out pictures, on features of `network`."""
-    generated, found = quality.features(network, made), {"pictures": len(made)}
-    for name, real in (("members", subject.pixels[subject.members()]), ("held_out", subject.held_out)):
-        features = quality.features(network, real)
+def real_features(subject: Subject, network) -> dict[str, torch.Tensor]:
+    """Features of the pictures that generated ones are compared with: the members (as in the paper), and held-out."""
+    sets = {"members": subject.pixels[subject.members()], "held_out": subject.held_out}
+    return {name: quality.features(network, pixels) for name, pixels in sets.items()}
+
+
+def picture_quality(real: dict[str, torch.Tensor], generated: torch.Tensor) -> dict:
+    """Frechet distance, KID and distance to the nearest, of the features of generated pictures to those of `real`."""
+    found = {"pictures": len(generated)}
+    for name, features in real.items():
         found[f"frechet_{name}"] = quality.frechet_distance(features, generated)
         found[f"kid_{name}"], found[f"kid_{name}_deviation"] = quality.kernel_distance(features, generated)
         found[f"nearest_{name}"] = float(quality.nearest(features, generated)[0].mean())
@@ -95,7 +99,7 @@ class Measured:
     pictures: np.ndarray | None
 
 
-def measure(subject, network, store, adapter, s: Settings, seed: int, label: str, references: dict) -> Measured:
+def measure(subject, network, real, store, adapter, s: Settings, seed: int, label: str, references: dict) -> Measured:
     """Attack the model as it stands, and judge its pictures."""
     raw = query(subject, network, store, adapter, s.guidance, seed, label)
     scores = attack_scores(subject, raw, references, seed)
@@ -110,7 +114,7 @@ def measure(subject, network, store, adapter, s: Settings, seed: int, label: str
         index = np.resize(subject.members(), s.pictures)
         kept = store.get("pictures", lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)})
         made = kept["made"]
-        record["quality"] = picture_quality(subject, network, made)
+        record["quality"] = picture_quality(real, quality.features(network, made))
     return Measured(record, scores, raw, made)
 
 
@@ -118,12 +122,11 @@ def fingerprint(target: Target, s: Settings) -> str:
     """What the scores of the base model depend on."""
     c = target.config
     choices = {k: getattr(s, k) for k in ("nonmembers", "pictures", "sampling_steps", "guidance", "features")}
-    return json.dumps(
-        [attacks.GRID_SEED, c["model"], c["data"], c["caption"], c["dtype"], c["seed"], target.splits, choices]
-    )
+    seeds = [attacks.GRID_SEED, SUBSET_SEED, c["seed"]]
+    return json.dumps([seeds, c["model"], c["data"], c["caption"], c["dtype"], target.splits, choices])
 
 
-def measure_base(subject, network, folder: Path, key: str, adapter: lora.Adapter, s: Settings, seed: int) -> Measured:
+def measure_base(subject, network, real, folder: Path, key: str, adapter: lora.Adapter, s: Settings, seed: int):
     """The control: an adapter of the same shape before its first step, which is the base model with gradients to take.
 
     Its scores are kept beside the runs, so that every run over the same images finds them.
@@ -132,7 +135,7 @@ def measure_base(subject, network, folder: Path, key: str, adapter: lora.Adapter
     untrained = lora.inject(unet, adapter.target, layer.rank, layer.alpha, torch.Generator().manual_seed(seed))
     store = Store(folder / f"control-{hashlib.sha256(key.encode()).hexdigest()[:8]}", key)
     try:
-        return measure(subject, network, store, untrained, s, seed, "the base model", {})
+        return measure(subject, network, real, store, untrained, s, seed, "the base model", {})
     finally:
         lora.remove(unet, untrained)
 
@@ -148,14 +151,16 @@ def evaluate(s: Settings) -> list[dict]:
         started, seed, folder = time.time(), target.config["seed"], target.folder
         if fingerprint(target, s) != key:  # targets over the same images share the encoding and the control
             subject, key, control = prepare(target, s.device, s.nonmembers), fingerprint(target, s), None
+            real = real_features(subject, network) if s.pictures else {}
         unet = subject.base.unet
         adapter, _ = lora.load(unet, target.adapter)
         if control is None:
             lora.remove(unet, adapter)
-            control = measure_base(subject, network, target.run.parent, key, adapter, s, seed)
+            control = measure_base(subject, network, real, target.run.parent, key, adapter, s, seed)
             adapter, _ = lora.load(unet, target.adapter)
         store = Store(folder / "scores", json.dumps([key, str(target.adapter), written(target.adapter)]))
-        found = measure(subject, network, store, adapter, s, seed, target.name, {"difference": control.raw["losses"]})
+        references = {"difference": control.raw["losses"]}
+        found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
         lora.remove(unet, adapter)
         record = {
             "run": target.name,
@@ -205,9 +210,17 @@ def cell(figures: dict | None, key: str = "auc") -> str:
     return f"{figures[key]:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def titles(records: list[dict]) -> list[str]:
+    """What to call each run: the last part of its path, or all of it where that names two."""
+    short = [Path(r["run"]).name for r in records]
+    return [r["run"] if short.count(s) > 1 else s for r, s in zip(records, short, strict=True)]
+
+
 def print_table(records: list[dict]) -> None:
     """AUC per attack (rows) and model (columns), then the headline and the quality of each."""
-    columns = [("base", records[0]["base"])] + [(Path(r["run"]).name, r["adapted"]) for r in records]
+    columns = [("base", records[0]["base"])] + [
+        (title, r["adapted"]) for title, r in zip(titles(records), records, strict=True)
+    ]
     width = max(20, *(len(name) + 2 for name, _ in columns))
     names = list(dict.fromkeys(a for _, c in reversed(columns) for a in c["attacks"]))
 
@@ -236,24 +249,23 @@ def print_table(records: list[dict]) -> None:
                 values = [c["quality"][f"{key}_{real}"] for _, c in columns]
                 line(f"{title}, {real.replace('_', ' ')}", [f"{v:.3f}" for v in values])
     print(f"blind control (no model): {cell(records[0]['blind'])}")
-    for r in records:
-        low = [a for a, f in r["adapted"]["attacks"].items() if f["auc_interval"][1] < 0.5]
+    for name, model in columns[1:]:
+        low = [a for a, f in model["attacks"].items() if f["auc_interval"][1] < 0.5]
         if low:
-            print(f"note: {r['run']} is over-corrected for {', '.join(low)}: AUC below 0.5 gives members away as well")
+            print(f"note: {name} is over-corrected for {', '.join(low)}: AUC below 0.5 gives members away as well")
 
 
 def print_differences(records: list[dict], test_scores: list[dict], rounds: int) -> None:
     """Each later model against the first on the same images, at the first one's worst attack; seeds pooled."""
-    for record, scores in zip(records[1:], test_scores[1:], strict=True):
+    names = titles(records)
+    for title, record, scores in zip(names[1:], records[1:], test_scores[1:], strict=True):
         name = records[0]["adapted"]["worst"]["attack"]
         first, second = test_scores[0][name], scores[name]
         if record["seed"] != records[0]["seed"] or record["images"] != records[0]["images"]:
             continue
         bootstrap = roc.Bootstrap(len(first[0]), len(first[1]), rounds, record["seed"])
         change, (low, high) = roc.paired_difference(second, first, bootstrap)
-        print(
-            f"{record['run']} minus {records[0]['run']}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
-        )
+        print(f"{title} minus {names[0]}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)")
     groups: dict = {}
     for record in records:
         groups.setdefault((record["method"], record["lam"], record["step"]), []).append(record)

@@ -16,6 +16,7 @@ from diffusion import Base, encode_captions, encode_images, load_base
 from errors import UserError
 
 SIDES = ("member", "nonmember")
+SUBSET_SEED = 0  # of the choice of test non-members
 
 
 @dataclass
@@ -161,7 +162,7 @@ def subset(found: list[int], count: int) -> list[int]:
     """`count` of `found` at random, the same for every run (0: all); the first ones by name would be all of a kind."""
     if not 0 < count < len(found):
         return found
-    return sorted(np.random.default_rng(0).permutation(found)[:count].tolist())
+    return sorted(np.random.default_rng(SUBSET_SEED).permutation(found)[:count].tolist())
 
 
 def crop(pixels: np.ndarray, share: float) -> np.ndarray:

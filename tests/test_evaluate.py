@@ -13,7 +13,7 @@ import train
 from data import PARTS
 from errors import UserError
 from settings import Settings
-from targets import SIDES, Subject, subset
+from targets import SIDES, Subject, prepare, read_adapter, read_run, subset
 
 
 @pytest.fixture(scope="module")
@@ -89,4 +89,22 @@ def test_adapter_with_a_folder_in_four_parts(run, tiny_base, image_folder, tmp_p
     settings = {"pictures": 0, "bootstrap": 50, "adapter": f"{run}/adapter", "model": tiny_base}
     (record,) = evaluate.evaluate(evaluate.Settings(data=data, out=out, **settings))
     assert record["images"] == {f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))}
-    assert json.loads((tmp_path / "out" / "eval.json").read_text())["adapted"]["worst"]["auc"] >= 0.5
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["base"]["attacks"] == record["base"]["attacks"]
+    subject = prepare(read_adapter(tiny_base, f"{run}/adapter", data, None, None, "float32", out))
+    for k, roles in enumerate(PARTS.values()):  # whoever lies in a folder has its roles, whatever the names
+        captions = {subject.captions[i] for role in roles for i in subject.roles[role]}
+        assert captions == {p.with_suffix(".txt").read_text().strip() for p in pictures[10 * k : 10 * k + 10]}
+
+
+def test_runs_are_called_by_their_last_name_unless_two_share_it():
+    """Seeds of one method live in folders of one name."""
+    records = [{"run": name} for name in ("runs/0/smp @4", "runs/1/smp @4", "runs/0/mp @4")]
+    assert evaluate.titles(records) == ["runs/0/smp @4", "runs/1/smp @4", "mp @4"]
+
+
+def test_another_choice_of_images_is_another_evaluation(run, monkeypatch):
+    """Scores are kept by position, so those of other test images must not be found again."""
+    target, settings = read_run(run), evaluate.Settings()
+    before = evaluate.fingerprint(target, settings)
+    monkeypatch.setattr(evaluate, "SUBSET_SEED", 1)
+    assert evaluate.fingerprint(target, settings) != before

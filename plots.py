@@ -14,6 +14,7 @@ import roc
 COLOURS = {"base": "#000000", "lora": "#D55E00", "mp": "#E69F00", "smp": "#0072B2", "smp-detached": "#56B4E9"}
 OTHER = "#CC79A7"  # an adapter trained elsewhere
 SECOND = "#009E73"  # the other line in a panel
+MEMBER, NONMEMBER = "#D55E00", "#666666"
 
 
 def image_grid(images: np.ndarray, columns: int, path: Path, scale: int = 2, gap: int = 2) -> None:
@@ -120,10 +121,8 @@ def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
     for axis, (name, (member, nonmember)) in zip(np.atleast_1d(axes), pairs.items(), strict=True):
         low, high = np.percentile(np.r_[member, nonmember], [1, 99])
         bins = np.linspace(low, high, 24)
-        axis.hist(np.clip(nonmember, low, high), bins, density=True, color="grey", alpha=0.5, label="non-members")
-        axis.hist(
-            np.clip(member, low, high), bins, density=True, histtype="step", lw=2, color="#D55E00", label="members"
-        )
+        axis.hist(np.clip(nonmember, low, high), bins, density=True, color=NONMEMBER, alpha=0.5, label="non-members")
+        axis.hist(np.clip(member, low, high), bins, density=True, histtype="step", lw=2, color=MEMBER, label="members")
         axis.set(title=name, xlabel=f"score of the {attack} attack (higher = member)", ylabel="density")
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -151,26 +150,198 @@ def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: 
     image_grid(np.concatenate([made[order], members[distance[order].argmin(1)]]), columns, path)
 
 
-def privacy_against_quality(records: list[dict], path: Path) -> None:
-    """Worst-case AUC against held-out loss, one point with its interval per evaluated adapter; lower left is better."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    seen = set()
-    points = [("base", records[0]["base"])] + [(r["method"], r["adapted"]) for r in records]
-    for method, point in points:
-        x, worst = point["held_out_loss"], point["worst"]
-        low, high = worst["auc_interval"]
-        colour, label = COLOURS.get(method, OTHER), None if method in seen else method
-        spread = [[max(0, worst["auc"] - low)], [max(0, high - worst["auc"])]]
-        axis.errorbar(x, worst["auc"], yerr=spread, fmt="o", color=colour, capsize=3, label=label)
-        seen.add(method)
-    for record in records:
-        axis.annotate(record["run"].rsplit("/", 1)[-1], (record["adapted"]["held_out_loss"], record["adapted"]["worst"]["auc"]),
-                      xytext=(5, 4), textcoords="offset points", fontsize=8)  # fmt: skip
+def privacy_against_quality(records: list[dict], path: Path | None = None):
+    """Worst-case AUC against held-out loss of evaluate.py's records, with intervals; steps of one run are joined."""
+    figure, axis = plt.subplots(figsize=(7.4, 5), layout="constrained")
+    paths: dict[str, list] = {}
+    for r in sorted(records, key=lambda r: r["step"] or 0):
+        paths.setdefault(r["run"].split(" @")[0], []).append((r["method"], r["run"].rsplit("/", 1)[-1], r["adapted"]))
+    for points in [[("base", "base", records[0]["base"])], *paths.values()]:
+        colour = COLOURS.get(points[0][0], OTHER)
+        axis.plot([m["held_out_loss"] for *_, m in points], [m["worst"]["auc"] for *_, m in points], color=colour, lw=1)
+        for _, name, model in points:
+            x, y, (low, high) = model["held_out_loss"], model["worst"]["auc"], model["worst"]["auc_interval"]
+            axis.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=colour, capsize=3)
+            axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
-    axis.set(
-        xlabel="held-out adaptation loss (lower is better)", ylabel="worst-case AUC over attacks (0.5 leaks nothing)"
-    )
-    axis.legend(frameon=False)
+    axis.set(xlabel="held-out loss (lower is better)", ylabel="worst-case AUC over attacks (0.5 leaks nothing)")
     axis.grid(alpha=0.2)
-    figure.savefig(path, dpi=110)
+    if path:
+        figure.savefig(path, dpi=110)
     plt.close(figure)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The notebooks' figures: each returns a closed Figure, which a notebook shows
+
+
+def _panels(count: int, width: float = 4.6, height: float = 3.6, **options):
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", **options)
+    plt.close(figure)
+    for axis in np.atleast_1d(axes):
+        axis.grid(alpha=0.2)
+    return figure, axes
+
+
+def _runs(runs: dict[str, list[dict]], key: str):
+    """(name, colour, line style, steps (K,), values (K,)) of each run that logged `key`; controls are dashed."""
+    for name, rows in runs.items():
+        found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if found:
+            method = name.split(",")[0]
+            yield name, COLOURS.get(method, OTHER), "-" if name == method else "--", *np.array(found, float).T
+
+
+def rank_study(spectra: np.ndarray, ranks, member, nonmember):
+    """Singular values of B A per layer (layers, r), and the two losses when only the largest `ranks` are kept."""
+    figure, (left, right) = _panels(2)
+    index = np.arange(1, spectra.shape[1] + 1)
+    share = spectra / spectra[:, :1]
+    low, middle, high = np.percentile(share, [10, 50, 90], axis=0)
+    left.plot(index, middle, color=COLOURS["lora"], label="median layer")
+    left.fill_between(index, low, high, color=COLOURS["lora"], alpha=0.2, lw=0, label="10 to 90 % of layers")
+    left.set(yscale="log", xlabel="index of the singular value", ylabel="share of the largest")
+    left.set_title("What training made of BA")
+    right.plot(ranks, member, "o-", color=MEMBER, label="members")
+    right.plot(ranks, nonmember, "o-", color=NONMEMBER, label="non-members")
+    right.set(xscale="symlog", xlabel="rank kept of the trained update", ylabel="adaptation loss (squared error)")
+    right.set_xticks(ranks, [str(r) for r in ranks])
+    right.set_title("What the gap between them needs")
+    for axis in (left, right):
+        axis.legend(frameon=False)
+    return figure
+
+
+def loss_by_timestep(timesteps, models: dict[str, tuple]):
+    """{model: (member, nonmember)} losses (N, T): means with 95 % bands, and their gap below."""
+    figure, axes = _panels(len(models), sharey=True)
+    for axis, (name, sides) in zip(np.atleast_1d(axes), models.items(), strict=True):
+        for loss, colour, label in zip(sides, (MEMBER, NONMEMBER), ("members", "non-members"), strict=True):
+            mean, half = loss.mean(0), 1.96 * loss.std(0, ddof=1) / np.sqrt(len(loss))
+            axis.plot(timesteps, mean, "o-", color=colour, label=label)
+            axis.fill_between(timesteps, mean - half, mean + half, color=colour, alpha=0.2, lw=0)
+        axis.set(title=name, xlabel="timestep t (noisier to the right)", yscale="log")
+    np.atleast_1d(axes)[0].set_ylabel("adaptation loss (squared error)")
+    np.atleast_1d(axes)[0].legend(frameon=False)
+    return figure
+
+
+def error_maps(pictures: np.ndarray, rows: dict[str, np.ndarray], titles: list[str]):
+    """Pictures (N, H, W, 3) above maps (N, h, w) of the squared error, one row per model, one colour scale."""
+    n = len(pictures)
+    figure, axes = plt.subplots(
+        len(rows) + 1, n, figsize=(1.7 * n, 1.75 * (len(rows) + 1)), layout="constrained", squeeze=False
+    )
+    plt.close(figure)
+    top = max(np.percentile(maps, 99) for maps in rows.values())
+    for j in range(n):
+        axes[0, j].imshow(pictures[j])
+        axes[0, j].set_title(titles[j], fontsize=9)
+        for i, maps in enumerate(rows.values(), 1):
+            shown = axes[i, j].imshow(maps[j], vmin=0, vmax=top, cmap="viridis")
+    for i, name in enumerate(["picture", *rows]):
+        axes[i, 0].set_ylabel(name)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes[1:], shrink=0.8, label="squared error, mean over channels and draws")
+    return figure
+
+
+def roc_lines(pairs: dict[str, tuple]):
+    """ROC of several attacks {name: (member, nonmember)} with their AUC."""
+    figure, axis = _panels(1, 5.4, 4.8)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    for (name, (member, nonmember)), colour in zip(pairs.items(), colours, strict=False):
+        cuts = np.sort(nonmember)[::-1]
+        rates = np.r_[0, np.arange(1, len(cuts) + 1) / len(cuts)]
+        found = np.r_[0, roc.hits(member, cuts)]
+        axis.plot(rates, found, color=colour, lw=1.8, label=f"{name}: AUC {roc.auc(member, nonmember):.2f}")
+    axis.plot([0, 1], [0, 1], "k:", lw=1, label="guessing")
+    axis.set(xlabel="false-positive rate (non-members called members)", ylabel="true-positive rate (members found)")
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def leakage_over_steps(runs: dict[str, list[dict]]):
+    """{method: [{step, auc, low, high, held_out}]}: what leaks (left) and what is learned (right) while training."""
+    figure, (left, right) = _panels(2)
+    for name, rows in runs.items():
+        colour = COLOURS.get(name.split(",")[0], OTHER)
+        steps, area, low, high, loss = (
+            np.array([r[k] for r in rows]) for k in ("step", "auc", "low", "high", "held_out")
+        )
+        left.plot(steps, area, "o-", color=colour, label=name)
+        left.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        right.plot(steps, loss, "o-", color=colour, label=name)
+    left.axhline(0.5, color="grey", lw=0.8, ls=":")
+    left.set(xlabel="step", ylabel="AUC of the averaged loss, 95 % band", title="Leakage")
+    right.set(xlabel="step", ylabel="loss on non-members (squared error)", title="Held-out loss")
+    left.legend(frameon=False)
+    return figure
+
+
+def surfaces(offsets, surface: dict[str, np.ndarray]):
+    """{title: (K, K)} over steps along -grad L (columns) and -grad G (rows), each in its own colour scale."""
+    figure, axes = _panels(len(surface), 4.7, 4.0)
+    for axis, (title, values) in zip(np.atleast_1d(axes), surface.items(), strict=True):
+        shown = axis.contourf(offsets, offsets, values, 24, cmap="viridis")
+        axis.contour(offsets, offsets, values, 24, colors="white", linewidths=0.3)
+        axis.plot(0, 0, "o", color="white", mec="black", ms=6)
+        axis.set(xlabel="step along -grad L (adapter norm)", title=title)
+        figure.colorbar(shown, ax=axis, shrink=0.9)
+    np.atleast_1d(axes)[0].set_ylabel("step along -grad G, made orthogonal (adapter norm)")
+    return figure
+
+
+def lines(x, values: dict[str, np.ndarray], xlabel: str, ylabel: str, title: str = "", scale: str = "linear"):
+    """Lines of one panel by name; names that begin with a method take its colour."""
+    figure, axis = _panels(1, 6.4, 3.8)
+    for name, y in values.items():
+        axis.plot(x, y, color=COLOURS.get(name.split(",")[0].lower(), SECOND), lw=2, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale=scale)
+    axis.legend(frameon=False)
+    return figure
+
+
+def runs_over_steps(runs: dict[str, list[dict]], keys: dict[str, str], scale: str = "log"):
+    """One panel per key of metrics.jsonl {key: axis label}, one line per run."""
+    figure, axes = _panels(len(keys))
+    for axis, (key, label) in zip(np.atleast_1d(axes), keys.items(), strict=True):
+        for name, colour, style, steps, values in _runs(runs, key):
+            axis.plot(steps, values, style, color=colour, lw=1.2, label=name)
+        axis.set(xlabel="step", ylabel=label, yscale=scale)
+    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def hessian_against_gradient(runs: dict[str, list[dict]]):
+    """Figure 1b of the paper: spectral norm of the Hessian over the gradient norm, a panel per run."""
+    figure, axes = _panels(len(runs), 3.7, 3.6)
+    for axis, (name, colour, _, steps, hessian) in zip(np.atleast_1d(axes), _runs(runs, "hessian_norm"), strict=True):
+        gradient = np.array([row["fixed_grad_norm"] for row in runs[name] if "hessian_norm" in row])
+        shade = 0.25 + 0.75 * steps / max(steps.max(), 1)
+        axis.scatter(gradient, hessian, c=colour, alpha=shade, s=28)
+        axis.set(xscale="log", yscale="log", xlabel="gradient norm", title=name)
+    np.atleast_1d(axes)[0].set_ylabel("Hessian norm (pale: early, full: late)")
+    return figure
+
+
+def bound_along_run(runs: dict[str, list[dict]]):
+    """Proposition 2 while training: the Hessian norm, its bound L0' + L1' ||grad J||, and L1' ||grad J|| alone."""
+    figure, axes = _panels(len(runs), sharey=True)
+    for axis, (name, rows) in zip(np.atleast_1d(axes), runs.items(), strict=True):
+        rows = [row for row in rows if "hessian_norm" in row]
+        column = {
+            k: np.array([row[k] for row in rows]) for k in ("step", "hessian_norm", "hessian_bound", "bound_constant")
+        }
+        carried = column["hessian_bound"] - column["bound_constant"]
+        colour = COLOURS.get(name.split(",")[0], OTHER)
+        axis.plot(column["step"], column["hessian_bound"], color="black", lw=1, label="bound")
+        axis.plot(column["step"], column["hessian_norm"], "o-", color=colour, ms=3, label="Hessian norm")
+        if carried.any():
+            axis.plot(column["step"], carried, "--", color=SECOND, label="part of the bound that carries ||grad J||")
+        axis.set(xlabel="step", yscale="log", title=name)
+        axis.legend(frameon=False, fontsize=8)
+    np.atleast_1d(axes)[0].set_ylabel("spectral norm")
+    return figure

@@ -50,6 +50,7 @@ class Settings:
     delta: float = option(1e-5, "stabiliser in the ratio's denominator")
     lr: float | None = option(None, "learning rate of the adapter (AdamW, constant)")
     attacker_lr: float | None = option(None, "learning rate of the attacker (Adam)")
+    attacker_every: int = option(1, "steps per step of the attacker: 1 is Algorithm 1; more is faster, its gain older")
     batch_size: int | None = option(None, "members per forward, and per half of the attacker's batch")
     accumulate: int = option(1, "forwards per step: with N, a step is that of a batch N times as large")
     steps: int | None = option(None, "outer steps; overrides --epochs")
@@ -91,7 +92,7 @@ def resolve(settings: Settings) -> Settings:
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.out = settings.out or f"runs/{settings.method}"
-    positive = "size rank members batch_size accumulate epochs steps lr attacker_lr clip alpha"
+    positive = "size rank members batch_size accumulate epochs steps lr attacker_lr attacker_every clip alpha"
     for name in (*positive.split(), "norms_every", "save_every", "sample_every", "state_every", "keep"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):

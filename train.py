@@ -148,7 +148,7 @@ def train(settings: Settings) -> dict:
     with checkpoint.stop_signals() as caught, runfolder.MetricsLog(run) as log, progress(run, first) as bar:
         for step in bar:
             tick, row = time.time(), {"step": step}
-            if settings.method != "lora":
+            if settings.method != "lora" and (step - 1) % settings.attacker_every == 0:
                 row |= attacker_turn(run, learner)
             row |= adapter_turn(run, learner, step)
             if settings.hessian_every and (step % settings.hessian_every == 0 or step == 1):

@@ -9,6 +9,7 @@ drift of the machine shows.  Memory is the peak resident set while stepping (Lin
     lora            this project, the reference of the ratios
     lora peft       the same layers, rank and batch by `unet.add_adapter` of diffusers + peft
     smp pooled/raw  Algorithm 1: a forward of 2 B for the attacker, one forward of B for L and G
+    smp every-3     the same with --attacker-every 3: the mean of three steps, one of them the attacker's too
     smp released    L and G from two forwards with noise of their own, as in the released code; raw proxy
 """
 
@@ -21,7 +22,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-VARIANTS = ("lora", "lora peft", "smp pooled", "smp raw", "smp released")
+VARIANTS = ("lora", "lora peft", "smp pooled", "smp raw", "smp every-3", "smp released")
 
 
 def build(args, method: str, proxy: str, adapted: bool = True):
@@ -56,8 +57,8 @@ def build(args, method: str, proxy: str, adapted: bool = True):
     return run, Learner(run) if adapted else None
 
 
-def ours(args, method: str, proxy: str):
-    """A function that takes one step as train.py does."""
+def ours(args, method: str, proxy: str, every: int = 1):
+    """A function that takes `every` steps as train.py does, the attacker in the first of them."""
     import train
 
     run, learner = build(args, method, proxy)
@@ -65,8 +66,9 @@ def ours(args, method: str, proxy: str):
     def step():
         if method != "lora":
             train.attacker_turn(run, learner)
-        train.adapter_turn(run, learner, 2)
-        learner.optimizer.step()
+        for _ in range(every):
+            train.adapter_turn(run, learner, 2)
+            learner.optimizer.step()
 
     return step
 
@@ -148,8 +150,8 @@ def measure(variant: str, args, queue) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     name, _, kind = variant.partition(" ")
-    step = {"peft": peft, "released": released}.get(kind)
-    step = step(args) if step else ours(args, name, kind or "pooled")
+    step, every = {"peft": peft, "released": released}.get(kind), 3 if kind == "every-3" else 1
+    step = step(args) if step else ours(args, name, "raw" if kind == "raw" else "pooled", every)
     seconds = []
     for i in range(args.steps + args.warm_up):
         if i == args.warm_up:
@@ -158,7 +160,7 @@ def measure(variant: str, args, queue) -> None:
         step()
         if torch.device(args.device).type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - tick)
+        seconds.append((time.perf_counter() - tick) / every)
     queue.put((median(seconds[args.warm_up :]), peak_gib()))
 
 

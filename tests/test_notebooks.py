@@ -11,7 +11,7 @@ SHORT = {
     "MODEL": "{base}",
     "DATA": "{images}",
     "RUNS": "{runs}",
-    "FLAGS": dict(members=10, steps=8, batch_size=4, proxy="pooled", lr=1e-3, samples=1, threads=1),
+    "FLAGS": {"members": 10, "steps": 8, "batch_size": 4, "proxy": "pooled", "lr": 1e-3, "samples": 1, "threads": 1},
     "HESSIAN_EVERY": 2,
     "POINTS": 3,
     "LAMBDAS": (),

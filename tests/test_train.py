@@ -123,6 +123,15 @@ def test_separate_norms_do_not_change_the_run(tiny_base, image_folder, tmp_path)
     assert losses[0] == losses[1]
 
 
+def test_attacker_every_third_step(tiny_base, image_folder, tmp_path):
+    """The attacker moves in steps 1, 4, ...; up to its second step the run is as without the flag."""
+    runs = [small_run(tiny_base, image_folder, tmp_path / n, "--steps", 5, "--attacker-every", n) for n in "13"]
+    every, third = (rows(run)[1:] for run in runs)
+    assert [r["step"] for r in third if "attacker_loss" in r] == [1, 4]
+    assert every[0]["objective"] == third[0]["objective"] and every[0]["attacker_loss"] == third[0]["attacker_loss"]
+    assert every[1]["mi_gain"] != third[1]["mi_gain"]  # its attacker is one step older
+
+
 def test_batches_cover_every_index_once_per_pass():
     """Whatever the batch size, each pass visits every index exactly once."""
     batches = train.Batches(list(range(10)), 4, torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 import roc
@@ -311,7 +312,8 @@ def runs_over_steps(runs: dict[str, list[dict]], keys: dict[str, str], scale: st
         for name, colour, style, steps, values in _runs(runs, key):
             axis.plot(steps, values, style, color=colour, lw=1.2, label=name)
         axis.set(xlabel="step", ylabel=label, yscale=scale)
-    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=9)
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -323,6 +325,10 @@ def hessian_against_gradient(runs: dict[str, list[dict]]):
         shade = 0.25 + 0.75 * steps / max(steps.max(), 1)
         axis.scatter(gradient, hessian, c=colour, alpha=shade, s=28)
         axis.set(xscale="log", yscale="log", xlabel="gradient norm", title=name)
+        for side in (axis.xaxis, axis.yaxis):  # few decades: numbers at 1, 2 and 5 only
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("")
     np.atleast_1d(axes)[0].set_ylabel("Hessian norm (pale: early, full: late)")
     return figure
 

@@ -153,24 +153,38 @@ def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: 
 
 def privacy_against_quality(records: list[dict], path: Path | None = None):
     """Worst-case AUC against held-out loss of evaluate.py's records, with intervals; steps of one run are joined."""
-    figure, axis = plt.subplots(figsize=(7.4, 5), layout="constrained")
-    paths: dict[str, list] = {}
+    figure, axis = plt.subplots(figsize=(8.6, 5), layout="constrained")
+    runs: dict[str, list] = {}
     for r in sorted(records, key=lambda r: r["step"] or 0):
-        paths.setdefault(r["run"].split(" @")[0], []).append((r["method"], r["run"].rsplit("/", 1)[-1], r["adapted"]))
-    for points in [[("base", "base", records[0]["base"])], *paths.values()]:
-        colour = COLOURS.get(points[0][0], OTHER)
-        axis.plot([m["held_out_loss"] for *_, m in points], [m["worst"]["auc"] for *_, m in points], color=colour, lw=1)
-        for _, name, model in points:
-            x, y, (low, high) = model["held_out_loss"], model["worst"]["auc"], model["worst"]["auc_interval"]
-            axis.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=colour, capsize=3)
-            axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        runs.setdefault(r["run"].split(" @")[0], []).append(r)
+    markers = {method: iter("o^sDv") for method in COLOURS}  # in the order of a method's runs
+    axis.errorbar(*_point(records[0]["base"]), fmt="o", color=COLOURS["base"], capsize=3, label="base, no adapter")
+    for run, points in runs.items():
+        method = points[0]["method"]
+        colour, marker = COLOURS.get(method, OTHER), next(markers.get(method, iter("")), "P")
+        found = [_point(r["adapted"]) for r in points]
+        axis.plot([x for x, *_ in found], [y for _, y, _ in found], color=colour, lw=1)
+        for record, point in zip(points, found, strict=True):
+            label = run.rsplit("/", 1)[-1] if record is points[-1] else None
+            axis.errorbar(*point, fmt=marker, color=colour, capsize=3, label=label)
+            if len(points) > 1:
+                axis.annotate(
+                    f"step {record['step']}", point[:2], xytext=(6, -11), textcoords="offset points", fontsize=8
+                )
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
     axis.set(xlabel="held-out loss (lower is better)", ylabel="worst-case AUC over attacks (0.5 leaks nothing)")
     axis.grid(alpha=0.2)
+    figure.legend(loc="outside right upper", frameon=False)
     if path:
         figure.savefig(path, dpi=110)
     plt.close(figure)
     return figure
+
+
+def _point(model: dict) -> tuple[float, float, list]:
+    """(x, y, interval about y) of one model's record, as `errorbar` takes them."""
+    y, (low, high) = model["worst"]["auc"], model["worst"]["auc_interval"]
+    return model["held_out_loss"], y, [[max(0, y - low)], [max(0, high - y)]]
 
 
 # ---------------------------------------------------------------------------------------------------------------

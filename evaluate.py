@@ -2,6 +2,7 @@
 
     python evaluate.py runs/lora runs/mp runs/smp     # a table, figures, and eval.json in each run folder
     python evaluate.py runs/lora --at best            # the adapter of the step with the lowest held-out loss
+    python evaluate.py runs/smp --shadow 8            # beside them an attacker who trains adapters of its own
     python evaluate.py --model SD15 --adapter my.safetensors --data FOLDER   # trained elsewhere; FOLDER in four parts
 
 Figures are of test images that no choice was made on.  The hyper-parameters that an attack leaves open are chosen on
@@ -12,7 +13,7 @@ validation images.  Scores are kept per attack, so a stopped evaluation goes on 
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cli import one_line_errors, option, parse
@@ -36,6 +37,9 @@ class Settings:
     guidance: float = option(3.0, "classifier-free guidance scale")
     features: str = option("embedded", "network of the Frechet distance and KID", ("embedded", "inception"))
     bootstrap: int = option(1000, "bootstrap rounds for the intervals")
+    shadow: int = option(
+        0, "adapters to train as each run was, on other splits, to calibrate scores with (LiRA); 0: none"
+    )
     device: str = option("cpu", "cpu, cuda, cuda:1, mps")
     dtype: str = option("float32", "of the base of --adapter", ("float32", "bfloat16", "float16"))
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
@@ -52,6 +56,7 @@ import lora
 import plots
 import quality
 import roc
+import shadow
 from runfolder import write_json
 from scores import Store, attack_scores, draw, query, threshold
 from targets import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
@@ -118,6 +123,12 @@ def measure(subject, network, real, store, adapter, s: Settings, seed: int, labe
     return Measured(record, scores, raw, made)
 
 
+def calibrate(subject, measured: Measured, shadows: tuple, rounds: int, seed: int) -> Measured:
+    """`measured` with the attacks that shadow models calibrate beside the others."""
+    scores = measured.scores | shadow.scores(subject, measured.raw, *shadows)
+    return replace(measured, scores=scores, record=measured.record | leakage(subject, scores, rounds, seed))
+
+
 def fingerprint(target: Target, s: Settings) -> str:
     """What the scores of the base model depend on."""
     c = target.config
@@ -162,6 +173,10 @@ def evaluate(s: Settings) -> list[dict]:
         references = {"difference": control.raw["losses"]}
         found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
         lora.remove(unet, adapter)
+        base = control
+        if s.shadow:
+            shadows = shadow.query(subject, target, s.shadow, key, s.device)
+            found, base = (calibrate(subject, m, shadows, s.bootstrap, seed) for m in (found, control))
         record = {
             "run": target.name,
             "method": target.config["method"],
@@ -171,12 +186,12 @@ def evaluate(s: Settings) -> list[dict]:
             "at": target.at,
             "images": {role: len(index) for role, index in subject.roles.items()},
             "adapted": found.record,
-            "base": control.record,
+            "base": base.record,
             "blind": blind(subject, s.bootstrap, seed),
             "seconds": round(time.time() - started, 1),
         }
         write_json(folder / "eval.json", record)
-        plots.evaluation(subject, found, control, target.config["method"], folder / "figures")
+        plots.evaluation(subject, found, base, target.config["method"], folder / "figures")
         records.append(record)
         test_scores.append({name: subject.pair(score, "test") for name, score in found.scores.items()})
     print_table(records)

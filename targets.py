@@ -102,6 +102,7 @@ class Subject:
     held_out: np.ndarray  # (M, H, W, 3): fresh pictures, or the test non-members where there are none
     crops: torch.Tensor  # (2, N, C, h, w): latents of the central 90 % and 80 %
     cuts: torch.Tensor  # (2, N, L, D): embeddings of the first half of the caption, and of none
+    names: list[str]  # (N,) file names
 
     def known(self) -> list[int]:
         """The images that the attacker may choose on: auxiliary and validation."""
@@ -155,6 +156,7 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
         held_out,
         torch.stack([encode_images(base, crop(pixels, share)) for share in (0.9, 0.8)]),
         torch.stack([encode_captions(base, cut) for cut in (halves, [""] * len(captions))]),
+        [images.names[i] for i in chosen],
     )
 
 

@@ -47,7 +47,7 @@ def test_choice_is_made_on_known_images():
     """A signal planted in auxiliary and validation images alone decides the column; test images have no say."""
     rng = np.random.default_rng(0)
     roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in SIDES for p in ("aux", "val", "test"))}  # fmt: skip
-    subject = Subject(*[None] * 5, roles, *[None] * 3)
+    subject = Subject(*[None] * 5, roles, *[None] * 4)
     score = rng.normal(size=(60, 3))
     score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
     score[roles["member_aux"] + roles["member_val"], 2] += 3

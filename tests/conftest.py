@@ -6,6 +6,7 @@ import random
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import time; no test needs the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes and notebooks that tests start
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "grey", "pink", "brown", "cyan")
 SHAPES = ("circle", "square", "triangle", "ring")

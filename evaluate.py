@@ -169,13 +169,14 @@ def evaluate(s: Settings) -> list[dict]:
             lora.remove(unet, adapter)
             control = measure_base(subject, network, real, target.run.parent, key, adapter, s, seed)
             adapter, _ = lora.load(unet, target.adapter)
+        planned = shadow.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
         store = Store(folder / "scores", json.dumps([key, str(target.adapter), written(target.adapter)]))
         references = {"difference": control.raw["losses"]}
         found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
         lora.remove(unet, adapter)
         base = control
-        if s.shadow:
-            shadows = shadow.query(subject, target, s.shadow, key, s.device)
+        if planned:
+            shadows = shadow.query(subject, *planned, key, s.device)
             found, base = (calibrate(subject, m, shadows, s.bootstrap, seed) for m in (found, control))
         record = {
             "run": target.name,

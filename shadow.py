@@ -54,6 +54,8 @@ def plan(target: Target, names: list[str], size: int, count: int) -> tuple[list[
 
     Raises UserError, before anything is trained, for what has no shadows.
     """
+    if count < 1:
+        raise UserError(f"--shadow must be 0 or more, not {count}")
     path = target.run / "config.json"
     if target.splits is None or target.step is None or not path.is_file():
         raise UserError(f"--shadow needs a run of train.py: nothing says how {target.name} was trained")
@@ -83,13 +85,9 @@ def plan(target: Target, names: list[str], size: int, count: int) -> tuple[list[
     return shadows, np.array(out)
 
 
-def query(subject: Subject, target: Target, count: int, key: str, device: str = "cpu"):
-    """Train the shadows that are not there yet and ask each what the run was asked: ({attack: (S, N, C)}, out (S, N)).
-
-    Raises UserError.
-    """
+def query(subject: Subject, shadows: list[settings.Settings], out: np.ndarray, key: str, device: str = "cpu"):
+    """Train what `plan` names and is not there yet, and ask each what the run was asked: ({attack: (S, N, C)}, out)."""
     base, found = subject.base, []
-    shadows, out = plan(target, subject.names, base.size, count)
     for s in shadows:
         folder = Path(s.out)
         train.train(replace(s, device=device, threads=torch.get_num_threads()))

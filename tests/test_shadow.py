@@ -64,10 +64,12 @@ def test_evaluation_with_shadows(run, monkeypatch):
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
 
-def test_refusals(run, tiny_base, image_folder, tmp_path):
+def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     """Too few shadows for an image, and an adapter of which nobody knows how it was trained."""
-    with pytest.raises(UserError, match="fewer than 2 shadows"):
-        evaluate.evaluate(evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=1))
+    monkeypatch.setattr(shadow, "query", None)  # refused before any training
+    for count, words in ((1, "fewer than 2 shadows"), (-1, "must be 0 or more")):
+        with pytest.raises(UserError, match=words):
+            evaluate.evaluate(evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=count))
     flags = {"adapter": f"{run}/adapter", "model": tiny_base, "data": image_folder, "splits": f"{run}/splits.json"}
     with pytest.raises(UserError, match=r"needs a run of train\.py"):
         evaluate.evaluate(evaluate.Settings(pictures=0, bootstrap=50, shadow=2, out=str(tmp_path), **flags))

@@ -39,7 +39,13 @@ class Learner:
         # separate streams, so that every method sees the same batches and noise in its outer steps
         self.outer, self.inner = (torch.Generator().manual_seed(settings.seed * 2 + k) for k in (1, 2))
         self.private = Batches(run.members, run.batch, self.outer)
-        self.aux = [Batches(run.roles[f"{side}_aux"], run.batch, self.inner) for side in ("member", "nonmember")]
+        half = max(1, settings.batch_size // 2) * (run.batch // settings.batch_size)
+        sizes = run.batch, run.batch if settings.attacker_members == "drawn" else half
+        aux = run.roles["member_aux"], run.roles["nonmember_aux"]
+        self.aux = [Batches(found, size, self.inner) for found, size in zip(aux, sizes, strict=True)]
+        self.reused: tuple[
+            torch.Tensor, ...
+        ] = ()  # (errors, timesteps) of the auxiliary members in the last outer batch
         self.adapter, self.parameters, self.device = run.adapter, run.adapter.parameters(), run.base.device
         self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
         self.attacker_optimizer = torch.optim.Adam(self.attacker.parameters(), lr=settings.attacker_lr)
@@ -54,6 +60,7 @@ class Learner:
             "attacker_optimizer": checkpoint.optimizer_tensors(self.attacker_optimizer),
             "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state(), "cpu": torch.get_rng_state()},
             "queue": {str(i): batches.queue for i, batches in enumerate([self.private, *self.aux])},
+            "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
         }
         if self.device.type != "cpu":
             groups["random"]["device"] = getattr(torch, self.device.type).get_rng_state()
@@ -78,3 +85,4 @@ class Learner:
             getattr(torch, self.device.type).set_rng_state(groups["random"]["device"])
         for i, batches in enumerate([self.private, *self.aux]):
             batches.queue = groups["queue"][str(i)]
+        self.reused = tuple(tensor.to(self.device) for _, tensor in sorted(groups.get("reused", {}).items()))

@@ -95,7 +95,7 @@ def query(
 
     def gradients():
         adapter.unmerge()
-        return {"gradients": attacks.gradient_features(base, adapter.parameters(), latents, text)}
+        return {"gradients": attacks.gradient_features(base, adapter, latents, text)}
 
     adapter.merge()  # nothing but the gradients needs the factors apart
     raw, stages = {}, (grid, noise, variants, generated, gradients)

@@ -51,6 +51,12 @@ class Settings:
     lr: float | None = option(None, "learning rate of the adapter (AdamW, constant)")
     attacker_lr: float | None = option(None, "learning rate of the attacker (Adam)")
     attacker_every: int = option(1, "steps per step of the attacker: 1 is Algorithm 1; more is faster, its gain older")
+    attacker_members: str = option(
+        "drawn",
+        "its members in a step: drawn and noised for it as in Algorithm 1, or reused: those of the adapter's last batch "
+        "that it may see, with half as many non-members; a quarter of the forwards",
+        ("drawn", "reused"),
+    )
     batch_size: int | None = option(None, "members per forward, and per half of the attacker's batch")
     accumulate: int = option(1, "forwards per step: with N, a step is that of a batch N times as large")
     steps: int | None = option(None, "outer steps; overrides --epochs")

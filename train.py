@@ -70,15 +70,22 @@ def prepare(settings: Settings, processes: Processes) -> Run:
 
 
 def attacker_turn(run: Run, learner: Learner) -> dict[str, float]:
-    """Algorithm 1 (a): the attacker ascends G on D_aux; no gradient through the UNet."""
-    index = torch.cat([batches.draw() for batches in learner.aux])  # members, then non-members
+    """Algorithm 1 (a): the attacker ascends G on D_aux; no gradient through the UNet.
+
+    With --attacker-members reused its members are those that the last outer step has already sent through the UNet.
+    """
+    reused = run.settings.attacker_members == "reused"
+    if reused and (not learner.reused or not len(learner.reused[0])):
+        return {}  # no outer step yet, or none of its batch is auxiliary
+    index = torch.cat([batches.draw() for batches in learner.aux[reused:]])  # members, then non-members
     timesteps, noise = draw_noise(run.base, len(index), learner.inner)
     parts = run.processes.parts(len(index), 2 * run.settings.batch_size)
     with torch.no_grad():
         error = torch.cat(
             [squared_error(run.base, run.latents[index[p]], run.text[index[p]], timesteps[p], noise[p]) for p in parts]
         )
-    halves = zip(run.processes.gather(error).chunk(2), timesteps.chunk(2), strict=True)
+    error = run.processes.gather(error)
+    halves = (learner.reused, (error, timesteps)) if reused else zip(error.chunk(2), timesteps.chunk(2), strict=True)
     loss, accuracy = attacker_step(learner.attacker, learner.attacker_optimizer, *halves)
     run.processes.same(learner.attacker)
     return {"attacker_loss": loss, "attacker_accuracy": accuracy}
@@ -103,10 +110,14 @@ def adapter_turn(run: Run, learner: Learner, step: int) -> dict[str, float | Non
         terms = value(error)
     else:
         batch = WholeBatch(forward, parts, parameters, processes)
-        terms = value(batch.error)
+        error = batch.error
+        terms = value(error)
         if norms:
             row = gradient_norms(terms, lambda v: batch.gradients(v, last=False))
         grads = batch.gradients(terms.total)
+    if s.attacker_members == "reused":
+        known = torch.isin(index, learner.aux[0].indices).to(error.device)
+        learner.reused = error.detach()[known], timesteps[known]
     row["grad_norm"] = clip_(grads, s.clip)
     row |= {
         "adaptation_loss": terms.loss.item(),

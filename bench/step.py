@@ -9,7 +9,8 @@ drift of the machine shows.  Memory is the peak resident set while stepping (Lin
     lora            this project, the reference of the ratios
     lora peft       the same layers, rank and batch by `unet.add_adapter` of diffusers + peft
     smp pooled/raw  Algorithm 1: a forward of 2 B for the attacker, one forward of B for L and G
-    smp every-3     the same with --attacker-every 3: the mean of three steps, one of them the attacker's too
+    smp reused      the same with --attacker-members reused: a forward of B / 2 for the attacker
+    smp every-3     --attacker-every 3: the mean of three steps, one of them the attacker's too
     smp released    L and G from two forwards with noise of their own, as in the released code; raw proxy
 """
 
@@ -22,10 +23,10 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-VARIANTS = ("lora", "lora peft", "smp pooled", "smp raw", "smp every-3", "smp released")
+VARIANTS = ("lora", "lora peft", "smp pooled", "smp raw", "smp reused", "smp every-3", "smp released")
 
 
-def build(args, method: str, proxy: str, adapted: bool = True):
+def build(args, method: str, proxy: str, adapted: bool = True, members: str = "drawn"):
     """(run, learner) on random latents; without our adapter if not `adapted`."""
     import torch
 
@@ -37,8 +38,9 @@ def build(args, method: str, proxy: str, adapted: bool = True):
     from settings import Settings, resolve
 
     settings = Settings(
-        method=method, proxy=proxy, model=args.model, dtype=args.dtype, device=args.device, out="/unused"
-    )
+        method=method, proxy=proxy, model=args.model, dtype=args.dtype, device=args.device, out="/unused",
+        attacker_members=members,
+    )  # fmt: skip
     resolve(settings)
     settings.batch_size = args.batch_size or settings.batch_size
     settings.dtype, settings.norms_every = resolve_dtype(settings.dtype, settings.device), 10**9
@@ -47,7 +49,12 @@ def build(args, method: str, proxy: str, adapted: bool = True):
     base = load_base(settings.model, settings.device, settings.dtype)
     text = encode_captions(base, ["a picture"]).expand(8, -1, -1)
     latents = torch.randn(8, *base.latent_shape, device=base.device)
-    roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
+    roles = {
+        "member_aux": [0, 1],
+        "member_val": [2],
+        "member_test": [3],
+        "nonmember_aux": [4, 5],
+    }  # half of the members
     adapter = (
         lora.inject(base.unet, settings.target, settings.rank, settings.alpha) if adapted else lora.Adapter({}, "")
     )
@@ -57,11 +64,11 @@ def build(args, method: str, proxy: str, adapted: bool = True):
     return run, Learner(run) if adapted else None
 
 
-def ours(args, method: str, proxy: str, every: int = 1):
+def ours(args, method: str, proxy: str, every: int = 1, members: str = "drawn"):
     """A function that takes `every` steps as train.py does, the attacker in the first of them."""
     import train
 
-    run, learner = build(args, method, proxy)
+    run, learner = build(args, method, proxy, members=members)
 
     def step():
         if method != "lora":
@@ -151,7 +158,8 @@ def measure(variant: str, args, queue) -> None:
         torch.set_num_threads(args.threads)
     name, _, kind = variant.partition(" ")
     step, every = {"peft": peft, "released": released}.get(kind), 3 if kind == "every-3" else 1
-    step = step(args) if step else ours(args, name, "raw" if kind == "raw" else "pooled", every)
+    members = "reused" if kind == "reused" else "drawn"
+    step = step(args) if step else ours(args, name, "raw" if kind == "raw" else "pooled", every, members)
     seconds = []
     for i in range(args.steps + args.warm_up):
         if i == args.warm_up:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import attacks
+import lora
 import roc
-from diffusion import Base
+from diffusion import Base, load_base
 
 
 class Leaky(torch.nn.Module):
@@ -148,3 +149,23 @@ def test_classifier_and_black_box():
     generated[7, 1] = 3 * features[7]
     found = attacks.black_box(features, generated)
     assert found[7] == pytest.approx(0, abs=1e-12) and np.delete(found, 7).max() < 0
+
+
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_base_linear"])
+def test_gradient_features_equal_autograd_image_by_image(model, request):
+    """One backward pass for several images gives each image's own norms, over linear layers and convolutions."""
+    base = load_base(request.getfixturevalue(model))
+    adapter = lora.inject(base.unet, "all", 3, 2.0, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for p in adapter.parameters():  # B is zero before training
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    latents, text = torch.randn(5, 4, 8, 8, generator=generator), torch.randn(5, 16, 32, generator=generator)
+    found = attacks.gradient_features(base, adapter, latents, text, batch=3)
+    timesteps = torch.tensor(attacks.TIMESTEPS[::2])
+    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(attacks.GRID_SEED))
+    for i in range(5):
+        z, c = latents[i].expand(2, -1, -1, -1), text[i].expand(2, -1, -1)
+        loss = attacks.squared_error(base, z, c, timesteps, noise).mean()
+        wanted = [g.norm().log().item() for g in torch.autograd.grad(loss, adapter.parameters())]
+        np.testing.assert_allclose(found[i], wanted, atol=2e-4)
+    assert not any(layer.lora_A._forward_hooks for layer in adapter.layers.values())

@@ -132,6 +132,49 @@ def test_attacker_every_third_step(tiny_base, image_folder, tmp_path):
     assert every[1]["mi_gain"] != third[1]["mi_gain"]  # its attacker is one step older
 
 
+def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
+    """The attacker sees exactly the auxiliary members of the batch before, with their errors, beside fresh non-members;
+    the adapter's batches and noise are those of any other run."""
+    seen, shown, real = [], [], train.attacker_step
+
+    def step(attacker, optimizer, member, nonmember):
+        seen.append((*member, *nonmember))
+        return real(attacker, optimizer, member, nonmember)
+
+    def turn(run, learner, number, turn=train.adapter_turn):
+        row = turn(run, learner, number)
+        assert learner.reused[0].shape[1:] == run.base.latent_shape and not learner.reused[0].requires_grad
+        shown.append(learner.reused)
+        return row
+
+    monkeypatch.setattr(train, "attacker_step", step)
+    monkeypatch.setattr(train, "adapter_turn", turn)
+    reused = small_run(tiny_base, image_folder, tmp_path / "r", "--steps", 6, "--attacker-members", "reused")
+    found = [rows_ for rows_ in shown[:-1] if len(rows_[0])]
+    assert len(seen) == len(found) > 2 and {len(errors) for errors, _ in shown} != {
+        4
+    }  # not all of a batch are auxiliary
+    for (errors, timesteps, others, _), (kept, at) in zip(seen, found, strict=True):
+        assert torch.equal(errors, kept) and torch.equal(timesteps, at) and len(others) == 2
+    monkeypatch.undo()
+    drawn = small_run(tiny_base, image_folder, tmp_path / "d", "--steps", 6)
+    assert rows(reused)[1]["adaptation_loss"] == rows(drawn)[1]["adaptation_loss"]
+
+
+def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
+    """They are part of the training state: the attacker of a resumed run steps on the same errors."""
+    argv = ["--model", tiny_base, "--data", image_folder, *SMALL, "--attacker-members", "reused"]
+    settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in argv]))
+    settings.dtype = "float32"
+    run = train.prepare(settings, train.Processes("cpu"))
+    first, second = train.Learner(run), train.Learner(run)
+    train.adapter_turn(run, first, 1)
+    kept = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    alone = train.attacker_turn(run, first)
+    second.restore(kept)
+    assert len(second.reused[0]) and train.attacker_turn(run, second) == alone
+
+
 def test_batches_cover_every_index_once_per_pass():
     """Whatever the batch size, each pass visits every index exactly once."""
     batches = train.Batches(list(range(10)), 4, torch.Generator().manual_seed(0))

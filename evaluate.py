@@ -59,6 +59,7 @@ import roc
 import shadow
 from runfolder import write_json
 from scores import Store, attack_scores, draw, query, threshold
+from settings import FREE
 from targets import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
 
 
@@ -158,6 +159,7 @@ def evaluate(s: Settings) -> list[dict]:
     flags = (s.model, s.adapter, s.data, s.splits, s.caption, s.dtype, s.out)
     targets = [read_run(folder, s.at) for folder in s.runs] if s.runs else [read_adapter(*flags)]
     network, key, records, test_scores = quality.load_network(s.features), None, [], []
+    kinds = [kind(target) for target in targets]
     for target in targets:
         started, seed, folder = time.time(), target.config["seed"], target.folder
         if fingerprint(target, s) != key:  # targets over the same images share the encoding and the control
@@ -197,9 +199,18 @@ def evaluate(s: Settings) -> list[dict]:
         test_scores.append({name: subject.pair(score, "test") for name, score in found.scores.items()})
     print_table(records)
     print_differences(records, test_scores, s.bootstrap)
+    pooled = print_seeds(records, kinds, test_scores, s.bootstrap)
+    if pooled:
+        write_json(targets[0].run.parent / "seeds.json", pooled)
     if len(records) > 1:
         plots.privacy_against_quality(records, targets[0].run.parent / "privacy-quality.png")
     return records
+
+
+def kind(target: Target) -> str:
+    """All that was decided about an adapter but its seed."""
+    chosen = {k: v for k, v in target.config.items() if k not in ("seed", *FREE)}
+    return json.dumps([chosen, "best" if target.at == "best" else target.step], sort_keys=True)
 
 
 def written(adapter: Path) -> list[int]:
@@ -272,7 +283,7 @@ def print_table(records: list[dict]) -> None:
 
 
 def print_differences(records: list[dict], test_scores: list[dict], rounds: int) -> None:
-    """Each later model against the first on the same images, at the first one's worst attack; seeds pooled."""
+    """Each later model against the first on the same images, at the first one's worst attack."""
     names = titles(records)
     for title, record, scores in zip(names[1:], records[1:], test_scores[1:], strict=True):
         name = records[0]["adapted"]["worst"]["attack"]
@@ -282,17 +293,34 @@ def print_differences(records: list[dict], test_scores: list[dict], rounds: int)
         bootstrap = roc.Bootstrap(len(first[0]), len(first[1]), rounds, record["seed"])
         change, (low, high) = roc.paired_difference(second, first, bootstrap)
         print(f"{title} minus {names[0]}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)")
-    groups: dict = {}
-    for record in records:
-        groups.setdefault((record["method"], record["lam"], record["step"]), []).append(record)
-    for (method, lam, step), group in groups.items():
-        if len(seeds := {r["seed"] for r in group}) > 1:
-            worst = [r["adapted"]["worst"]["auc"] for r in group]
-            loss = [r["adapted"]["held_out_loss"] for r in group]
+
+
+def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int) -> list[dict]:
+    """What runs that differ by their seed alone say together, and each kind of run against the first; returns it."""
+    groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
+    for i, (record, kind) in enumerate(zip(records, kinds, strict=True)):
+        groups.setdefault(kind, {})[record["seed"]] = i
+    groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
+    for group in groups.values():
+        members = [records[i] for i in group.values()]
+        worst = roc.pooled_worst([test_scores[i] for i in group.values()], rounds)
+        losses = [r["adapted"]["held_out_loss"] for r in members]
+        entry = {k: members[0][k] for k in ("method", "lam", "step")} | {"seeds": list(group), "worst": worst}
+        entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
+        text = f"{entry['method']}, lambda {entry['lam']}, step {entry['step']}, seeds {', '.join(map(str, group))}"
+        print(f"{text}: worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}", end="")
+        print(f" (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
+        if first is None:
+            first, name = group, worst["attack"]
+        elif shared := [seed for seed in group if seed in first]:
+            pairs = [(test_scores[group[seed]][name], test_scores[first[seed]][name]) for seed in shared]
+            change, (low, high) = roc.pooled_difference(pairs, rounds)
+            entry["difference"] = {"attack": name, "auc": change, "interval": [low, high], "seeds": shared}
             print(
-                f"{method}, lambda {lam}, step {step}, {len(seeds)} seeds: worst-case AUC {np.mean(worst):.3f} "
-                f"(sd {np.std(worst, ddof=1):.3f}), held-out loss {np.mean(loss):.4f} (sd {np.std(loss, ddof=1):.4f})"
+                f"    minus the first, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired, {len(shared)} seeds)"
             )
+        found.append(entry)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every picture the project makes, with one colour per method, readable by the colour-blind (Okabe & Ito 2008)."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +30,20 @@ def image_grid(images: np.ndarray, columns: int, path: Path, scale: int = 2, gap
         y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         canvas[y : y + h, x : x + w] = image
     Image.fromarray(canvas).save(path)
+
+
+def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path) -> None:
+    """Pictures (N, H, W, 3) uint8 in rows of `columns`, each with its caption below, as a PNG."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.58 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title("\n".join(textwrap.wrap(caption, 20)), fontsize=6.5, y=-0.07, va="top")
+    figure.subplots_adjust(left=0, right=1, bottom=0.3 / (1.58 * rows), top=0.995, wspace=0.06, hspace=0.28)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def training_curves(metrics: list[dict], method: str, path: Path) -> None:

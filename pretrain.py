@@ -40,6 +40,7 @@ class Settings:
     unet_sets: str = "noto,fluent"  # styles the UNet learns; the autoencoder sees all of them
     precision: str = "bfloat16"  # of the UNet's activations; the weights are float32
     compile: int = 1  # torch.compile the UNet: a fifth faster, two minutes to start, needs a C++ compiler; 0 is off
+    guidance: float = 3.0  # of the sample grid
     save_minutes: float = 4.0
     threads: int = 2
 
@@ -177,17 +178,22 @@ def train_vae(settings, images):
     return vae.eval(), checkpoint.spent + time.time() - checkpoint.started
 
 
-def psnr(vae, images):
-    """Mean over pictures of the peak signal-to-noise ratio in dB of mode reconstructions; images uint8."""
+def reconstruct(vae, images):
+    """(pictures in [-1, 1] (N, 3, H, W), PSNR of each in dB (N,)) of mode reconstructions of uint8 (N, H, W, 3)."""
     import torch
 
-    values = []
+    pictures, values = [], []
     with torch.no_grad():
         for i in range(0, len(images), 64):
             x = to_pixels(images[i : i + 64])
-            y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-            values.append(10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)).clamp_min(1e-8)))
-    return float(torch.cat(values).mean())
+            pictures.append(vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1))
+            values.append(10 * torch.log10(4 / (x - pictures[-1]).square().mean((1, 2, 3)).clamp_min(1e-8)))
+    return torch.cat(pictures), torch.cat(values)
+
+
+def psnr(vae, images) -> float:
+    """Mean peak signal-to-noise ratio of the reconstructions, in dB."""
+    return float(reconstruct(vae, images)[1].mean())
 
 
 class Latents:
@@ -298,6 +304,30 @@ def export(settings, vae, model, tokenizer, scale, card):
     (Path(settings.out) / "pretraining.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
+def show(settings, captions):
+    """Two pictures of the finished pipeline in the work folder: 40 samples from random captions that the UNet learned,
+    and reconstructions of 20 random private pictures, each with its PSNR."""
+    import numpy as np
+    import torch
+
+    import emojis
+    import plots
+    from diffusion import encode_captions, load_base, sample
+
+    base, rng, work = load_base(settings.out), np.random.default_rng(settings.seed), Path(settings.work)
+    learned = [c for c in captions if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
+    texts = [str(c) for c in rng.choice(learned, 40, replace=False)]
+    noise = torch.randn((40, *base.latent_shape), generator=torch.Generator().manual_seed(settings.seed))
+    made = sample(base, encode_captions(base, texts), encode_captions(base, [""]), noise, 50, settings.guidance)
+    plots.captioned(made, texts, 10, work / "samples.png")
+    private = emojis.twemoji()
+    chosen = rng.choice(len(private[1]), 20, replace=False)
+    pictures, values = reconstruct(base.pipeline.vae, private[2][chosen])
+    pictures = ((pictures.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    titles = [f"{private[1][i]}, {value:.1f} dB" for i, value in zip(chosen, values.tolist(), strict=True)]
+    plots.captioned(pictures, titles, 10, work / "reconstructions.png")
+
+
 def main(settings):
     """Run the stages asked for."""
     import diffusers
@@ -326,7 +356,8 @@ def main(settings):
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
     }
     export(settings, vae, model, tokenizer, scale, card)
-    print(f"wrote {settings.out}")
+    show(settings, captions)
+    print(f"wrote {settings.out}; look at samples.png and reconstructions.png in {settings.work}")
 
 
 def parse() -> Settings:

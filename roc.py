@@ -64,7 +64,8 @@ class Bootstrap:
         m, n = self.counts
         return ((m @ comparisons(member, nonmember)) * n).sum(1) / (len(member) * len(nonmember))
 
-    def interval(self, values: np.ndarray) -> list[float]:
+    @staticmethod
+    def interval(values: np.ndarray) -> list[float]:
         """The central 95 % of (R,) values."""
         return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
@@ -129,3 +130,35 @@ def paired_difference(first: tuple, second: tuple, bootstrap: Bootstrap) -> tupl
     """AUC of `first` minus AUC of `second` on the same images (member, nonmember), with a paired bootstrap."""
     draws = bootstrap.auc(*first) - bootstrap.auc(*second)
     return auc(*first) - auc(*second), bootstrap.interval(draws)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several seeds: other splits, other images, other adapters
+
+
+def _over_seeds(pairs: list[tuple], rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """AUC of each seed's (member, nonmember), (S,), and its bootstrap draws, (S, R); seeds are drawn independently."""
+    draws = [Bootstrap(len(m), len(n), rounds, seed).auc(m, n) for seed, (m, n) in enumerate(pairs)]
+    return np.array([auc(*pair) for pair in pairs]), np.array(draws)
+
+
+def pooled_worst(seeds: list[dict[str, tuple]], rounds: int = 1000) -> dict:
+    """The attack with the highest AUC on average over seeds, each {attack: (member, nonmember)}.
+
+    The interval is that of the maximum, over the images of each seed; `auc_by_seed` shows how far seeds are apart,
+    each at its own worst attack, which the interval does not hold.
+    """
+    found = {name: _over_seeds([s[name] for s in seeds], rounds) for name in seeds[0] if all(name in s for s in seeds)}
+    name = max(found, key=lambda n: found[n][0].mean())
+    return {
+        "attack": name,
+        "auc": float(found[name][0].mean()),
+        "auc_interval": Bootstrap.interval(np.max([draws.mean(0) for _, draws in found.values()], axis=0)),
+        "auc_by_seed": np.max([areas for areas, _ in found.values()], axis=0).tolist(),
+    }
+
+
+def pooled_difference(pairs: list[tuple[tuple, tuple]], rounds: int = 1000) -> tuple[float, list[float]]:
+    """Mean over seeds of AUC(first) - AUC(second) of [(first, second), ...], both on the images of that seed."""
+    (first, one), (second, two) = (_over_seeds([p[k] for p in pairs], rounds) for k in (0, 1))
+    return float((first - second).mean()), Bootstrap.interval((one - two).mean(0))

@@ -19,10 +19,14 @@ from targets import SIDES, Subject, prepare, read_adapter, read_run, subset
 @pytest.fixture(scope="module")
 def run(tiny_base, image_folder, tmp_path_factory):
     """A short run on the tiny base."""
-    out = str(tmp_path_factory.mktemp("runs") / "smp")
+    return short_run(tiny_base, image_folder, tmp_path_factory.mktemp("runs") / "smp")
+
+
+def short_run(tiny_base, image_folder, out, seed=0):
+    """The folder of four steps of SMP."""
     small = {"members": 20, "rank": 2, "alpha": 4, "batch_size": 4, "target": "attention", "lr": 0.01}
-    train.train(Settings(model=tiny_base, data=image_folder, out=out, steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
-    return out
+    train.train(Settings(model=tiny_base, data=image_folder, out=str(out), seed=seed, steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
+    return str(out)
 
 
 def test_evaluation_of_a_run(run, capsys, monkeypatch):
@@ -41,6 +45,19 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     monkeypatch.setattr(scores.attacks, "error_maps", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
+
+
+def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, capsys):
+    """Runs that differ by their seed alone are one claim; another step of one of them is not."""
+    other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1)
+    records = evaluate.evaluate(evaluate.Settings(runs=[run, other], pictures=0, bootstrap=50))
+    (pooled,) = json.loads((Path(run).parent / "seeds.json").read_text())
+    assert pooled["seeds"] == [0, 1] and "seeds 0, 1: worst case" in capsys.readouterr().out
+    name = pooled["worst"]["attack"]
+    areas = [r["adapted"]["attacks"][name]["auc"] for r in records]
+    assert pooled["worst"]["auc"] == pytest.approx(np.mean(areas))
+    assert pooled["worst"]["auc_by_seed"] == pytest.approx([r["adapted"]["worst"]["auc"] for r in records])
+    assert evaluate.kind(read_run(run)) == evaluate.kind(read_run(other)) != evaluate.kind(read_run(run, "best"))
 
 
 def test_choice_is_made_on_known_images():

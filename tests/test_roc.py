@@ -84,3 +84,20 @@ def test_paired_difference_is_tighter_than_unpaired():
     assert low < change < high < 0
     alone = bootstrap.interval(bootstrap.auc(member, nonmember))
     assert high - low < alone[1] - alone[0]
+
+
+def test_seeds_pooled():
+    """Means over seeds by hand; with as many images, four seeds have half the interval of one; a difference is paired."""
+    rng = np.random.default_rng(0)
+    seeds = [{"weak": (rng.normal(0.2, 1, 40), rng.normal(size=100)), "strong": (rng.normal(1, 1, 40), rng.normal(size=100))} for _ in range(4)]  # fmt: skip
+    found = roc.pooled_worst(seeds)
+    areas = [roc.auc(*s["strong"]) for s in seeds]
+    assert found["attack"] == "strong" and found["auc"] == pytest.approx(np.mean(areas))
+    assert found["auc_by_seed"] == pytest.approx(
+        [max(a, roc.auc(*s["weak"])) for a, s in zip(areas, seeds, strict=True)]
+    )
+    one, four = (np.ptp(roc.pooled_worst(s)["auc_interval"]) for s in (seeds[:1], seeds))
+    assert 0.35 < four / one < 0.7
+    change, (low, high) = roc.pooled_difference([((m - 0.3, n), (m, n)) for m, n in (s["strong"] for s in seeds)])
+    wanted = np.mean([roc.auc(m - 0.3, n) - roc.auc(m, n) for m, n in (s["strong"] for s in seeds)])
+    assert change == pytest.approx(wanted) and low < change < high < 0

@@ -1,49 +1,60 @@
 """Train the embedded base model: a small but complete latent diffusion model of public emoji pictures.
 
-    npm pack @iconify-json/noto ...              # see --help: the public sets that are not on PyPI
-    python pretrain.py --icons icons --out base  # autoencoder, then UNet and text encoder; hours on a CPU
+    for s in noto fluent-emoji-flat emojione; do   # the public sets that are not on PyPI
+        npm pack @iconify-json/$s; mkdir -p icons/$s; tar xzf iconify-json-$s-*.tgz -C icons/$s --strip 1; done
+    python pretrain.py                             # autoencoder, then UNet and text encoder: base/, hours on a CPU
+    python pretrain.py --start base --out base2    # the UNet of a finished folder further
 
 Two stages, as for Stable Diffusion (Rombach et al. 2022): an autoencoder with a 4x smaller latent picture, then
 a text-conditioned UNet on its latents with the epsilon objective (DDPM, Ho et al. 2020, Eq. 14).  The private
 pictures (Twemoji) take no part; they are only looked at after the fact, to report how well the autoencoder
 reconstructs pictures that it has never seen.  Both stages save `--work` every few minutes and go on from there.
+
+Data: OpenMoji (CC BY-SA 4.0, all emojis designed by OpenMoji, the open-source emoji and icon project), Noto Emoji
+(Apache-2.0, Google Inc.), Fluent Emoji Flat (MIT, Microsoft Corporation), EmojiOne 2 (CC BY 4.0, EmojiOne).  The
+weights carry the strictest of these licences, CC BY-SA 4.0.  Settings, versions and time: base/pretraining.json.
 """
 
-import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from cli import one_line_errors, option, parse
+from errors import UserError
 
 
 @dataclass
 class Settings:
     """Everything that decides the weights; each field is a flag."""
 
-    icons: str = "icons"  # folder with the unpacked npm packages, one sub-folder per set (noto/icons.json, ...)
-    out: str = "base"  # the StableDiffusionPipeline folder to write
-    work: str = "pretraining"  # raster cache and checkpoints
-    stage: str = "all"  # vae | unet | export | all
-    start: str = ""  # a pipeline folder to go on from: its autoencoder as it is, its UNet and text encoder further
-    seed: int = 0
-    vae_steps: int = 900  # batches of --vae-batch
-    vae_batch: int = 32
-    vae_lr: float = 2e-3
-    unet_steps: int = 4000  # batches of --unet-batch
-    unet_batch: int = 64
-    unet_lr: float = 1e-3
-    snr_gamma: float = 5.0  # min-SNR weight (Hang et al. 2023): lower spends more of the fit on noisy latents
-    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
-    drop_caption: float = 0.1  # share of empty captions: what classifier-free guidance needs
-    drop_style: float = 0.15  # share of captions without the ", noto" that names the drawing style
-    unet_sets: str = "noto,fluent"  # styles the UNet learns; the autoencoder sees all of them
-    precision: str = "bfloat16"  # of the UNet's activations; the weights are float32
-    compile: int = 1  # torch.compile the UNet: a fifth faster, two minutes to start, needs a C++ compiler; 0 is off
-    guidance: float = 3.0  # of the sample grid
-    save_minutes: float = 4.0
-    threads: int = 2
+    icons: str = option("icons", "folder of the unpacked npm packages, one sub-folder per set (noto/icons.json, ...)")
+    out: str = option("base", "the StableDiffusionPipeline folder to write")
+    work: str = option("pretraining", "raster cache, checkpoints, and the pictures to look at")
+    stage: str = option("all", "what to do; export writes what there is", ("vae", "export", "all"))
+    start: str | None = option(None, "a pipeline folder to go on from: its autoencoder stays as it is")
+    seed: int = option(0, "decides initialisation, batches and noise")
+    vae_steps: int = option(900, "batches of --vae-batch")
+    vae_batch: int = option(32, "pictures")
+    vae_lr: float = option(2e-3, "peak learning rate of the autoencoder; cosine")
+    unet_steps: int = option(4000, "batches of --unet-batch")
+    unet_batch: int = option(64, "pictures")
+    unet_lr: float = option(1e-3, "peak learning rate of UNet and text encoder; cosine")
+    snr_gamma: float = option(5.0, "min-SNR weight (Hang et al. 2023): lower spends more of the fit on noisy latents")
+    ema: float = option(0.999, "decay of the averaged weights, which are the ones exported")
+    drop_caption: float = option(0.1, "share of empty captions: what classifier-free guidance needs")
+    drop_style: float = option(0.15, 'share of captions without the ", noto" that names the drawing style')
+    unet_sets: str = option("noto,fluent", "styles the UNet learns; the autoencoder sees all of them")
+    precision: str = option("bfloat16", "of the UNet's activations, not of its weights", ("float32", "bfloat16"))
+    no_compile: bool = option(False, "run the UNet as it is; compiled it is a quarter faster but needs a C++ compiler")
+    guidance: float = option(3.0, "classifier-free guidance of the sample grid")
+    save_minutes: float = option(4.0, "between checkpoints")
+    threads: int = option(2, "CPU threads")
 
+
+if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
+    SETTINGS = parse(Settings, __doc__)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Data: the public sets as one array, rasterised once
@@ -56,6 +67,9 @@ def public_images(settings):
     import emojis
 
     cache = Path(settings.work) / f"public{emojis.SIZE}.npz"
+    missing = [n for n in emojis.ICON_SETS if not (Path(settings.icons) / n / "icons.json").is_file()]
+    if not cache.exists() and missing:
+        raise UserError(f"{settings.icons}/{missing[0]}/icons.json is missing: see pretrain.py --help for the npm sets")
     if not cache.exists():
         sets = {"openmoji": emojis.openmoji()}
         sets |= {name: emojis.icon_set(Path(settings.icons), name) for name in emojis.ICON_SETS}
@@ -229,21 +243,25 @@ class Latents:
         return self.scale * (self.mean[pick] + self.std[pick] * noise[0]), self.ids[kind, pick], t, noise[1]
 
 
+def begin(settings, captions):
+    """(tokenizer, {"unet": ..., "text_encoder": ...}) with fresh weights, or those of the folder to go on from."""
+    from base_model import build_text_encoder, build_tokenizer, build_unet
+
+    if settings.start:
+        found = load_pipeline(settings.start)
+        return found.tokenizer, {"unet": found.unet, "text_encoder": found.text_encoder}
+    tokenizer = build_tokenizer(captions, Path(settings.work) / "tokenizer")
+    return tokenizer, {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
+
+
 def train_unet(settings, vae, captions, images):
     """UNet and text encoder on cached latents; returns the averaged pair, the tokenizer, the scale and the seconds."""
     import torch
     from torch.optim.swa_utils import AveragedModel
 
-    from base_model import build_text_encoder, build_tokenizer, build_unet
-
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    if settings.start:
-        found = load_pipeline(settings.start)
-        tokenizer, parts = found.tokenizer, {"unet": found.unet, "text_encoder": found.text_encoder}
-    else:
-        tokenizer = build_tokenizer(captions, Path(settings.work) / "tokenizer")
-        parts = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
+    tokenizer, parts = begin(settings, captions)
     model = torch.nn.ModuleDict(parts).train()
 
     def blend(old, new, count):  # the early weights are forgotten quickly, whatever the final decay
@@ -259,7 +277,7 @@ def train_unet(settings, vae, captions, images):
     latents = Latents(settings, vae, tokenizer, captions, images)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     start, tick = checkpoint.load(generator), time.time()
-    denoise = torch.compile(model["unet"]) if settings.compile else model["unet"]
+    denoise = model["unet"] if settings.no_compile else torch.compile(model["unet"])
     precision = getattr(torch, settings.precision)
     for step in range(start, settings.unet_steps):
         for group in optimizer.param_groups:
@@ -337,6 +355,7 @@ def main(settings):
     import emojis
 
     torch.set_num_threads(settings.threads)
+    made_by = asdict(settings)
     Path(settings.work).mkdir(parents=True, exist_ok=True)
     captions, images = public_images(settings)
     print(f"{len(captions)} public pictures of {images.shape[1]} px")
@@ -349,29 +368,20 @@ def main(settings):
         return
     model, tokenizer, scale, unet_seconds = train_unet(settings, vae, captions, images)
     card = {
-        "settings": asdict(settings),
+        "settings": made_by,
         "public_images": len(captions),
         "psnr_private_db": round(private, 2),
         "seconds": {"vae": round(vae_seconds), "unet": round(unet_seconds)},
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
     }
+    before = Path(settings.start) / "pretraining.json"
+    if settings.start and before.is_file():
+        card["started_from"] = json.loads(before.read_text())
     export(settings, vae, model, tokenizer, scale, card)
     show(settings, captions)
     print(f"wrote {settings.out}; look at samples.png and reconstructions.png in {settings.work}")
 
 
-def parse() -> Settings:
-    """The command line; `icons` is the only thing that cannot come from PyPI."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="the public sets from npm: for s in noto fluent-emoji-flat emojione; do npm pack @iconify-json/$s; "
-        "mkdir -p icons/$s; tar xzf iconify-json-$s-*.tgz -C icons/$s --strip 1; done",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    for f in fields(Settings):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=" ")
-    return Settings(**vars(parser.parse_args()))
-
-
 if __name__ == "__main__":
-    main(parse())
+    with one_line_errors():
+        main(SETTINGS)

@@ -118,7 +118,10 @@ def measure(subject, network, real, store, adapter, s: Settings, seed: int, labe
     if s.pictures:
         adapter.merge()
         index = np.resize(subject.members(), s.pictures)
-        kept = store.get("pictures", lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)})
+        kept = store.get(
+            f"pictures-{s.pictures}-{s.sampling_steps}",
+            lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)},
+        )
         made = kept["made"]
         record["quality"] = picture_quality(real, quality.features(network, made))
     return Measured(record, scores, raw, made)
@@ -131,9 +134,9 @@ def calibrate(subject, measured: Measured, shadows: tuple, rounds: int, seed: in
 
 
 def fingerprint(target: Target, s: Settings) -> str:
-    """What the scores of the base model depend on."""
+    """What the scores and the pictures of the base model depend on, beside the number and steps of the pictures."""
     c = target.config
-    choices = {k: getattr(s, k) for k in ("nonmembers", "pictures", "sampling_steps", "guidance", "features")}
+    choices = {k: getattr(s, k) for k in ("nonmembers", "guidance", "features")}
     seeds = [attacks.GRID_SEED, SUBSET_SEED, c["seed"]]
     return json.dumps([seeds, c["model"], c["data"], c["caption"], c["dtype"], target.splits, choices])
 

@@ -312,6 +312,8 @@ def unet_loss(unet, text_encoder, abar, gamma, z0, ids, t, noise):
 
 def export(settings, vae, model, tokenizer, scale, card):
     """Write the pipeline folder in half precision, and how it was made."""
+    import shutil
+
     import torch
 
     from base_model import pipeline
@@ -319,6 +321,8 @@ def export(settings, vae, model, tokenizer, scale, card):
     vae.register_to_config(scaling_factor=scale)
     made = pipeline(vae, model["text_encoder"], tokenizer, model["unet"]).to(dtype=torch.float16)
     made.save_pretrained(settings.out, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):  # which older tools read
+        shutil.copy(Path(settings.start or settings.work) / "tokenizer" / name, Path(settings.out) / "tokenizer")
     (Path(settings.out) / "pretraining.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
@@ -374,7 +378,7 @@ def main(settings):
         "seconds": {"vae": round(vae_seconds), "unet": round(unet_seconds)},
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
     }
-    before = Path(settings.start) / "pretraining.json"
+    before = Path(settings.start or ".") / "pretraining.json"
     if settings.start and before.is_file():
         card["started_from"] = json.loads(before.read_text())
     export(settings, vae, model, tokenizer, scale, card)

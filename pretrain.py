@@ -321,9 +321,20 @@ def export(settings, vae, model, tokenizer, scale, card):
     vae.register_to_config(scaling_factor=scale)
     made = pipeline(vae, model["text_encoder"], tokenizer, model["unet"]).to(dtype=torch.float16)
     made.save_pretrained(settings.out, safe_serialization=True)
+    edit(
+        Path(settings.out) / "text_encoder" / "config.json", dtype="float32"
+    )  # transformers would load half, diffusers full
+    for part in ("unet", "vae"):
+        edit(Path(settings.out) / part / "config.json", _name_or_path=None)
     for name in ("vocab.json", "merges.txt"):  # which older tools read
         shutil.copy(Path(settings.start or settings.work) / "tokenizer" / name, Path(settings.out) / "tokenizer")
     (Path(settings.out) / "pretraining.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def edit(path, **changes):
+    """Set values in a JSON file; None removes."""
+    values = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def show(settings, captions):

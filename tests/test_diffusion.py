@@ -11,9 +11,10 @@ from conftest import CAPTIONS
 from safetensors.torch import load_file
 
 import diffusion
-from diffusion import add_noise, encode_captions, encode_images, load_base, prediction_target, squared_error
+from diffusion import add_noise, encode_captions, encode_images, load_base, prediction_target, sample, squared_error
 from errors import UserError
 from lora import inject
+from settings import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,20 @@ def test_refuses_a_name_that_is_nowhere():
 def test_refuses_a_size_that_the_unet_cannot_halve(tiny_base):
     with pytest.raises(UserError, match="30 is not a multiple of 8"):
         load_base(tiny_base, size=30)
+
+
+def test_embedded_base_in_plain_diffusers():
+    """`from_pretrained(folder)` without any argument loads it, in one dtype, and samples the picture that we sample."""
+    from diffusers import StableDiffusionPipeline
+
+    base, steps = load_base(EMBEDDED), 4
+    noise = torch.randn((1, *base.latent_shape), generator=torch.Generator().manual_seed(0))
+    text, empty = (encode_captions(base, [caption]) for caption in ("red apple, noto", ""))
+    ours = sample(base, text, empty, noise, steps, guidance=3.0)[0]
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    options = {"height": 48, "width": 48, "guidance_scale": 3.0, "num_inference_steps": steps, "output_type": "np"}
+    theirs = pipeline("red apple, noto", latents=noise, **options).images[0]
+    assert abs(ours / 255 - theirs).max() < 2 / 255
+    total = sum(path.stat().st_size for path in Path(EMBEDDED).rglob("*") if path.is_file())
+    assert total <= 20_000_000

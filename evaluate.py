@@ -175,7 +175,7 @@ def evaluate(s: Settings) -> list[dict]:
             control = measure_base(subject, network, real, target.run.parent, key, adapter, s, seed)
             adapter, _ = lora.load(unet, target.adapter)
         planned = shadow.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
-        store = Store(folder / "scores", json.dumps([key, str(target.adapter), written(target.adapter)]))
+        store = Store(folder / "scores", json.dumps([key, str(target.adapter.resolve()), written(target.adapter)]))
         references = {"difference": control.raw["losses"]}
         found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
         lora.remove(unet, adapter)

@@ -43,9 +43,8 @@ class Learner:
         sizes = run.batch, run.batch if settings.attacker_members == "drawn" else half
         aux = run.roles["member_aux"], run.roles["nonmember_aux"]
         self.aux = [Batches(found, size, self.inner) for found, size in zip(aux, sizes, strict=True)]
-        self.reused: tuple[
-            torch.Tensor, ...
-        ] = ()  # (errors, timesteps) of the auxiliary members in the last outer batch
+        # (errors, timesteps) of the auxiliary members in the last outer batch, for --attacker-members reused
+        self.reused: tuple[torch.Tensor, ...] = ()
         self.adapter, self.parameters, self.device = run.adapter, run.adapter.parameters(), run.base.device
         self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
         self.attacker_optimizer = torch.optim.Adam(self.attacker.parameters(), lr=settings.attacker_lr)

@@ -5,8 +5,10 @@
 """
 
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -109,3 +111,23 @@ def pipeline(vae, text_encoder, tokenizer, unet, prediction: str = "epsilon") ->
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def export(made: StableDiffusionPipeline, folder: str | Path, vocabulary: str | Path) -> None:
+    """Write the pipeline in half precision, so that plain `from_pretrained(folder)` loads all of it in single.
+
+    `vocabulary` is the folder whose `tokenizer` holds the slow tokenizer's two files, which older tools read.
+    """
+    folder = Path(folder)
+    made.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    _edit(folder / "text_encoder" / "config.json", dtype="float32")  # else transformers keeps it in half precision
+    for part in ("unet", "vae"):
+        _edit(folder / part / "config.json", _name_or_path=None)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(Path(vocabulary) / "tokenizer" / name, folder / "tokenizer")
+
+
+def _edit(path: Path, **changes) -> None:
+    """Set values in a JSON file; None removes."""
+    values = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}
+    path.write_text(json.dumps(values, indent=2) + "\n")

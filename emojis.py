@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from errors import UserError
+
 SIZE = 48  # pixels; the embedded base model's resolution
 NEAR_DUPLICATE = 0.004  # mean squared difference of two RGB pictures in 0..1 below which they count as one
 
@@ -117,6 +119,23 @@ def icon_set(folder: Path, name: str, size: int = SIZE) -> tuple[list[str], list
             )
             found.append((slug, by_slug[slug], rasterise(svg, size)))
     return _finish(found, size)
+
+
+def public(icons: Path, work: Path) -> tuple[list[str], np.ndarray]:
+    """All public sets: (captions with their style, images uint8 (N, SIZE, SIZE, 3)); rasterised once into `work`.
+
+    Raises UserError if a set from npm is not in `icons`.
+    """
+    cache = work / f"public{SIZE}.npz"
+    if not cache.exists():
+        missing = [name for name in ICON_SETS if not (icons / name / "icons.json").is_file()]
+        if missing:
+            raise UserError(f"{icons}/{missing[0]}/icons.json is missing: see pretrain.py --help for the npm sets")
+        sets = {"openmoji": openmoji()} | {name: icon_set(icons, name) for name in ICON_SETS}
+        captions = [f"{caption}, {name.split('-')[0]}" for name, (_, texts, _) in sets.items() for caption in texts]
+        np.savez_compressed(cache, captions=captions, images=np.concatenate([s[2] for s in sets.values()]))
+    with np.load(cache) as data:
+        return [str(caption) for caption in data["captions"]], data["images"]
 
 
 def rasterise(svg: str, size: int) -> Image.Image:

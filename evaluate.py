@@ -52,6 +52,7 @@ import numpy as np
 import torch
 
 import attacks
+import figures
 import lora
 import plots
 import quality
@@ -197,7 +198,7 @@ def evaluate(s: Settings) -> list[dict]:
             "seconds": round(time.time() - started, 1),
         }
         write_json(folder / "eval.json", record)
-        plots.evaluation(subject, found, base, target.config["method"], folder / "figures")
+        figures.evaluation(subject, found, base, target.config["method"], folder / "figures")
         records.append(record)
         test_scores.append({name: subject.pair(score, "test") for name, score in found.scores.items()})
     print_table(records)
@@ -301,8 +302,8 @@ def print_differences(records: list[dict], test_scores: list[dict], rounds: int)
 def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int) -> list[dict]:
     """What runs that differ by their seed alone say together, and each kind of run against the first; returns it."""
     groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
-    for i, (record, kind) in enumerate(zip(records, kinds, strict=True)):
-        groups.setdefault(kind, {})[record["seed"]] = i
+    for i, (record, same) in enumerate(zip(records, kinds, strict=True)):
+        groups.setdefault(same, {})[record["seed"]] = i
     groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
     for group in groups.values():
         members = [records[i] for i in group.values()]

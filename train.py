@@ -77,7 +77,8 @@ def attacker_turn(run: Run, learner: Learner) -> dict[str, float]:
     reused = run.settings.attacker_members == "reused"
     if reused and (not learner.reused or not len(learner.reused[0])):
         return {}  # no outer step yet, or none of its batch is auxiliary
-    index = torch.cat([batches.draw() for batches in learner.aux[reused:]])  # members, then non-members
+    drawn = learner.aux[1:] if reused else learner.aux
+    index = torch.cat([batches.draw() for batches in drawn])  # members, then non-members
     timesteps, noise = draw_noise(run.base, len(index), learner.inner)
     parts = run.processes.parts(len(index), 2 * run.settings.batch_size)
     with torch.no_grad():

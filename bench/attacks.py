@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def attacks_on(args):
-    """{attack: a function that scores all images}, and the number of images."""
+    """(adapter, attacks on it merged, attacks on it apart), the latter as {attack: a function that scores all images}."""
     import numpy as np
     import torch
 

@@ -49,12 +49,8 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     base = load_base(settings.model, settings.device, settings.dtype)
     text = encode_captions(base, ["a picture"]).expand(8, -1, -1)
     latents = torch.randn(8, *base.latent_shape, device=base.device)
-    roles = {
-        "member_aux": [0, 1],
-        "member_val": [2],
-        "member_test": [3],
-        "nonmember_aux": [4, 5],
-    }  # half of the members
+    # half of the members are auxiliary
+    roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
     adapter = (
         lora.inject(base.unet, settings.target, settings.rank, settings.alpha) if adapted else lora.Adapter({}, "")
     )

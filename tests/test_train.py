@@ -150,10 +150,9 @@ def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "attacker_step", step)
     monkeypatch.setattr(train, "adapter_turn", turn)
     reused = small_run(tiny_base, image_folder, tmp_path / "r", "--steps", 6, "--attacker-members", "reused")
-    found = [rows_ for rows_ in shown[:-1] if len(rows_[0])]
-    assert len(seen) == len(found) > 2 and {len(errors) for errors, _ in shown} != {
-        4
-    }  # not all of a batch are auxiliary
+    found = [kept for kept in shown[:-1] if len(kept[0])]
+    assert len(seen) == len(found) > 2
+    assert {len(errors) for errors, _ in shown} != {4}  # not all of a batch are auxiliary
     for (errors, timesteps, others, _), (kept, at) in zip(seen, found, strict=True):
         assert torch.equal(errors, kept) and torch.equal(timesteps, at) and len(others) == 2
     monkeypatch.undo()

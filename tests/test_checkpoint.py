@@ -118,7 +118,7 @@ def test_killed_twenty_times(three_runs):
     """Data order, noise, dropout, both optimisers and both models go on as if nothing had happened."""
     tmp, codes = three_runs
     assert codes["alone"] == 0 and codes["killed"] == [-signal.SIGKILL] * KILLS + [0]
-    assert codes["kept"] == 2
+    assert 2 <= codes["kept"] <= 3  # a kill may fall between the new state and the end of the oldest
     same(tmp / "alone", tmp / "killed")
     assert not (tmp / "killed" / "state").exists() and not list((tmp / "killed").rglob("*.tmp"))
 

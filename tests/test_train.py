@@ -162,7 +162,8 @@ def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
 
 def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
     """They are part of the training state: the attacker of a resumed run steps on the same errors."""
-    argv = ["--model", tiny_base, "--data", image_folder, "--out", tmp_path / "r", *SMALL, "--attacker-members", "reused"]
+    out = tmp_path / "r"
+    argv = ["--model", tiny_base, "--data", image_folder, "--out", out, *SMALL, "--attacker-members", "reused"]
     settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in argv]))
     settings.dtype = "float32"
     run = train.prepare(settings, train.Processes("cpu"))

@@ -76,8 +76,8 @@ class LoRALinear(nn.Module):
             return y
         if not torch.is_autocast_enabled(x.device.type):  # which else casts the factors to the base's dtype
             x = x.to(self.lora_A.weight.dtype)
-        low = self.lora_B(self.lora_A(x))
-        return y + (self.alpha / self.rank * low).to(y.dtype)
+        low = self.lora_B(self.lora_A(x)).to(y.dtype)
+        return torch.add(y, low, alpha=self.alpha / self.rank)  # one pass over y in place of two
 
     def delta(self) -> torch.Tensor:
         """(alpha / rank) B A in the shape of the base's weight."""

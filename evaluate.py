@@ -60,7 +60,7 @@ import roc
 import shadow
 from runfolder import write_json
 from scores import Store, attack_scores, draw, query, threshold
-from settings import FREE
+from settings import FREE, LOOKS
 from targets import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
 
 
@@ -212,8 +212,8 @@ def evaluate(s: Settings) -> list[dict]:
 
 
 def kind(target: Target) -> str:
-    """All that was decided about an adapter but its seed."""
-    chosen = {k: v for k, v in target.config.items() if k not in ("seed", *FREE)}
+    """All that was decided about an adapter but its seed; what is only looked at on the way decides nothing."""
+    chosen = {k: v for k, v in target.config.items() if k not in ("seed", *FREE, *LOOKS)}
     return json.dumps([chosen, "best" if target.at == "best" else target.step], sort_keys=True)
 
 
@@ -311,8 +311,18 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], 
         losses = [r["adapted"]["held_out_loss"] for r in members]
         entry = {k: members[0][k] for k in ("method", "lam", "step")} | {"seeds": list(group), "worst": worst}
         entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
+        qualities = [r["adapted"].get("quality") for r in members]
+        if all(qualities):
+            entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
         text = f"{entry['method']}, lambda {entry['lam']}, step {entry['step']}, seeds {', '.join(map(str, group))}"
         print(f"{text}: worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}", end="")
+        if "quality" in entry:
+            print(
+                ", Frechet distance {frechet_members:.0f} members, {frechet_held_out:.0f} held out".format(
+                    **entry["quality"]
+                ),
+                end="",
+            )
         print(f" (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
         if first is None:
             first, name = group, worst["attack"]

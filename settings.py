@@ -89,6 +89,7 @@ class Settings:
 
 
 FREE = ("out", "device", "threads", "state_every", "keep", "resume", "track", "dry_run")  # may change on --resume
+LOOKS = ("norms_every", "hessian_every", "samples", "sample_every", "format")  # change no number of the training itself
 
 
 def resolve(settings: Settings) -> Settings:

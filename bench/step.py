@@ -9,7 +9,8 @@ drift of the machine shows.  Memory is the peak resident set while stepping (Lin
     lora            this project, the reference of the ratios
     lora peft       the same layers, rank and batch by `unet.add_adapter` of diffusers + peft
     smp pooled/raw  Algorithm 1: a forward of 2 B for the attacker, one forward of B for L and G
-    smp reused      the same with --attacker-members reused: a forward of B / 2 for the attacker
+    smp reused      the same with --attacker-members reused: a forward of B / 2 for the attacker (at B = 1, of 1 in those steps
+                    that follow an auxiliary member, half of them)
     smp every-3     --attacker-every 3: the mean of three steps, one of them the attacker's too
     smp released    L and G from two forwards with noise of their own, as in the released code; raw proxy
 """
@@ -60,20 +61,22 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     return run, Learner(run) if adapted else None
 
 
-def ours(args, method: str, proxy: str, every: int = 1, members: str = "drawn"):
-    """A function that takes `every` steps as train.py does, the attacker in the first of them."""
+def ours(args, method: str, proxy: str, kind: str = ""):
+    """(a function that takes steps as train.py does, how many): a whole round of what differs between steps."""
     import train
 
-    run, learner = build(args, method, proxy, members=members)
+    run, learner = build(args, method, proxy, members="reused" if kind == "reused" else "drawn")
+    every = 3 if kind == "every-3" else 1
+    count = len(run.members) // run.batch if kind == "reused" else every  # half of the members are auxiliary
 
     def step():
-        if method != "lora":
-            train.attacker_turn(run, learner)
-        for _ in range(every):
+        for i in range(max(1, count)):
+            if method != "lora" and i % every == 0:
+                train.attacker_turn(run, learner)
             train.adapter_turn(run, learner, 2)
             learner.optimizer.step()
 
-    return step
+    return step, max(1, count)
 
 
 def peft(args):
@@ -153,9 +156,11 @@ def measure(variant: str, args, queue) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     name, _, kind = variant.partition(" ")
-    step, every = {"peft": peft, "released": released}.get(kind), 3 if kind == "every-3" else 1
-    members = "reused" if kind == "reused" else "drawn"
-    step = step(args) if step else ours(args, name, "raw" if kind == "raw" else "pooled", every, members)
+    others = {"peft": peft, "released": released}
+    if kind in others:
+        step, count = others[kind](args), 1
+    else:
+        step, count = ours(args, name, "raw" if kind == "raw" else "pooled", kind)
     seconds = []
     for i in range(args.steps + args.warm_up):
         if i == args.warm_up:
@@ -164,7 +169,7 @@ def measure(variant: str, args, queue) -> None:
         step()
         if torch.device(args.device).type == "cuda":
             torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - tick) / every)
+        seconds.append((time.perf_counter() - tick) / count)
     queue.put((median(seconds[args.warm_up :]), peak_gib()))
 
 

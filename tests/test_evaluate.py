@@ -22,10 +22,10 @@ def run(tiny_base, image_folder, tmp_path_factory):
     return short_run(tiny_base, image_folder, tmp_path_factory.mktemp("runs") / "smp")
 
 
-def short_run(tiny_base, image_folder, out, seed=0):
+def short_run(tiny_base, image_folder, out, **flags):
     """The folder of four steps of SMP."""
-    small = {"members": 20, "rank": 2, "alpha": 4, "batch_size": 4, "target": "attention", "lr": 0.01}
-    train.train(Settings(model=tiny_base, data=image_folder, out=str(out), seed=seed, steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
+    small = {"members": 20, "rank": 2, "alpha": 4, "batch_size": 4, "target": "attention", "lr": 0.01} | flags
+    train.train(Settings(model=tiny_base, data=image_folder, out=str(out), steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
     return str(out)
 
 
@@ -48,14 +48,16 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
 
 
 def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, capsys):
-    """Runs that differ by their seed alone are one claim; another step of one of them is not."""
-    other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1)
-    records = evaluate.evaluate(evaluate.Settings(runs=[run, other], pictures=0, bootstrap=50))
+    """Runs that differ by their seed, and by what was looked at on the way, are one claim; another step of one is not."""
+    other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1, samples=0, norms_every=1)
+    records = evaluate.evaluate(evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50))
     (pooled,) = json.loads((Path(run).parent / "seeds.json").read_text())
     assert pooled["seeds"] == [0, 1] and "seeds 0, 1: worst case" in capsys.readouterr().out
     name = pooled["worst"]["attack"]
     areas = [r["adapted"]["attacks"][name]["auc"] for r in records]
     assert pooled["worst"]["auc"] == pytest.approx(np.mean(areas))
+    distances = [r["adapted"]["quality"]["frechet_members"] for r in records]
+    assert pooled["quality"]["frechet_members"] == pytest.approx(np.mean(distances))
     assert pooled["worst"]["auc_by_seed"] == pytest.approx([r["adapted"]["worst"]["auc"] for r in records])
     assert evaluate.kind(read_run(run)) == evaluate.kind(read_run(other)) != evaluate.kind(read_run(run, "best"))
 

@@ -13,22 +13,24 @@ import numpy as np
 import torch
 
 from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
-from diffusion import Base, squared_error
+from diffusion import Base, at_once, squared_error
 
 TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
 LATE_TIMESTEPS = (500, 650, 800, 950)
 ALL_TIMESTEPS = TIMESTEPS + LATE_TIMESTEPS  # where quality is measured
 DRAWS = 4  # noise draws per timestep: the average over draws is what leaks
 GRID_SEED = 20240219  # of the attacks' noise; unrelated to any training seed
-BATCH = 64
+BATCH = 64  # small pictures in one forward without gradient
+GRADIENT_BATCH = 16  # and with one
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Queries
 
 
-def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS, batch: int = BATCH):
+def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS):
     """Yield (slice, T index, draw, e (b, C, h, w)) over images x timesteps x draws, one noise per (t, draw)."""
+    batch = at_once(base, BATCH)
     with torch.no_grad():
         for j, t in enumerate(timesteps):
             generator = torch.Generator().manual_seed(GRID_SEED + t)  # the noise of a timestep is the same in any grid
@@ -51,9 +53,9 @@ def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS
 @torch.no_grad()
 def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
     """eps(z_t, t, tau(y)), (N, C, h, w), of an epsilon- or v-prediction UNet."""
-    parts = []
-    for i in range(0, len(noisy_latents), BATCH):
-        z, c = noisy_latents[i : i + BATCH], text[i : i + BATCH]
+    parts, batch = [], at_once(base, BATCH)
+    for i in range(0, len(noisy_latents), batch):
+        z, c = noisy_latents[i : i + batch], text[i : i + batch]
         at = torch.full((len(z),), t, device=base.device)
         out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
         a = base.abar[t]
@@ -172,7 +174,7 @@ def train_proxy(base: Base, latents, text, roles: dict[str, list[int]], proxy: s
             noise = torch.randn((len(index), *base.latent_shape), generator=generator).to(base.device)
             errors = [
                 squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
-                for i in torch.arange(len(index)).split(BATCH)
+                for i in torch.arange(len(index)).split(at_once(base, BATCH))
             ]
             return torch.cat(errors), timesteps
 
@@ -219,11 +221,11 @@ def one_draw(odds: torch.Tensor, seed: int) -> np.ndarray:
 # White box and black box
 
 
-def gradient_features(base: Base, adapter, latents, text, batch: int = 16) -> np.ndarray:
+def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     """log L2 norm per adapter tensor of the gradient of an image's mean loss over a few timesteps, (N, tensors)
     (GSA1, Pang et al. 2023).
 
-    One backward pass serves `batch` images: a weight's gradient from one image is the sum over positions of what its
+    One backward pass serves several images: a weight's gradient from one image is the sum over positions of what its
     layer was given times what came back for that image.
     """
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
@@ -234,7 +236,7 @@ def gradient_features(base: Base, adapter, latents, text, batch: int = 16) -> np
     hooks = [
         f.register_forward_hook(lambda f, given, gave: seen.update({f: (given[0].detach(), gave)})) for f in factors
     ]
-    rows = []
+    rows, batch = [], at_once(base, GRADIENT_BATCH)
     try:
         for i in range(0, len(latents), batch):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))

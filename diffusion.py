@@ -134,9 +134,9 @@ def resolve_dtype(dtype: str, device: str) -> str:
 # What is cached once per run
 
 
-def at_once(base: Base) -> int:
-    """Pictures that go through the autoencoder together: 32 small ones, 2 of 512 px, so that memory stays bounded."""
-    return min(32, max(1, 32 * 128**2 // base.size**2))
+def at_once(base: Base, most: int = 32) -> int:
+    """Pictures that go through a network together, so that memory stays bounded: `most` up to 128 px, of 512 px a 16th."""
+    return min(most, max(1, most * 128**2 // base.size**2))
 
 
 @torch.no_grad()

@@ -315,15 +315,10 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], 
         if all(qualities):
             entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
         text = f"{entry['method']}, lambda {entry['lam']}, step {entry['step']}, seeds {', '.join(map(str, group))}"
-        print(f"{text}: worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}", end="")
-        if "quality" in entry:
-            print(
-                ", Frechet distance {frechet_members:.0f} members, {frechet_held_out:.0f} held out".format(
-                    **entry["quality"]
-                ),
-                end="",
-            )
-        print(f" (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
+        text += f": worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}"
+        for real in ("members", "held_out") if "quality" in entry else ():
+            text += f", Frechet distance {entry['quality'][f'frechet_{real}']:.0f} ({real.replace('_', ' ')})"
+        print(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
         if first is None:
             first, name = group, worst["attack"]
         elif shared := [seed for seed in group if seed in first]:

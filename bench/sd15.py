@@ -81,7 +81,7 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path, dtype: str, size: int) -> None:
-    """Three steps of each method, losses of two images, one autoencoder round, and a Hessian norm at half the size."""
+    """Three steps of each method, what an evaluation asks of a few images, and a Hessian norm at half the size."""
     import torch
     from step import peak_gib
 
@@ -89,7 +89,7 @@ def check(folder: Path, dtype: str, size: int) -> None:
     import lora
     import smoothness
     import train
-    from diffusion import encode_captions, encode_images, load_base, squared_error
+    from diffusion import encode_captions, encode_images, load_base, sample, squared_error
     from parallel import Processes
     from settings import Settings, resolve
 
@@ -101,7 +101,7 @@ def check(folder: Path, dtype: str, size: int) -> None:
     roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
 
     def said(what: str, value: float, tick: float) -> None:
-        print(f"{what:24} {value:10.4f}  {time.time() - tick:7.1f} s  peak {peak_gib():5.2f} GiB", flush=True)
+        print(f"{what:28} {value:10.4f}  {time.time() - tick:7.1f} s  peak {peak_gib():5.2f} GiB", flush=True)
 
     for method in ("lora", "mp", "smp"):
         settings = resolve(Settings(method=method, model=str(folder), out="/unused", dtype=dtype))
@@ -118,7 +118,14 @@ def check(folder: Path, dtype: str, size: int) -> None:
         if method == "smp":
             tick = time.time()
             grid = attacks.loss_grid(base, latents[:2], text[:2], timesteps=(250,), draws=1)
-            said("loss attack, 2 images", grid.mean().item(), tick)
+            said("loss of 2 images at t = 250", grid.mean().item(), tick)
+            tick = time.time()
+            said("SimA, 2 images", attacks.sima(base, latents[:2], text[:2], (100,)).mean(), tick)
+            tick = time.time()
+            said("GSA1, 1 image", attacks.gradient_features(base, adapter, latents[:1], text[:1]).mean(), tick)
+            tick = time.time()
+            made = sample(base, text[:1], encode_captions(base, [""]), torch.randn(1, *base.latent_shape), steps=2)
+            said("1 picture, 2 DDIM steps", made.mean(), tick)
             tick, t = time.time(), torch.tensor([250])
             c, h, w = base.latent_shape
             noise = torch.randn(1, c, h // 2, w // 2)

@@ -67,16 +67,17 @@ def ours(args, method: str, proxy: str, kind: str = ""):
 
     run, learner = build(args, method, proxy, members="reused" if kind == "reused" else "drawn")
     every = 3 if kind == "every-3" else 1
-    count = len(run.members) // run.batch if kind == "reused" else every  # half of the members are auxiliary
+    # with batches below the members, half of whom are auxiliary, a step of "reused" depends on who is in it
+    count = max(1, len(run.members) // run.batch) if kind == "reused" else every
 
     def step():
-        for i in range(max(1, count)):
+        for i in range(count):
             if method != "lora" and i % every == 0:
                 train.attacker_turn(run, learner)
             train.adapter_turn(run, learner, 2)
             learner.optimizer.step()
 
-    return step, max(1, count)
+    return step, count
 
 
 def peft(args):
@@ -156,9 +157,8 @@ def measure(variant: str, args, queue) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     name, _, kind = variant.partition(" ")
-    others = {"peft": peft, "released": released}
-    if kind in others:
-        step, count = others[kind](args), 1
+    if kind in ("peft", "released"):
+        step, count = {"peft": peft, "released": released}[kind](args), 1
     else:
         step, count = ours(args, name, "raw" if kind == "raw" else "pooled", kind)
     seconds = []

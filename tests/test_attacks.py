@@ -49,6 +49,18 @@ def test_loss_grid_and_attacks_on_known_errors(leaky):
     np.testing.assert_allclose(attacks.difference_attack(grid, 2 * grid), np.log(2), rtol=1e-5)
 
 
+def test_large_pictures_go_through_in_small_batches(leaky, monkeypatch):
+    """Of 512 px four at a time where small ones go in one batch; the figures are the same."""
+    h, sizes, real = torch.rand(6) + 0.1, [], attacks.squared_error
+    monkeypatch.setattr(attacks, "squared_error", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest))
+    for pixels, expected in ((32, [6]), (512, [4, 2]), (4096, [1] * 6)):
+        leaky.size = pixels
+        grid = attacks.loss_grid(leaky, torch.zeros(6, *leaky.latent_shape), h.view(6, 1, 1), (5,), draws=1)
+        assert sizes == expected
+        torch.testing.assert_close(grid, h.view(6, 1, 1))
+        sizes.clear()
+
+
 @pytest.mark.parametrize("proxy", ["raw", "pooled"])
 def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
     """Members with a smaller error are found on the test images; without a difference they are not."""
@@ -152,7 +164,7 @@ def test_classifier_and_black_box():
 
 
 @pytest.mark.parametrize("model", ["tiny_base", "tiny_base_linear"])
-def test_gradient_features_equal_autograd_image_by_image(model, request):
+def test_gradient_features_equal_autograd_image_by_image(model, request, monkeypatch):
     """One backward pass for several images gives each image's own norms, over linear layers and convolutions."""
     base = load_base(request.getfixturevalue(model))
     adapter = lora.inject(base.unet, "all", 3, 2.0, torch.Generator().manual_seed(0))
@@ -160,7 +172,8 @@ def test_gradient_features_equal_autograd_image_by_image(model, request):
     for p in adapter.parameters():  # B is zero before training
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
     latents, text = torch.randn(5, 4, 8, 8, generator=generator), torch.randn(5, 16, 32, generator=generator)
-    found = attacks.gradient_features(base, adapter, latents, text, batch=3)
+    monkeypatch.setattr(attacks, "GRADIENT_BATCH", 3)
+    found = attacks.gradient_features(base, adapter, latents, text)
     timesteps = torch.tensor(attacks.TIMESTEPS[::2])
     noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(attacks.GRID_SEED))
     for i in range(5):

@@ -302,6 +302,7 @@ def print_differences(records: list[dict], test_scores: list[dict], rounds: int)
 def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int) -> list[dict]:
     """What runs that differ by their seed alone say together, and each kind of run against the first; returns it."""
     groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
+    called = titles(records)
     for i, (record, same) in enumerate(zip(records, kinds, strict=True)):
         groups.setdefault(same, {})[record["seed"]] = i
     groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
@@ -309,13 +310,13 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], 
         members = [records[i] for i in group.values()]
         worst = roc.pooled_worst([test_scores[i] for i in group.values()], rounds)
         losses = [r["adapted"]["held_out_loss"] for r in members]
-        entry = {k: members[0][k] for k in ("method", "lam", "step")} | {"seeds": list(group), "worst": worst}
+        names = [called[i] for i in group.values()]
+        entry = {"runs": names, "seeds": list(group)} | {k: members[0][k] for k in ("method", "lam")} | {"worst": worst}
         entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
         qualities = [r["adapted"].get("quality") for r in members]
         if all(qualities):
             entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
-        text = f"{entry['method']}, lambda {entry['lam']}, step {entry['step']}, seeds {', '.join(map(str, group))}"
-        text += f": worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}"
+        text = f"{', '.join(names)}: worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}"
         for real in ("members", "held_out") if "quality" in entry else ():
             text += f", Frechet distance {entry['quality'][f'frechet_{real}']:.0f} ({real.replace('_', ' ')})"
         print(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")

@@ -52,7 +52,7 @@ def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, ca
     other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1, samples=0, norms_every=1)
     records = evaluate.evaluate(evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50))
     (pooled,) = json.loads((Path(run).parent / "seeds.json").read_text())
-    assert pooled["seeds"] == [0, 1] and "seeds 0, 1: worst case" in capsys.readouterr().out
+    assert pooled["seeds"] == [0, 1] and f"{', '.join(pooled['runs'])}: worst case" in capsys.readouterr().out
     name = pooled["worst"]["attack"]
     areas = [r["adapted"]["attacks"][name]["auc"] for r in records]
     assert pooled["worst"]["auc"] == pytest.approx(np.mean(areas))

@@ -1,15 +1,24 @@
-"""Flags from a dataclass of settings, and one-line errors; imports nothing heavy, so `--help` answers at once."""
+"""What every command needs: flags from a dataclass of settings, one-line errors, whole files; imports nothing heavy."""
 
 import argparse
 import dataclasses
 import errno
+import json
+import os
 import sys
 import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from errors import UserError
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence naming what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flags
 
 
 def option(default, help: str, choices: tuple | None = None):
@@ -54,6 +63,10 @@ def _flag(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# One-line errors
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what the user can mend into one line and exit code 2; a failure of ours keeps its traceback and code 1."""
@@ -70,3 +83,36 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that are there whole or not at all, whatever kills the process or fills the disk
+
+
+def write_whole(path: Path, content: bytes | str) -> Path:
+    """Write aside, flush to the disk, rename; on failure nothing is left, and the OSError names the file."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        error.filename = str(path)  # write() itself names none
+        raise
+    return path
+
+
+def write_json(path: Path, value: dict | list) -> None:
+    """JSON a person can read, written whole."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path):
+    """The value in a JSON file; raises UserError naming the file if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

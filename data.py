@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from errors import UserError
+from cli import UserError
 
 ROLES = ("member_aux", "member_val", "member_test", "nonmember_aux", "nonmember_val", "nonmember_test", "fresh")
 PARTS = {  # the paper's folder -> the roles it is cut into; members first, so that they win over non-member copies
@@ -59,7 +59,7 @@ def load_images(data: str, size: int, caption: str | None = None) -> Images:
     Raises UserError for a folder, image or caption that cannot be used.  Test: tests/test_data.py.
     """
     if data == "twemoji":
-        import emojis
+        from embedded import emojis
 
         return Images(*emojis.twemoji(size))
     folder = Path(data)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from errors import UserError
+from cli import UserError
 from settings import EMBEDDED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

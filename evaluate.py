@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cli import one_line_errors, option, parse
+from cli import one_line_errors, option, parse, write_json
 
 
 @dataclass
@@ -51,17 +51,13 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and a mis
 import numpy as np
 import torch
 
-import attacks
-import figures
 import lora
 import plots
-import quality
 import roc
-import shadow
-from runfolder import write_json
-from scores import Store, attack_scores, draw, query, threshold
+from evaluation import attacks, figures, quality, shadows
+from evaluation.queries import Store, attack_scores, draw, query, threshold
+from evaluation.target import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
 from settings import FREE, LOOKS
-from targets import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
 
 
 def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: int) -> dict:
@@ -128,9 +124,9 @@ def measure(subject, network, real, store, adapter, s: Settings, seed: int, labe
     return Measured(record, scores, raw, made)
 
 
-def calibrate(subject, measured: Measured, shadows: tuple, rounds: int, seed: int) -> Measured:
+def calibrate(subject, measured: Measured, answers: tuple, rounds: int, seed: int) -> Measured:
     """`measured` with the attacks that shadow models calibrate beside the others."""
-    scores = measured.scores | shadow.scores(subject, measured.raw, *shadows)
+    scores = measured.scores | shadows.scores(subject, measured.raw, *answers)
     return replace(measured, scores=scores, record=measured.record | leakage(subject, scores, rounds, seed))
 
 
@@ -175,15 +171,15 @@ def evaluate(s: Settings) -> list[dict]:
             lora.remove(unet, adapter)
             control = measure_base(subject, network, real, target.run.parent, key, adapter, s, seed)
             adapter, _ = lora.load(unet, target.adapter)
-        planned = shadow.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
+        planned = shadows.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
         store = Store(folder / "scores", json.dumps([key, str(target.adapter.resolve()), written(target.adapter)]))
         references = {"difference": control.raw["losses"]}
         found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
         lora.remove(unet, adapter)
         base = control
         if planned:
-            shadows = shadow.query(subject, *planned, key, s.device)
-            found, base = (calibrate(subject, m, shadows, s.bootstrap, seed) for m in (found, control))
+            answers = shadows.query(subject, *planned, key, s.device)
+            found, base = (calibrate(subject, m, answers, s.bootstrap, seed) for m in (found, control))
         record = {
             "run": target.name,
             "method": target.config["method"],

@@ -28,8 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
-import atomic
-from errors import UserError
+from cli import UserError, write_whole
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 KOHYA_NAME = "kohya_lora_weights.safetensors"
@@ -182,7 +181,7 @@ class Adapter:
             }
             metadata["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
         content = serialize({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata)
-        return atomic.write(folder / (KOHYA_NAME if kohya else FILE_NAME), content)
+        return write_whole(folder / (KOHYA_NAME if kohya else FILE_NAME), content)
 
 
 def inject(unet: nn.Module, target: str, rank: int, alpha: float, generator: torch.Generator | None = None) -> Adapter:

@@ -4,8 +4,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from cli import option
-from errors import UserError
+from cli import UserError, option
 
 EMBEDDED = str(Path(__file__).parent / "base")
 

@@ -16,8 +16,7 @@ import signal
 import sys
 import time
 
-from cli import one_line_errors, parse
-from errors import UserError
+from cli import UserError, one_line_errors, parse
 from settings import Settings, resolve, stored
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
@@ -26,17 +25,16 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and a mis
 import torch
 import tqdm
 
-import checkpoint
 import lora
-import runfolder
 import smoothness
 from attacker import attacker_step
 from data import load_images, split
 from diffusion import encode_captions, encode_images, load_base, resolve_dtype, squared_error
-from learner import Batches, Learner, draw_noise
 from objectives import clip_, gradient_norms, objective
-from parallel import Processes, WholeBatch, gradients_of_mean
-from runfolder import Run
+from training import run_folder, state
+from training.learner import Batches, Learner, draw_noise
+from training.processes import Processes, WholeBatch, gradients_of_mean
+from training.run_folder import Run
 
 HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
 
@@ -157,7 +155,7 @@ def train(settings: Settings) -> dict:
     first, before = start(run, learner)
     save_every = settings.save_every or max(1, run.steps // 8)
 
-    with checkpoint.stop_signals() as caught, runfolder.MetricsLog(run) as log, progress(run, first) as bar:
+    with state.stop_signals() as caught, run_folder.MetricsLog(run) as log, progress(run, first) as bar:
         for step in bar:
             tick, row = time.time(), {"step": step}
             if settings.method != "lora" and (step - 1) % settings.attacker_every == 0:
@@ -168,20 +166,20 @@ def train(settings: Settings) -> dict:
             learner.optimizer.step()
             row["seconds"] = time.time() - tick
             if processes.main and (step % save_every == 0 or step == run.steps):
-                row |= runfolder.held_out(run)
-                runfolder.save_adapter(run, run.out / "checkpoints" / f"step-{step:06d}", step)
+                row |= run_folder.held_out(run)
+                run_folder.save_adapter(run, run.out / "checkpoints" / f"step-{step:06d}", step)
             if processes.main and settings.sample_every and step % settings.sample_every == 0:
-                runfolder.sample_grid(run, f"step-{step:06d}")
+                run_folder.sample_grid(run, f"step-{step:06d}")
             log(row)
             bar.set_postfix(_postfix(row), refresh=False)
             stopped = processes.any(bool(caught))
             if processes.main and (step % settings.state_every == 0 or step == run.steps or stopped):
                 log.sync()
                 facts = {"seconds": before + time.time() - started}
-                checkpoint.save(run.out / "state", step, learner.tensors(), facts, settings.keep)
+                state.save(run.out / "state", step, learner.tensors(), facts, settings.keep)
             if stopped:
                 leave(run, step, caught)
-    summary = runfolder.finish(run, learner.attacker, before + time.time() - started) if processes.main else {}
+    summary = run_folder.finish(run, learner.attacker, before + time.time() - started) if processes.main else {}
     processes.close()
     return summary
 
@@ -205,15 +203,15 @@ def progress(run: Run, first: int) -> tqdm.tqdm:
 
 def start(run: Run, learner: Learner) -> tuple[int, float]:
     """Begin the run folder, or put `learner` where the folder's newest state was: (first step, seconds before)."""
-    found = checkpoint.load(run.out / "state") if run.settings.resume else None
+    found = state.load(run.out / "state") if run.settings.resume else None
     if found is None:
         if run.processes.main:
-            runfolder.begin(run)
+            run_folder.begin(run)
         return 1, 0.0
     step, tensors, facts = found
-    runfolder.check_images(run)
+    run_folder.check_images(run)
     if run.processes.main:
-        runfolder.cut_metrics(run.out, step)
+        run_folder.cut_metrics(run.out, step)
         print(f"continuing {run.out} ({run.settings.method}) after step {step} of {run.steps}")
     learner.restore(tensors)
     return step + 1, facts["seconds"]

@@ -22,11 +22,10 @@ def attacks_on(args):
     import numpy as np
     import torch
 
-    import attacks
     import lora
-    import quality
     from attacker import PROXIES
     from diffusion import encode_captions, load_base, sample
+    from evaluation import attacks, quality
     from settings import Settings, resolve
 
     settings = resolve(Settings(method="lora", model=args.model, device=args.device, out="/unused"))

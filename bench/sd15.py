@@ -72,7 +72,7 @@ def write(folder: Path) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from base_model import pipeline
+    from embedded.base_model import pipeline
 
     torch.manual_seed(0)
     vae, text_encoder = AutoencoderKL(**VAE).half(), CLIPTextModel(CLIPTextConfig(**TEXT)).half()
@@ -85,13 +85,13 @@ def check(folder: Path, dtype: str, size: int) -> None:
     import torch
     from step import peak_gib
 
-    import attacks
     import lora
     import smoothness
     import train
     from diffusion import encode_captions, encode_images, load_base, sample, squared_error
-    from parallel import Processes
+    from evaluation import attacks
     from settings import Settings, resolve
+    from training.processes import Processes
 
     base = load_base(str(folder), "cpu", dtype, size)
     print(f"UNet {sum(p.numel() for p in base.unet.parameters()):,} parameters, latents {base.latent_shape}, {dtype}")

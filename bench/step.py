@@ -33,10 +33,10 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
 
     import lora
     from diffusion import encode_captions, load_base, resolve_dtype
-    from learner import Learner
-    from parallel import Processes
-    from runfolder import Run
     from settings import Settings, resolve
+    from training.learner import Learner
+    from training.processes import Processes
+    from training.run_folder import Run
 
     settings = Settings(
         method=method, proxy=proxy, model=args.model, dtype=args.dtype, device=args.device, out="/unused",
@@ -116,8 +116,8 @@ def released(args):
     """L and G of one batch from two forwards, each with its own timesteps and noise."""
     import train
     from diffusion import squared_error
-    from learner import draw_noise
     from objectives import adaptation_loss, clip_, gradients, mi_gain, ratio_objective
+    from training.learner import draw_noise
 
     run, learner = build(args, "smp", "raw")
     s, base = run.settings, run.base

@@ -26,7 +26,7 @@ def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from base_model import build_text_encoder, build_tokenizer, pipeline
+    from embedded.base_model import build_text_encoder, build_tokenizer, pipeline
 
     tokenizer = build_tokenizer(CAPTIONS, folder / "tokenizer")
     with torch.random.fork_rng():

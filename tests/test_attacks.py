@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import attacks
 import lora
 import roc
 from diffusion import Base, load_base
+from evaluation import attacks
 
 
 class Leaky(torch.nn.Module):

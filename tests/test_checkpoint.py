@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import runfolder
 import train
-from errors import UserError
+from cli import UserError
 from settings import Settings, stored
+from training import run_folder, state
 
 STEPS, KILLS = 30, 20
 
@@ -43,7 +42,7 @@ def end(pid):
 
 def newest(out):
     """Step of the newest training state, 0 without one."""
-    found = checkpoint.files(Path(out) / "state")
+    found = state.files(Path(out) / "state")
     return int(found[-1].stem.removeprefix("step-")) if found else 0
 
 
@@ -61,7 +60,7 @@ def lives(model, images, tmp):
     latents, text = train.encode_images(base, found.pixels), train.encode_captions(base, found.captions)
     train.load_base, train.load_images = lambda *_: base, lambda *_: found
     train.encode_images, train.encode_captions = lambda *_: latents, lambda *_: text
-    runfolder.sample_grid = runfolder.plots.training_curves = lambda *_: None
+    run_folder.sample_grid = run_folder.plots.training_curves = lambda *_: None
 
     def settings(out, resume=False):
         return Settings(
@@ -77,7 +76,7 @@ def lives(model, images, tmp):
         time.sleep(rng.uniform(0, 0.2))
         os.kill(pid, signal.SIGKILL)
         codes["killed"].append(end(pid))
-        codes["kept"] = max(codes["kept"], len(checkpoint.files(Path(tmp, "killed", "state"))))
+        codes["kept"] = max(codes["kept"], len(state.files(Path(tmp, "killed", "state"))))
     codes["killed"].append(end(life(settings("killed", resume=True))))
     codes["asked"] = []
     for k, number in enumerate((signal.SIGTERM, signal.SIGINT)):
@@ -153,15 +152,15 @@ def test_resume_takes_the_settings_of_the_run(three_runs):
 def test_newest_whole_state(tmp_path, capsys):
     """At most K files are kept, and a damaged one is passed over."""
     for step in range(1, 6):
-        checkpoint.save(tmp_path, step, {"x": torch.full((3,), float(step))}, {"seconds": 1.5}, keep=3)
-    assert [p.name for p in checkpoint.files(tmp_path)] == [f"step-00000{k}.safetensors" for k in (3, 4, 5)]
-    newest = checkpoint.files(tmp_path)[-1]
+        state.save(tmp_path, step, {"x": torch.full((3,), float(step))}, {"seconds": 1.5}, keep=3)
+    assert [p.name for p in state.files(tmp_path)] == [f"step-00000{k}.safetensors" for k in (3, 4, 5)]
+    newest = state.files(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-5])
-    step, tensors, facts = checkpoint.load(tmp_path)
+    step, tensors, facts = state.load(tmp_path)
     assert step == 4 and tensors["x"].tolist() == [4.0] * 3 and facts == {"seconds": 1.5}
     assert "step-000005" in capsys.readouterr().out
-    checkpoint.clear(tmp_path)
-    assert not tmp_path.exists() and checkpoint.load(tmp_path) is None
+    state.clear(tmp_path)
+    assert not tmp_path.exists() and state.load(tmp_path) is None
 
 
 def test_optimizer_goes_on():
@@ -177,8 +176,8 @@ def test_optimizer_goes_on():
         step(0, x)
     with torch.no_grad():
         weights[1].copy_(weights[0])
-    tensors = {name: t.clone() for name, t in checkpoint.optimizer_tensors(optimizers[0]).items()}
-    checkpoint.restore_optimizer(optimizers[1], tensors)
+    tensors = {name: t.clone() for name, t in state.optimizer_tensors(optimizers[0]).items()}
+    state.restore_optimizer(optimizers[1], tensors)
     for k in (0, 1):
         step(k, 5)
     assert torch.equal(*weights) and not torch.equal(weights[0], torch.ones(4))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+from cli import UserError
 from data import PARTS, ROLES, Images, duplicates, load_images, split
-from errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -11,8 +11,8 @@ from conftest import CAPTIONS
 from safetensors.torch import load_file
 
 import diffusion
+from cli import UserError
 from diffusion import add_noise, encode_captions, encode_images, load_base, prediction_target, sample, squared_error
-from errors import UserError
 from lora import inject
 from settings import EMBEDDED
 

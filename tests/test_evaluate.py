@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import evaluate
-import scores
 import train
+from cli import UserError
 from data import PARTS
-from errors import UserError
+from evaluation import queries
+from evaluation.target import SIDES, Subject, prepare, read_adapter, read_run, subset
 from settings import Settings
-from targets import SIDES, Subject, prepare, read_adapter, read_run, subset
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
     assert "worst case" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "draw", None)
-    monkeypatch.setattr(scores.attacks, "error_maps", None)
+    monkeypatch.setattr(queries.attacks, "error_maps", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
@@ -70,11 +70,11 @@ def test_choice_is_made_on_known_images():
     score = rng.normal(size=(60, 3))
     score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
     score[roles["member_aux"] + roles["member_val"], 2] += 3
-    chosen = scores.choose(subject, score)
+    chosen = queries.choose(subject, score)
     np.testing.assert_array_equal(chosen, score[:, 2])
-    before = scores.threshold(subject, "loss", chosen)
+    before = queries.threshold(subject, "loss", chosen)
     chosen[roles["member_test"]] += 100
-    assert scores.threshold(subject, "loss", chosen) == before
+    assert queries.threshold(subject, "loss", chosen) == before
 
 
 def test_refusals(run, tmp_path):

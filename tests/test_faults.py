@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import atomic
+import cli
 import lora
-import runfolder
 import train
-from cli import one_line_errors
+from cli import UserError, one_line_errors
 from data import load_images
 from diffusion import encode_captions, load_base
-from errors import UserError
-from parallel import Processes
 from settings import Settings, resolve
+from training import run_folder
+from training.processes import Processes
 
 ROOT = Path(train.__file__).parent
 few = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -34,8 +33,8 @@ few = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of a tiny run's time."""
-    monkeypatch.setattr(runfolder, "sample_grid", lambda *_: None)
-    monkeypatch.setattr(runfolder.plots, "training_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(run_folder.plots, "training_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -167,14 +166,14 @@ def test_read_only_folder(capsys, small):
 def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     """A failure between writing and renaming changes nothing."""
     path = tmp_path / "a.json"
-    atomic.write(path, "old")
+    cli.write_whole(path, "old")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "replace", fail)
+    monkeypatch.setattr(cli.os, "replace", fail)
     with pytest.raises(OSError) as caught:
-        atomic.write(path, "new")
+        cli.write_whole(path, "new")
     assert caught.value.filename == str(path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -182,7 +181,7 @@ def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_resume_refuses_other_images(capsys, small, image_folder, tmp_path, monkeypatch):
     """An image gone or new would deal the roles anew, and members would become non-members."""
     folder = Path(shutil.copytree(image_folder, tmp_path / "images"))
-    monkeypatch.setattr(runfolder, "finish", lambda *_: {})  # as if killed before it
+    monkeypatch.setattr(run_folder, "finish", lambda *_: {})  # as if killed before it
     train.train(small(data=str(folder)))
     (folder / "00.png").unlink()
     refused(capsys, small(data=str(folder), resume=True), "no longer holds the images")

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cli import UserError
 from diffusion import load_base
-from errors import UserError
 from lora import FILE_NAME, KOHYA_NAME, TARGETS, Adapter, LoRAConv2d, inject, load, read
 
 RANK, ALPHA = 4, 8

@@ -14,8 +14,8 @@ from torch import nn
 import train
 from diffusion import resolve_dtype
 from objectives import objective
-from parallel import Processes, WholeBatch, gradients_of_mean, pull_back
 from settings import Settings
+from training.processes import Processes, WholeBatch, gradients_of_mean, pull_back
 
 ROOT = Path(train.__file__).parent
 LAM = 4.0
@@ -127,7 +127,8 @@ def test_two_processes_follow_one(tiny_base, image_folder, tmp_path, big_batch):
     script = tmp_path / "two.py"  # train.py, and what each process is left with
     script.write_text(
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads(1)\n"
-        "import train, learner, cli, settings\n"
+        "import train, cli, settings\n"
+        "from training import learner\n"
         "made = []; init = learner.Learner.__init__\n"
         "learner.Learner.__init__ = lambda self, run: (init(self, run), made.append((self, run.processes.rank)), None)[2]\n"
         f"train.train(cli.parse(settings.Settings, '', argv={flags!r}))\n"

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import emojis
-import pretrain
+from cli import UserError
 from diffusion import load_base
-from errors import UserError
+from embedded import emojis, pretrain
 from settings import EMBEDDED
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import linalg
 
-import quality
+from evaluation import quality
 
 
 def gaussians(n=300, width=12):

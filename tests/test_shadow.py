@@ -8,20 +8,20 @@ import pytest
 
 import evaluate
 import roc
-import shadow
 import train
-from errors import UserError
+from cli import UserError
+from evaluation import shadows
 from settings import Settings
 
 
 def test_formula():
     """By hand, one image and one column at a time."""
     rng = np.random.default_rng(0)
-    run, shadows = rng.normal(size=(4, 2)), rng.normal(size=(5, 4, 2))
+    run, asked = rng.normal(size=(4, 2)), rng.normal(size=(5, 4, 2))
     out = np.array([[1, 1, 0, 1], [1, 0, 1, 1], [1, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 1]], bool)
-    found = shadow.calibrated(run, shadows, out)
+    found = shadows.calibrated(run, asked, out)
     for c in range(2):
-        groups = [[shadows[s, i, c] for s in range(5) if out[s, i]] for i in range(4)]
+        groups = [[asked[s, i, c] for s in range(5) if out[s, i]] for i in range(4)]
         squares = sum(sum((x - np.mean(g)) ** 2 for x in g) for g in groups)
         sd = (squares / sum(len(g) - 1 for g in groups)) ** 0.5
         np.testing.assert_allclose(found[:, c], [(run[i, c] - np.mean(groups[i])) / sd for i in range(4)])
@@ -31,11 +31,11 @@ def test_calibration_finds_what_the_hardness_of_images_hides():
     """Images differ by far more than membership moves them; without membership there is nothing to find."""
     rng = np.random.default_rng(0)
     hardness, member = rng.normal(0, 5, 200), np.arange(200) < 100
-    shadows = (hardness + rng.normal(0, 0.3, (8, 200)))[:, :, None]
+    asked = (hardness + rng.normal(0, 0.3, (8, 200)))[:, :, None]
     out = np.ones((8, 200), bool)
     for signal, low, high in ((1.0, 0.9, 1.0), (0.0, 0.35, 0.65)):
         run = (hardness + signal * member + rng.normal(0, 0.3, 200))[:, None]
-        score = shadow.calibrated(run, shadows, out)[:, 0]
+        score = shadows.calibrated(run, asked, out)[:, 0]
         assert low <= roc.auc(score[member], score[~member]) <= high
     assert roc.auc(run[member, 0] + 1.0, run[~member, 0]) < 0.7  # the raw score, with the signal
 
@@ -59,14 +59,14 @@ def test_evaluation_with_shadows(run, monkeypatch):
     folders = sorted(Path(run).parent.glob("shadows-*/seed-*"))
     members = {str(sorted(json.loads((f / "splits.json").read_text())["member_aux"])) for f in [*folders, Path(run)]}
     assert len(folders) == 7 and len(members) == 8
-    monkeypatch.setattr(shadow.attacks, "loss_grid", None)
+    monkeypatch.setattr(shadows.attacks, "loss_grid", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
 
 def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     """Too few shadows for an image, and an adapter of which nobody knows how it was trained."""
-    monkeypatch.setattr(shadow, "query", None)  # refused before any training
+    monkeypatch.setattr(shadows, "query", None)  # refused before any training
     for count, words in ((1, "fewer than 2 shadows"), (-1, "must be 0 or more")):
         with pytest.raises(UserError, match=words):
             evaluate.evaluate(evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=count))

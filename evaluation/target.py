@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cli import UserError, read_json
 from data import PARTS, load_images, split
 from diffusion import Base, encode_captions, encode_images, load_base
-from errors import UserError
 
 SIDES = ("member", "nonmember")
 SUBSET_SEED = 0  # of the choice of test non-members
@@ -31,14 +31,6 @@ class Target:
     at: str
     config: dict  # settings: model, data, caption, dtype, method, seed, and for runs the others
     splits: dict[str, list[str]] | None  # file names per role; None: the data folder comes split
-
-
-def read_json(path: Path):
-    """The value in a JSON file; raises UserError."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def read_run(folder: str, at: str = "last") -> Target:

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import attacks
 import lora
 import settings
 import train
+from cli import UserError, read_json
 from data import load_images, split
-from errors import UserError
-from scores import Store, choose
-from targets import Subject, Target, read_json
+from evaluation import attacks
+from evaluation.queries import Store, choose
+from evaluation.target import Subject, Target
 
 FIRST_SEED = 1001  # of the shadows; the run's own is left out
 LEAST = 2  # out-shadows that every image needs

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from cli import UserError
 
 SIZE = 48  # pixels; the embedded base model's resolution
 NEAR_DUPLICATE = 0.004  # mean squared difference of two RGB pictures in 0..1 below which they count as one

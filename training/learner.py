@@ -2,10 +2,10 @@
 
 import torch
 
-import checkpoint
 from attacker import PROXIES
 from diffusion import Base
-from runfolder import Run
+from training import state
+from training.run_folder import Run
 
 
 class Batches:
@@ -54,9 +54,9 @@ class Learner:
         """Everything as named tensors; random streams as the bytes of their state."""
         groups = {
             "adapter": self.adapter.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
+            "optimizer": state.optimizer_tensors(self.optimizer),
             "attacker": self.attacker.state_dict(),
-            "attacker_optimizer": checkpoint.optimizer_tensors(self.attacker_optimizer),
+            "attacker_optimizer": state.optimizer_tensors(self.attacker_optimizer),
             "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state(), "cpu": torch.get_rng_state()},
             "queue": {str(i): batches.queue for i, batches in enumerate([self.private, *self.aux])},
             "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
@@ -75,8 +75,8 @@ class Learner:
             for name, weight in self.adapter.state_dict().items():
                 weight.copy_(groups["adapter"][name])
         self.attacker.load_state_dict(groups["attacker"])
-        checkpoint.restore_optimizer(self.optimizer, groups["optimizer"])
-        checkpoint.restore_optimizer(self.attacker_optimizer, groups["attacker_optimizer"])
+        state.restore_optimizer(self.optimizer, groups["optimizer"])
+        state.restore_optimizer(self.attacker_optimizer, groups["attacker_optimizer"])
         self.outer.set_state(groups["random"]["outer"])
         self.inner.set_state(groups["random"]["inner"])
         torch.set_rng_state(groups["random"]["cpu"])

@@ -139,7 +139,7 @@ def train_vae(settings, images):
     import torch
     from torch.nn import functional as F
 
-    from base_model import build_vae
+    from embedded.base_model import build_vae
 
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -225,7 +225,7 @@ class Latents:
 
 def begin(settings, captions):
     """(tokenizer, {"unet": ..., "text_encoder": ...}) with fresh weights, or those of the folder to go on from."""
-    from base_model import build_text_encoder, build_tokenizer, build_unet
+    from embedded.base_model import build_text_encoder, build_tokenizer, build_unet
 
     if settings.start:
         found = load_pipeline(settings.start)
@@ -296,9 +296,9 @@ def show(settings, captions):
     import numpy as np
     import torch
 
-    import emojis
     import plots
     from diffusion import encode_captions, load_base, sample
+    from embedded import emojis
 
     base, rng, work = load_base(settings.out), np.random.default_rng(settings.seed), Path(settings.work)
     learned = [c for c in captions if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
@@ -320,8 +320,8 @@ def main(settings):
     import torch
     import transformers
 
-    import emojis
-    from base_model import export, pipeline
+    from embedded import emojis
+    from embedded.base_model import export, pipeline
 
     torch.set_num_threads(settings.threads)
     made_by = asdict(settings)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from errors import UserError
+from cli import UserError
 
 
 class EfficientNetLite(nn.Module):

@@ -4,7 +4,7 @@ config.json      settings, versions, commit, time; the summary once it is finish
 splits.json      file names per role
 metrics.jsonl    one object per step; row 0 is the base model
 checkpoints/     adapters on the way, each with its held-out loss in metrics.jsonl
-state/           training state for --resume, gone when the run is finished (checkpoint.py)
+state/           training state for --resume, gone when the run is finished (state.py)
 adapter/         the result, as diffusers reads it; attacker/, samples/, curves.png
 """
 
@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from safetensors.torch import save as serialize
 
-import atomic
-import attacks
-import checkpoint
 import lora
 import plots
 import roc
+from cli import UserError, write_json, write_whole
 from diffusion import Base, encode_captions, sample
-from errors import UserError
-from parallel import Processes
+from evaluation import attacks
+from training import state
+from training.processes import Processes
 
 
 @dataclass
@@ -112,7 +111,7 @@ def sample_grid(run: Run, name: str) -> None:
 def begin(run: Run) -> None:
     """Make the run folder: splits.json, then config.json, whose presence says that the folder is taken."""
     run.out.mkdir(parents=True, exist_ok=True)
-    checkpoint.clear(run.out / "state")
+    state.clear(run.out / "state")
     write_json(run.out / "splits.json", role_names(run))
     config = {
         "settings": asdict(run.settings) | {"steps": run.steps, "resume": False},
@@ -151,7 +150,7 @@ def cut_metrics(out: Path, step: int) -> None:
             break
     if rows != list(range(step + 1)):
         raise UserError(f"{path} does not hold every step up to {step}: it cannot be continued, take another --out")
-    atomic.write(path, "".join(path.read_text().splitlines(keepends=True)[: step + 1]))
+    write_whole(path, "".join(path.read_text().splitlines(keepends=True)[: step + 1]))
 
 
 class MetricsLog:
@@ -218,7 +217,7 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     if settings.method != "lora":
         (out / "attacker").mkdir(exist_ok=True)
         tensors = {name: t.cpu().contiguous() for name, t in attacker.state_dict().items()}
-        atomic.write(out / "attacker" / "attacker.safetensors", serialize(tensors, {"proxy": settings.proxy}))
+        write_whole(out / "attacker" / "attacker.safetensors", serialize(tensors, {"proxy": settings.proxy}))
     sample_grid(run, f"step-{steps:06d}")
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     plots.training_curves(metrics, settings.method, out / "curves.png")
@@ -234,7 +233,7 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
         "lambda_effective_mean": float(np.mean(lambdas)),
     }
     write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"summary": summary})
-    checkpoint.clear(out / "state")
+    state.clear(out / "state")
     print(f"quality:  held-out loss {last['nonmember_val_loss']:.4f}, {initial['nonmember_val_loss']:.4f} before")
     print(
         f"leakage:  loss-attack AUC {auc:.2f} [{low:.2f}, {high:.2f}] on auxiliary and validation images; 0.5 is none"
@@ -245,13 +244,9 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
 
 def git_commit() -> str:
     """The commit of this code, or "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-
-def write_json(path: Path, value: dict) -> None:
-    """JSON a person can read, written atomically."""
-    atomic.write(path, json.dumps(value, indent=2) + "\n")

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-import atomic
+from cli import write_whole
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
@@ -27,7 +27,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict,
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", "state": json.dumps({"step": step} | facts)}
     content = serialize({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
-    path = atomic.write(folder / f"step-{step:06d}.safetensors", content)
+    path = write_whole(folder / f"step-{step:06d}.safetensors", content)
     for old in files(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path

@@ -16,14 +16,12 @@ import numpy as np
 import torch
 import tqdm
 
-import atomic
-import attacks
 import lora
-import quality
 import roc
+from cli import UserError, write_whole
 from diffusion import encode_captions, sample
-from errors import UserError
-from targets import SIDES, Subject
+from evaluation import attacks, quality
+from evaluation.target import SIDES, Subject
 
 VARIANTS = slice(1, None, 2)  # the timesteps of the grid that crops and cut captions are tried at
 TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled", "GSA1", "blind")  # fitted to auxiliary images: no choice there
@@ -46,7 +44,7 @@ class Store:
         if not path.exists():
             content = io.BytesIO()
             np.savez(content, **compute())
-            atomic.write(path, content.getvalue())
+            write_whole(path, content.getvalue())
         with np.load(path) as arrays:
             return dict(arrays)
 

@@ -1,0 +1,1 @@
+"""What a long run needs: its folder, its state for --resume, its processes."""

@@ -40,7 +40,9 @@ class RawProxy(nn.Module):
         )
 
     def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(self.layers(error.to(self.layers[1].weight.dtype)), dim=1)  # (B, 2); blind to t
+        return F.log_softmax(
+            self.layers(error.to(self.layers[1].weight.dtype)), dim=1
+        )  # (B, 2); blind to t
 
 
 class PooledProxy(nn.Module):
@@ -52,14 +54,21 @@ class PooledProxy(nn.Module):
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__()
         width = 1 + shape[0] + len(self.QUANTILES) + 2 * self.FREQUENCIES
-        self.layers = nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        self.layers = nn.Sequential(
+            nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+        )
 
     def features(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) errors and (B,) timesteps in 0..999 -> (B, 1 + C + 5 + 8)."""
         error = error.to(self.layers[0].weight.dtype)
         q = torch.quantile(error.flatten(1), error.new_tensor(self.QUANTILES), dim=1).T  # (B, 5)
         pooled = torch.cat([error.mean((1, 2, 3))[:, None], error.mean((2, 3)), q], dim=1)
-        phase = timesteps.to(q.dtype)[:, None] / 1000 * math.pi * 2.0 ** torch.arange(self.FREQUENCIES, device=q.device)
+        phase = (
+            timesteps.to(q.dtype)[:, None]
+            / 1000
+            * math.pi
+            * 2.0 ** torch.arange(self.FREQUENCIES, device=q.device)
+        )
         return torch.cat([torch.log(pooled + 1e-6), phase.sin(), phase.cos()], dim=1)
 
     def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -69,18 +78,24 @@ class PooledProxy(nn.Module):
 PROXIES = {"raw": RawProxy, "pooled": PooledProxy}
 
 
-def attacker_gain(attacker: nn.Module, member: tuple, nonmember: tuple) -> tuple[torch.Tensor, float]:
+def attacker_gain(
+    attacker: nn.Module, member: tuple, nonmember: tuple
+) -> tuple[torch.Tensor, float]:
     """Eq. 5 on one balanced batch: (G, accuracy) of (errors, timesteps) of members and of non-members.
 
     G = (1/2) mean log h(e_m) + (1/2) mean log(1 - h(e_n)) <= 0; a clueless attacker has G = -log 2.
     """
     log_m, log_n = attacker(*member), attacker(*nonmember)
     gain = 0.5 * log_m[:, MEMBER].mean() + 0.5 * log_n[:, NONMEMBER].mean()
-    hits = (log_m.argmax(1) == MEMBER).float().mean() + (log_n.argmax(1) == NONMEMBER).float().mean()
+    hits = (log_m.argmax(1) == MEMBER).float().mean() + (
+        log_n.argmax(1) == NONMEMBER
+    ).float().mean()
     return gain, hits.item() / 2
 
 
-def attacker_step(attacker: nn.Module, optimizer: torch.optim.Optimizer, member: tuple, nonmember: tuple):
+def attacker_step(
+    attacker: nn.Module, optimizer: torch.optim.Optimizer, member: tuple, nonmember: tuple
+):
     """Algorithm 1, inner step: one ascent on G in the attacker's weights; returns (-G, accuracy) before it.
 
     The errors are taken without their graph: the adapter does not move here.

@@ -44,7 +44,9 @@ def parse(settings: type, doc: str, positional: str | None = None, argv: list[st
         kind = field.type
         if isinstance(kind, types.UnionType):
             kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        text = field.metadata["help"] + ("" if field.default in (None, False) else f" (default: {field.default})")
+        text = field.metadata["help"] + (
+            "" if field.default in (None, False) else f" (default: {field.default})"
+        )
         text = text.replace("%", "%%")
         if field.name == positional:
             parser.add_argument(field.name, nargs="*", help=text)
@@ -54,7 +56,12 @@ def parse(settings: type, doc: str, positional: str | None = None, argv: list[st
             choices = field.metadata["choices"]
             name = None if choices else field.name.upper()
             parser.add_argument(
-                _flag(field), type=kind, default=field.default, choices=choices, metavar=name, help=text
+                _flag(field),
+                type=kind,
+                default=field.default,
+                choices=choices,
+                metavar=name,
+                help=text,
             )
     return settings(**vars(parser.parse_args(argv)))
 
@@ -76,9 +83,19 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EDQUOT,
+            errno.EFBIG,
+        ):
             raise
-        print(f"error: cannot write or read {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"error: cannot write or read {error.filename or 'a file'}: {error.strerror}",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -29,7 +29,15 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 
-ROLES = ("member_aux", "member_val", "member_test", "nonmember_aux", "nonmember_val", "nonmember_test", "fresh")
+ROLES = (
+    "member_aux",
+    "member_val",
+    "member_test",
+    "nonmember_aux",
+    "nonmember_val",
+    "nonmember_test",
+    "fresh",
+)
 PARTS = {  # the paper's folder -> the roles it is cut into; members first, so that they win over non-member copies
     "D^m_aux": ("member_aux", "member_val"),
     "D^m_te": ("member_test",),
@@ -37,7 +45,14 @@ PARTS = {  # the paper's folder -> the roles it is cut into; members first, so t
     "D^nm_te": ("nonmember_test",),
 }
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the suffix says, PIL tries no other decoder
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # whatever the suffix says, PIL tries no other decoder
 SIDES = (8, 20_000)  # pixels; a side outside is taken for a mistake
 
 
@@ -48,7 +63,9 @@ class Images:
     names: list[str]  # file names, relative to the folder
     captions: list[str]
     pixels: np.ndarray  # (N, size, size, 3) uint8 RGB
-    parts: dict[str, list[int]] | None = None  # indices per sub-folder (keys of PARTS) if the folder comes split
+    parts: dict[str, list[int]] | None = (
+        None  # indices per sub-folder (keys of PARTS) if the folder comes split
+    )
 
 
 def load_images(data: str, size: int, caption: str | None = None) -> Images:
@@ -67,12 +84,16 @@ def load_images(data: str, size: int, caption: str | None = None) -> Images:
         return _load_folder(folder, size, caption)
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
-        raise UserError(f"cannot read {where} ({why}): check that it exists and is yours to read") from error
+        raise UserError(
+            f"cannot read {where} ({why}): check that it exists and is yours to read"
+        ) from error
 
 
 def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
     if not folder.exists():
-        raise UserError(f'there is no folder {folder}: give a folder of images, or "twemoji" for the embedded set')
+        raise UserError(
+            f'there is no folder {folder}: give a folder of images, or "twemoji" for the embedded set'
+        )
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: give the folder that holds the images")
     if caption is not None and not caption.strip():
@@ -80,7 +101,9 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
     present = [part for part in PARTS if (folder / part).is_dir()]
     if present and len(present) < len(PARTS):
         missing = ", ".join(part for part in PARTS if part not in present)
-        raise UserError(f"{folder} has {', '.join(present)} but not {missing}: add them, or rename the others")
+        raise UserError(
+            f"{folder} has {', '.join(present)} but not {missing}: add them, or rename the others"
+        )
     found: list[tuple[Path, str]] = []
     parts: dict[str, list[int]] = {}
     for part in present or [""]:
@@ -103,10 +126,16 @@ def _captioned(folder: Path, caption: str | None) -> list[tuple[Path, str]]:
             break
     else:
         # not is_dir() rather than is_file(): a dangling link is to be complained of, not passed over
-        files = (f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and not f.is_dir())
+        files = (
+            f
+            for f in folder.iterdir()
+            if f.suffix.lower() in SUFFIXES and f.name[0] != "." and not f.is_dir()
+        )
         found = [(f, _beside(f, caption)) for f in sorted(files)]
     if not found:
-        raise UserError(f"{folder} holds no images: put png, jpg, webp, bmp, gif or tif files directly into it")
+        raise UserError(
+            f"{folder} holds no images: put png, jpg, webp, bmp, gif or tif files directly into it"
+        )
     bare = [file for file, text in found if text is None]
     if bare:
         raise UserError(
@@ -123,7 +152,9 @@ def _beside(file: Path, caption: str | None) -> str | None:
         return caption
     text = _read(text_file)
     if not text.strip():
-        raise UserError(f"{text_file} is empty: write the caption into it, or delete it and give --caption")
+        raise UserError(
+            f"{text_file} is empty: write the caption into it, or delete it and give --caption"
+        )
     return text
 
 
@@ -134,24 +165,36 @@ def _listed(metadata: Path) -> list[tuple[Path, str]]:
         where = f"{metadata} line {line}"
         for column in ("file_name", "text"):
             if column not in row:
-                raise UserError(f"{where} has no {column}: the columns needed are file_name and text")
+                raise UserError(
+                    f"{where} has no {column}: the columns needed are file_name and text"
+                )
         name, text = row["file_name"], row["text"]
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where} has no usable file_name: write the image's path relative to {metadata.parent}")
+            raise UserError(
+                f"{where} has no usable file_name: write the image's path relative to {metadata.parent}"
+            )
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where} has an empty caption for {name!r}: write one under text, or remove the row")
+            raise UserError(
+                f"{where} has an empty caption for {name!r}: write one under text, or remove the row"
+            )
         # compared as written, not resolved: the Hugging Face cache is made of links that lead elsewhere
         relative = Path(os.path.normpath(name))
         if relative.is_absolute() or relative.parts[:1] == ("..",):
-            raise UserError(f"{where} names {name!r} outside its folder: move the image into {metadata.parent}")
+            raise UserError(
+                f"{where} names {name!r} outside its folder: move the image into {metadata.parent}"
+            )
         if not (metadata.parent / relative).is_file():
-            raise UserError(f"{where} names {name!r}, which does not exist: add the image, or remove the row")
+            raise UserError(
+                f"{where} names {name!r}, which does not exist: add the image, or remove the row"
+            )
         found.append((metadata.parent / relative, text))
     return found
 
 
 def _json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(_read(metadata).split("\n"), 1):  # splitlines() would also split at U+2028
+    for line, text in enumerate(
+        _read(metadata).split("\n"), 1
+    ):  # splitlines() would also split at U+2028
         if not text.strip():
             continue
         try:
@@ -159,7 +202,9 @@ def _json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise UserError(f'{metadata} line {line} is not a JSON object: write {{"file_name": ..., "text": ...}}')
+            raise UserError(
+                f'{metadata} line {line} is not a JSON object: write {{"file_name": ..., "text": ...}}'
+            )
         yield line, row
 
 
@@ -167,16 +212,22 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(io.StringIO(_read(metadata)))
     try:
         if not {"file_name", "text"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{metadata} lacks a column: its first line must name file_name and text")
+            raise UserError(
+                f"{metadata} lacks a column: its first line must name file_name and text"
+            )
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"{metadata} line {reader.line_num + 1} is not CSV ({error}): mend that line") from error
+        raise UserError(
+            f"{metadata} line {reader.line_num + 1} is not CSV ({error}): mend that line"
+        ) from error
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows editors put first
+        return file.read_text(
+            encoding="utf-8-sig"
+        )  # -sig: without the mark that Windows editors put first
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
 
@@ -190,25 +241,37 @@ def _square(file: Path, size: int) -> np.ndarray:
         with image:
             if min(image.size) < SIDES[0] or max(image.size) > SIDES[1]:
                 sides = f"{image.width}x{image.height} pixels"
-                raise UserError(f"{file} is {sides}: remove it or scale it to sides of {SIDES[0]} to {SIDES[1]:,}")
+                raise UserError(
+                    f"{file} is {sides}: remove it or scale it to sides of {SIDES[0]} to {SIDES[1]:,}"
+                )
             if image.mode in ("I", "F"):  # 32-bit TIFF; nothing says which value is white
                 raise UserError(f"{file} has 32 bits per channel: save it with 8 or 16")
             image = ImageOps.exif_transpose(image)  # reads the first frame of an animation
-            if image.mode.startswith("I;16"):  # PIL's own conversion clips at 255 instead of scaling
+            if image.mode.startswith(
+                "I;16"
+            ):  # PIL's own conversion clips at 255 instead of scaling
                 image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
             if image.mode == "RGBA":
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+                image = Image.alpha_composite(
+                    Image.new("RGBA", image.size, "white"), image
+                ).convert("RGB")
             # fit() scales only what the crop needs: a strip of 8 x 20,000 scaled whole would fill the memory
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is too large to decode safely: scale it down or remove it") from error
+        raise UserError(
+            f"{file} is too large to decode safely: scale it down or remove it"
+        ) from error
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise anything: SyntaxError, struct.error, IndexError, ...
-        if isinstance(error, OSError) and error.filename:  # open() was refused; the decoders name no file
+        if (
+            isinstance(error, OSError) and error.filename
+        ):  # open() was refused; the decoders name no file
             raise
-        raise UserError(f"{file} is not a readable image (corrupt, cut short or empty): replace it") from error
+        raise UserError(
+            f"{file} is not a readable image (corrupt, cut short or empty): replace it"
+        ) from error
 
 
 def duplicates(pixels: np.ndarray) -> list[int]:
@@ -231,12 +294,18 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
     that comes split, the member), and a line is printed that says so.
     Raises UserError if there are too few images.  Test: tests/test_data.py.
     """
-    order = [i for part in PARTS for i in images.parts[part]] if images.parts else list(range(len(images.names)))
+    order = (
+        [i for part in PARTS for i in images.parts[part]]
+        if images.parts
+        else list(range(len(images.names)))
+    )
     first = duplicates(images.pixels[order])
     copies = [(order[i], order[f]) for i, f in enumerate(first) if i != f]
     if copies:
         copy, original = (images.names[i] for i in copies[0])
-        print(f"left out {len(copies)} of {len(order)} images, exact copies of others; the first: {copy} = {original}")
+        print(
+            f"left out {len(copies)} of {len(order)} images, exact copies of others; the first: {copy} = {original}"
+        )
     kept = sorted(set(order) - {copy for copy, _ in copies})
     rng = np.random.default_rng(seed)
     if images.parts:
@@ -261,7 +330,9 @@ def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
         aux = members // 2
         val = round((members - aux) / 5)
         if members < 5:
-            raise UserError(f"--members is {members}: 5 is the least that gives every role an image")
+            raise UserError(
+                f"--members is {members}: 5 is the least that gives every role an image"
+            )
         needed, remedy = members + aux + 2 * val + 2, "add images or lower --members"
         fresh = round((total - needed + 2) / 5)
         counts = (aux, val, members - aux - val, aux, 2 * val, total - needed + 2 - fresh, fresh)
@@ -269,13 +340,20 @@ def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
         needed, remedy = 833, "add images, or take the default preset and choose --members"
         counts = (180, 20, 200, 180, 20, 233, total - needed)
     else:
-        raise UserError(f'there is no preset "{preset}": take "default" (with --members) or "pokemon"')
+        raise UserError(
+            f'there is no preset "{preset}": take "default" (with --members) or "pokemon"'
+        )
     if total < needed:
-        raise UserError(f"the split needs at least {needed} distinct images and there are {total}: {remedy}")
+        raise UserError(
+            f"the split needs at least {needed} distinct images and there are {total}: {remedy}"
+        )
     return dict(zip(ROLES, counts, strict=True))
 
 
 def _deal(pool: list[int], sizes: dict[str, int], rng: np.random.Generator) -> dict[str, list[int]]:
     """Shuffle `pool` and cut it into consecutive pieces of the given sizes, each then sorted."""
     cuts = np.cumsum(list(sizes.values()))[:-1]
-    return {role: sorted(cut.tolist()) for role, cut in zip(sizes, np.split(rng.permutation(pool), cuts), strict=True)}
+    return {
+        role: sorted(cut.tolist())
+        for role, cut in zip(sizes, np.split(rng.permutation(pool), cuts), strict=True)
+    }

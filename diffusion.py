@@ -30,7 +30,9 @@ class Base:
     name: str
     pipeline: object  # diffusers.StableDiffusionPipeline; owns vae, text_encoder, tokenizer
     unet: nn.Module
-    abar: torch.Tensor  # (T,) cumulative product of 1 - beta: z_t = sqrt(abar) z0 + sqrt(1 - abar) eps
+    abar: (
+        torch.Tensor
+    )  # (T,) cumulative product of 1 - beta: z_t = sqrt(abar) z0 + sqrt(1 - abar) eps
     prediction: str  # "epsilon" or "v_prediction"
     size: int  # pixels of a side
     device: torch.device
@@ -42,7 +44,9 @@ class Base:
         return self.unet.config.in_channels, side, side
 
 
-def load_base(model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", size: int | None = None) -> Base:
+def load_base(
+    model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", size: int | None = None
+) -> Base:
     """Load and freeze a pipeline.  Raises UserError for a missing or unusable one; pickled weights are never read."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
@@ -53,12 +57,18 @@ def load_base(model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"--device {device} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     dtype = resolve_dtype(dtype, str(device))
-    pipeline = _single_file(Path(model), dtype) if Path(model).is_file() else _pipeline(model, dtype)
+    pipeline = (
+        _single_file(Path(model), dtype) if Path(model).is_file() else _pipeline(model, dtype)
+    )
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(f"{model} predicts '{prediction}'; only epsilon and v_prediction models can be adapted")
+        raise UserError(
+            f"{model} predicts '{prediction}'; only epsilon and v_prediction models can be adapted"
+        )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -83,16 +93,26 @@ def _pipeline(model: str, dtype: str):
 
     local = Path(model).exists()
     if local and not (Path(model) / "model_index.json").is_file():
-        raise UserError(f"{model} is not a StableDiffusionPipeline folder: it has no model_index.json")
+        raise UserError(
+            f"{model} is not a StableDiffusionPipeline folder: it has no model_index.json"
+        )
     try:
         kind = StableDiffusionPipeline.load_config(model, local_files_only=local).get("_class_name")
         if kind not in ("StableDiffusionPipeline", "StableDiffusionPipelineSafe"):
-            raise UserError(f"{model} is a {kind}: only a StableDiffusionPipeline (1.x or 2.x) can be adapted")
+            raise UserError(
+                f"{model} is a {kind}: only a StableDiffusionPipeline (1.x or 2.x) can be adapted"
+            )
         return StableDiffusionPipeline.from_pretrained(
-            model, dtype=DTYPES[dtype], use_safetensors=True, safety_checker=None, local_files_only=local
+            model,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            safety_checker=None,
+            local_files_only=local,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the base model {model} from safetensors: {_reason(error)}") from None
+        raise UserError(
+            f"cannot load the base model {model} from safetensors: {_reason(error)}"
+        ) from None
 
 
 def _single_file(path: Path, dtype: str):
@@ -105,14 +125,22 @@ def _single_file(path: Path, dtype: str):
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({_reason(error)}); pickles are not read") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({_reason(error)}); pickles are not read"
+        ) from None
     beside = path.with_suffix("")
     config = {"config": str(beside)} if (beside / "model_index.json").is_file() else {}
     try:
-        return StableDiffusionPipeline.from_single_file(str(path), dtype=DTYPES[dtype], safety_checker=None, **config)
-    except Exception as error:  # the converters raise whatever a foreign key layout makes them raise
+        return StableDiffusionPipeline.from_single_file(
+            str(path), dtype=DTYPES[dtype], safety_checker=None, **config
+        )
+    except (
+        Exception
+    ) as error:  # the converters raise whatever a foreign key layout makes them raise
         where = (
-            f"with the configs in {beside}" if config else f"(no configs in {beside}/, so they are asked of the hub)"
+            f"with the configs in {beside}"
+            if config
+            else f"(no configs in {beside}/, so they are asked of the hub)"
         )
         raise UserError(f"cannot load the checkpoint {path} {where}: {_reason(error)}") from None
 
@@ -156,9 +184,13 @@ def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.T
     tokenizer, parts = base.pipeline.tokenizer, []
     long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
     if long:
-        print(f"note: {long} of {len(captions)} captions are cut to {tokenizer.model_max_length} tokens")
+        print(
+            f"note: {long} of {len(captions)} captions are cut to {tokenizer.model_max_length} tokens"
+        )
     for i in range(0, len(captions), batch):
-        ids = tokenizer(captions[i : i + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            captions[i : i + batch], padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         parts.append(base.pipeline.text_encoder(ids.to(base.device))[0])
     return torch.cat(parts)
 
@@ -184,11 +216,18 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
 def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
     """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), in the dtype of eps; the adapter's gradient flows."""
     noisy_latents, dtype = add_noise(latents, noise, timesteps, base.abar), base.unet.dtype
-    half = dtype in (torch.bfloat16, torch.float16)  # then autocast brings float32 adapters and half base together
+    half = dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )  # then autocast brings float32 adapters and half base together
     with torch.autocast(base.device.type, dtype) if half else nullcontext():
-        noise_pred = base.unet(noisy_latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
+        noise_pred = base.unet(
+            noisy_latents.to(dtype), timesteps, text.to(dtype), return_dict=False
+        )[0]
     noise_pred = noise_pred.to(noise.dtype)
-    return (prediction_target(latents, noise, timesteps, base.abar, base.prediction) - noise_pred) ** 2
+    return (
+        prediction_target(latents, noise, timesteps, base.abar, base.prediction) - noise_pred
+    ) ** 2
 
 
 @torch.no_grad()

@@ -24,28 +24,39 @@ class Settings:
     """Flags of evaluate.py; everything else is read from the run."""
 
     runs: list[str] | None = option(None, "run folders made by train.py")
-    at: str = option("last", "which adapter: last, best (lowest held-out loss), or a step that was saved")
+    at: str = option(
+        "last", "which adapter: last, best (lowest held-out loss), or a step that was saved"
+    )
     model: str | None = option(None, "base model of --adapter")
-    adapter: str | None = option(None, "adapter file or folder trained elsewhere (diffusers, peft or kohya form)")
+    adapter: str | None = option(
+        None, "adapter file or folder trained elsewhere (diffusers, peft or kohya form)"
+    )
     data: str | None = option(None, "its images, in the paper's four sub-folders, or with --splits")
     splits: str | None = option(None, "JSON of role -> file names, as splits.json of a run")
     caption: str | None = option(None, "one caption for images that have none of their own")
     out: str | None = option(None, "folder for the results of --adapter (default: runs/evaluation)")
-    nonmembers: int = option(200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR")
+    nonmembers: int = option(
+        200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR"
+    )
     pictures: int = option(100, "pictures to generate for quality; 0 skips it")
     sampling_steps: int = option(20, "DDIM steps per picture")
     guidance: float = option(3.0, "classifier-free guidance scale")
-    features: str = option("embedded", "network of the Frechet distance and KID", ("embedded", "inception"))
+    features: str = option(
+        "embedded", "network of the Frechet distance and KID", ("embedded", "inception")
+    )
     bootstrap: int = option(1000, "bootstrap rounds for the intervals")
     shadow: int = option(
-        0, "adapters to train as each run was, on other splits, to calibrate scores with (LiRA); 0: none"
+        0,
+        "adapters to train as each run was, on other splits, to calibrate scores with (LiRA); 0: none",
     )
     device: str = option("cpu", "cpu, cuda, cuda:1, mps")
     dtype: str = option("float32", "of the base of --adapter", ("float32", "bfloat16", "float16"))
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
 
-if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
+if (
+    __name__ == "__main__"
+):  # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__, positional="runs")
 
 import numpy as np
@@ -64,7 +75,10 @@ def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: 
     """Figures of every attack on the test images, and the worst case."""
     bootstrap = roc.Bootstrap(*(len(subject.roles[f"{side}_test"]) for side in SIDES), rounds, seed)
     test = {name: subject.pair(score, "test") for name, score in scores.items()}
-    found = {n: roc.figures(*pair, threshold(subject, n, scores[n]), bootstrap) for n, pair in test.items()}
+    found = {
+        n: roc.figures(*pair, threshold(subject, n, scores[n]), bootstrap)
+        for n, pair in test.items()
+    }
     return {"attacks": found, "worst": roc.worst_case(test, bootstrap)}
 
 
@@ -83,7 +97,9 @@ def picture_quality(real: dict[str, torch.Tensor], generated: torch.Tensor) -> d
     found = {"pictures": len(generated)}
     for name, features in real.items():
         found[f"frechet_{name}"] = quality.frechet_distance(features, generated)
-        found[f"kid_{name}"], found[f"kid_{name}_deviation"] = quality.kernel_distance(features, generated)
+        found[f"kid_{name}"], found[f"kid_{name}_deviation"] = quality.kernel_distance(
+            features, generated
+        )
         found[f"nearest_{name}"] = float(quality.nearest(features, generated)[0].mean())
     return found
 
@@ -102,12 +118,16 @@ class Measured:
     pictures: np.ndarray | None
 
 
-def measure(subject, network, real, store, adapter, s: Settings, seed: int, label: str, references: dict) -> Measured:
+def measure(
+    subject, network, real, store, adapter, s: Settings, seed: int, label: str, references: dict
+) -> Measured:
     """Attack the model as it stands, and judge its pictures."""
     raw = query(subject, network, store, adapter, s.guidance, seed, label)
     scores = attack_scores(subject, raw, references, seed)
     record = leakage(subject, scores, s.bootstrap, seed)
-    grid = np.concatenate([raw["losses"][:, :, 0], raw["late"][:, :, 0]], axis=1)  # (N, 8): one draw per timestep
+    grid = np.concatenate(
+        [raw["losses"][:, :, 0], raw["late"][:, :, 0]], axis=1
+    )  # (N, 8): one draw per timestep
     record["held_out_loss"] = float(grid[subject.roles["nonmember_test"]].mean())
     areas = [roc.auc(*subject.pair(-column, "test")) for column in grid.T]
     record["auc_by_timestep"] = dict(zip(map(str, attacks.ALL_TIMESTEPS), areas, strict=True))
@@ -127,7 +147,9 @@ def measure(subject, network, real, store, adapter, s: Settings, seed: int, labe
 def calibrate(subject, measured: Measured, answers: tuple, rounds: int, seed: int) -> Measured:
     """`measured` with the attacks that shadow models calibrate beside the others."""
     scores = measured.scores | shadows.scores(subject, measured.raw, *answers)
-    return replace(measured, scores=scores, record=measured.record | leakage(subject, scores, rounds, seed))
+    return replace(
+        measured, scores=scores, record=measured.record | leakage(subject, scores, rounds, seed)
+    )
 
 
 def fingerprint(target: Target, s: Settings) -> str:
@@ -135,16 +157,22 @@ def fingerprint(target: Target, s: Settings) -> str:
     c = target.config
     choices = {k: getattr(s, k) for k in ("nonmembers", "guidance", "features")}
     seeds = [attacks.GRID_SEED, SUBSET_SEED, c["seed"]]
-    return json.dumps([seeds, c["model"], c["data"], c["caption"], c["dtype"], target.splits, choices])
+    return json.dumps(
+        [seeds, c["model"], c["data"], c["caption"], c["dtype"], target.splits, choices]
+    )
 
 
-def measure_base(subject, network, real, folder: Path, key: str, adapter: lora.Adapter, s: Settings, seed: int):
+def measure_base(
+    subject, network, real, folder: Path, key: str, adapter: lora.Adapter, s: Settings, seed: int
+):
     """The control: an adapter of the same shape before its first step, which is the base model with gradients to take.
 
     Its scores are kept beside the runs, so that every run over the same images finds them.
     """
     layer, unet = next(iter(adapter.layers.values())), subject.base.unet
-    untrained = lora.inject(unet, adapter.target, layer.rank, layer.alpha, torch.Generator().manual_seed(seed))
+    untrained = lora.inject(
+        unet, adapter.target, layer.rank, layer.alpha, torch.Generator().manual_seed(seed)
+    )
     store = Store(folder / f"control-{hashlib.sha256(key.encode()).hexdigest()[:8]}", key)
     try:
         return measure(subject, network, real, store, untrained, s, seed, "the base model", {})
@@ -162,8 +190,14 @@ def evaluate(s: Settings) -> list[dict]:
     kinds = [kind(target) for target in targets]
     for target in targets:
         started, seed, folder = time.time(), target.config["seed"], target.folder
-        if fingerprint(target, s) != key:  # targets over the same images share the encoding and the control
-            subject, key, control = prepare(target, s.device, s.nonmembers), fingerprint(target, s), None
+        if (
+            fingerprint(target, s) != key
+        ):  # targets over the same images share the encoding and the control
+            subject, key, control = (
+                prepare(target, s.device, s.nonmembers),
+                fingerprint(target, s),
+                None,
+            )
             real = real_features(subject, network) if s.pictures else {}
         unet = subject.base.unet
         adapter, _ = lora.load(unet, target.adapter)
@@ -171,15 +205,22 @@ def evaluate(s: Settings) -> list[dict]:
             lora.remove(unet, adapter)
             control = measure_base(subject, network, real, target.run.parent, key, adapter, s, seed)
             adapter, _ = lora.load(unet, target.adapter)
-        planned = shadows.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
-        store = Store(folder / "scores", json.dumps([key, str(target.adapter.resolve()), written(target.adapter)]))
+        planned = (
+            shadows.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
+        )
+        store = Store(
+            folder / "scores",
+            json.dumps([key, str(target.adapter.resolve()), written(target.adapter)]),
+        )
         references = {"difference": control.raw["losses"]}
         found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
         lora.remove(unet, adapter)
         base = control
         if planned:
             answers = shadows.query(subject, *planned, key, s.device)
-            found, base = (calibrate(subject, m, answers, s.bootstrap, seed) for m in (found, control))
+            found, base = (
+                calibrate(subject, m, answers, s.bootstrap, seed) for m in (found, control)
+            )
         record = {
             "run": target.name,
             "method": target.config["method"],
@@ -196,7 +237,9 @@ def evaluate(s: Settings) -> list[dict]:
         write_json(folder / "eval.json", record)
         figures.evaluation(subject, found, base, target.config["method"], folder / "figures")
         records.append(record)
-        test_scores.append({name: subject.pair(score, "test") for name, score in found.scores.items()})
+        test_scores.append(
+            {name: subject.pair(score, "test") for name, score in found.scores.items()}
+        )
     print_table(records)
     print_differences(records, test_scores, s.bootstrap)
     pooled = print_seeds(records, kinds, test_scores, s.bootstrap)
@@ -215,13 +258,17 @@ def kind(target: Target) -> str:
 
 def written(adapter: Path) -> list[int]:
     """When the files of an adapter were written: another training into the same folder is another adapter."""
-    return sorted(p.stat().st_mtime_ns for p in ([adapter] if adapter.is_file() else adapter.iterdir()))
+    return sorted(
+        p.stat().st_mtime_ns for p in ([adapter] if adapter.is_file() else adapter.iterdir())
+    )
 
 
 def blind(subject: Subject, rounds: int, seed: int) -> dict:
     """The control without any model: a classifier on thumbnails and words, which must be at chance."""
     train = tuple(subject.roles[f"{side}_aux"] for side in SIDES)
-    score = attacks.classifier_score(attacks.blind_features(subject.pixels, subject.captions), train)
+    score = attacks.classifier_score(
+        attacks.blind_features(subject.pixels, subject.captions), train
+    )
     return leakage(subject, {"blind": score}, rounds, seed)["attacks"]["blind"]
 
 
@@ -271,7 +318,11 @@ def print_table(records: list[dict]) -> None:
             line(f"  its TPR at {percent} % FPR", [cell(w, f"tpr_at_{percent}_fpr") for w in worst])
     line("held-out loss", [f"{c['held_out_loss']:.4f}" for _, c in columns])
     if columns[0][1].get("quality"):
-        for key, title in (("frechet", "Frechet distance"), ("kid", "KID"), ("nearest", "nearest picture")):
+        for key, title in (
+            ("frechet", "Frechet distance"),
+            ("kid", "KID"),
+            ("nearest", "nearest picture"),
+        ):
             for real in ("members", "held_out"):
                 values = [c["quality"][f"{key}_{real}"] for _, c in columns]
                 line(f"{title}, {real.replace('_', ' ')}", [f"{v:.3f}" for v in values])
@@ -279,7 +330,9 @@ def print_table(records: list[dict]) -> None:
     for name, model in columns[1:]:
         low = [a for a, f in model["attacks"].items() if f["auc_interval"][1] < 0.5]
         if low:
-            print(f"note: {name} is over-corrected for {', '.join(low)}: AUC below 0.5 gives members away as well")
+            print(
+                f"note: {name} is over-corrected for {', '.join(low)}: AUC below 0.5 gives members away as well"
+            )
 
 
 def print_differences(records: list[dict], test_scores: list[dict], rounds: int) -> None:
@@ -292,10 +345,14 @@ def print_differences(records: list[dict], test_scores: list[dict], rounds: int)
             continue
         bootstrap = roc.Bootstrap(len(first[0]), len(first[1]), rounds, record["seed"])
         change, (low, high) = roc.paired_difference(second, first, bootstrap)
-        print(f"{title} minus {names[0]}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)")
+        print(
+            f"{title} minus {names[0]}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
+        )
 
 
-def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int) -> list[dict]:
+def print_seeds(
+    records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int
+) -> list[dict]:
     """What runs that differ by their seed alone say together, and each kind of run against the first; returns it."""
     groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
     called = titles(records)
@@ -307,7 +364,11 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], 
         worst = roc.pooled_worst([test_scores[i] for i in group.values()], rounds)
         losses = [r["adapted"]["held_out_loss"] for r in members]
         names = [called[i] for i in group.values()]
-        entry = {"runs": names, "seeds": list(group)} | {k: members[0][k] for k in ("method", "lam")} | {"worst": worst}
+        entry = (
+            {"runs": names, "seeds": list(group)}
+            | {k: members[0][k] for k in ("method", "lam")}
+            | {"worst": worst}
+        )
         entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
         qualities = [r["adapted"].get("quality") for r in members]
         if all(qualities):
@@ -319,9 +380,16 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict], 
         if first is None:
             first, name = group, worst["attack"]
         elif shared := [seed for seed in group if seed in first]:
-            pairs = [(test_scores[group[seed]][name], test_scores[first[seed]][name]) for seed in shared]
+            pairs = [
+                (test_scores[group[seed]][name], test_scores[first[seed]][name]) for seed in shared
+            ]
             change, (low, high) = roc.pooled_difference(pairs, rounds)
-            entry["difference"] = {"attack": name, "auc": change, "interval": [low, high], "seeds": shared}
+            entry["difference"] = {
+                "attack": name,
+                "auc": change,
+                "interval": [low, high],
+                "seeds": shared,
+            }
             print(
                 f"    minus the first, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired, {len(shared)} seeds)"
             )

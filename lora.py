@@ -38,7 +38,13 @@ TRANSFORMER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS = {
     "attention": ATTENTION,  # the paper's description
     "transformer": TRANSFORMER,  # what the paper's released code adapts
-    "all": (*TRANSFORMER, "conv1", "conv2", "conv_shortcut", "time_emb_proj"),  # with the ResNet blocks
+    "all": (
+        *TRANSFORMER,
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "time_emb_proj",
+    ),  # with the ResNet blocks
 }
 
 
@@ -67,20 +73,26 @@ class LoRALinear(nn.Module):
     @staticmethod
     def factors(base: nn.Linear, rank: int) -> tuple[nn.Module, nn.Module]:
         """A: in -> rank and B: rank -> out."""
-        return nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        return nn.Linear(base.in_features, rank, bias=False), nn.Linear(
+            rank, base.out_features, bias=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         if not self.enabled or self.merged:
             return y
-        if not torch.is_autocast_enabled(x.device.type):  # which else casts the factors to the base's dtype
+        if not torch.is_autocast_enabled(
+            x.device.type
+        ):  # which else casts the factors to the base's dtype
             x = x.to(self.lora_A.weight.dtype)
         low = self.lora_B(self.lora_A(x)).to(y.dtype)
         return torch.add(y, low, alpha=self.alpha / self.rank)  # one pass over y in place of two
 
     def delta(self) -> torch.Tensor:
         """(alpha / rank) B A in the shape of the base's weight."""
-        product = self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)  # (out, in * kh * kw)
+        product = self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(
+            1
+        )  # (out, in * kh * kw)
         return self.alpha / self.rank * product.view(self.base.weight.shape)
 
 
@@ -90,7 +102,15 @@ class LoRAConv2d(LoRALinear):
     @staticmethod
     def factors(base: nn.Conv2d, rank: int) -> tuple[nn.Module, nn.Module]:
         """A: (rank, in, kh, kw) with the base's stride and padding; B: (out, rank, 1, 1)."""
-        a = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation, bias=False)
+        a = nn.Conv2d(
+            base.in_channels,
+            rank,
+            base.kernel_size,
+            base.stride,
+            base.padding,
+            base.dilation,
+            bias=False,
+        )
         return a, nn.Conv2d(rank, base.out_channels, 1, bias=False)
 
 
@@ -106,7 +126,9 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every layer; a list, since an iterator would be empty when clipping asks a second time."""
-        return [p for layer in self.layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+        return [
+            p for layer in self.layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)
+        ]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """{"<module>.lora_A.weight": A, "<module>.lora_B.weight": B, ...}, detached."""
@@ -127,7 +149,9 @@ class Adapter:
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model; restored on the way out, also after an error."""
         if any(layer.merged for layer in self.layers.values()):
-            raise RuntimeError("a merged adapter is part of the base weights: call unmerge() before disabled()")
+            raise RuntimeError(
+                "a merged adapter is part of the base weights: call unmerge() before disabled()"
+            )
         before = [layer.enabled for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
@@ -153,7 +177,9 @@ class Adapter:
                 layer.base.weight -= layer.delta().to(layer.base.weight.dtype)
                 layer.merged = False
 
-    def save(self, folder: str | Path, extra: dict[str, object] | None = None, kohya: bool = False) -> Path:
+    def save(
+        self, folder: str | Path, extra: dict[str, object] | None = None, kohya: bool = False
+    ) -> Path:
         """Write the adapter into `folder` (diffusers form, or kohya's with `kohya`); returns the file.
 
         `extra` are our own facts (method, lambda, seed, ...), stored as strings beside the scale that diffusers reads.
@@ -172,7 +198,11 @@ class Adapter:
                 tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
         else:
             tensors = {f"unet.{k}": v for k, v in self.state_dict().items()}
-        metadata = {"format": "pt", "target": self.target, **{k: str(v) for k, v in (extra or {}).items()}}
+        metadata = {
+            "format": "pt",
+            "target": self.target,
+            **{k: str(v) for k, v in (extra or {}).items()},
+        }
         if not kohya:
             config = {
                 "unet.r": rank,
@@ -180,11 +210,15 @@ class Adapter:
                 "unet.target_modules": list(TARGETS[self.target]),
             }
             metadata["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
-        content = serialize({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata)
+        content = serialize(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, metadata
+        )
         return write_whole(folder / (KOHYA_NAME if kohya else FILE_NAME), content)
 
 
-def inject(unet: nn.Module, target: str, rank: int, alpha: float, generator: torch.Generator | None = None) -> Adapter:
+def inject(
+    unet: nn.Module, target: str, rank: int, alpha: float, generator: torch.Generator | None = None
+) -> Adapter:
     """Freeze `unet` and wrap every layer that `target` names (see `TARGETS`) in a fresh LoRA layer.
 
     The A matrices are drawn from `generator` in the model's order.  Raises UserError for a rank below 1 or a model
@@ -194,7 +228,9 @@ def inject(unet: nn.Module, target: str, rank: int, alpha: float, generator: tor
         raise UserError(f"the LoRA rank must be 1 or more, not {rank}")
     names = [n for n, m in unet.named_modules() if _is_target(n, m, TARGETS[target])]
     if not names:
-        raise UserError(f"the UNet has no layer that target '{target}' names: {', '.join(TARGETS[target])}")
+        raise UserError(
+            f"the UNet has no layer that target '{target}' names: {', '.join(TARGETS[target])}"
+        )
     unet.requires_grad_(False)
     layers = {name: _wrap(unet, name, rank, alpha) for name in names}
     if generator is not None:
@@ -206,7 +242,9 @@ def inject(unet: nn.Module, target: str, rank: int, alpha: float, generator: tor
 
 
 def _is_target(name: str, module: nn.Module, suffixes: tuple[str, ...]) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d) and any(name.endswith("." + s) for s in suffixes)
+    return isinstance(module, nn.Linear | nn.Conv2d) and any(
+        name.endswith("." + s) for s in suffixes
+    )
 
 
 def _wrap(unet: nn.Module, name: str, rank: int, alpha: float) -> LoRALinear:
@@ -229,7 +267,9 @@ def remove(unet: nn.Module, adapter: Adapter) -> None:
 # Reading adapters, ours and others'
 
 
-def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, str]]:
+def read(
+    path: str | Path,
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, str]]:
     """An adapter file in diffusers or kohya form as ({key: (A, B, alpha)}, metadata).
 
     The keys are module names, for kohya with underscores in place of dots.  A file without a stated alpha takes
@@ -246,7 +286,9 @@ def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, 
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors adapter ({error}); pickles are not read") from None
+        raise UserError(
+            f"{path} is not a readable safetensors adapter ({error}); pickles are not read"
+        ) from None
     config = _peft_config(path, metadata)
     found, used = {}, set()
     for key, a in tensors.items():
@@ -263,17 +305,29 @@ def read(path: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, 
         if second not in tensors:
             raise UserError(f"{path} has the first factor of {name} but not the second")
         if a.ndim < 2 or a.numel() == 0:
-            raise UserError(f"{path} has a first factor of shape {tuple(a.shape)} for {name}: no LoRA")
-        found[name] = (a, tensors[second], _scale(path, name, a.shape[0] if alpha is None else alpha))
+            raise UserError(
+                f"{path} has a first factor of shape {tuple(a.shape)} for {name}: no LoRA"
+            )
+        found[name] = (
+            a,
+            tensors[second],
+            _scale(path, name, a.shape[0] if alpha is None else alpha),
+        )
         used |= {key, second}
     if not found:
         raise UserError(f"{path} holds no UNet LoRA in diffusers or kohya form")
     others = [key for key in tensors if not key.startswith(("unet.", "lora_unet_"))]
     if others:
-        print(f"note: {path} also adapts what is not the UNet ({len(others)} tensors, such as {others[0]}): not read")
-    for key in tensors:  # a lone second factor, DoRA's magnitudes, ...: leaving them out would be another model
+        print(
+            f"note: {path} also adapts what is not the UNet ({len(others)} tensors, such as {others[0]}): not read"
+        )
+    for key in (
+        tensors
+    ):  # a lone second factor, DoRA's magnitudes, ...: leaving them out would be another model
         if key.startswith(("unet.", "lora_unet_")) and key not in used:
-            raise UserError(f"{path} holds {key}, which is no part of a plain LoRA in diffusers or kohya form")
+            raise UserError(
+                f"{path} holds {key}, which is no part of a plain LoRA in diffusers or kohya form"
+            )
     return found, metadata
 
 
@@ -282,12 +336,18 @@ def _peft_config(path: Path, metadata: dict[str, str]) -> dict:
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} has a damaged header: lora_adapter_metadata is not JSON ({error})") from None
+        raise UserError(
+            f"{path} has a damaged header: lora_adapter_metadata is not JSON ({error})"
+        ) from None
     if not isinstance(config, dict) or not isinstance(config.get("unet.alpha_pattern") or {}, dict):
-        raise UserError(f"{path} has a damaged header: lora_adapter_metadata is not an object of settings")
+        raise UserError(
+            f"{path} has a damaged header: lora_adapter_metadata is not an object of settings"
+        )
     for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
         if config.get(f"unet.{name}"):
-            raise UserError(f"{path} was made with {name}, which is no plain LoRA: it cannot be read here")
+            raise UserError(
+                f"{path} was made with {name}, which is no plain LoRA: it cannot be read here"
+            )
     return config
 
 

@@ -41,7 +41,9 @@ def sum_objective(loss: torch.Tensor, gain: torch.Tensor, lam: float) -> torch.T
     return loss + lam * gain
 
 
-def ratio_objective(loss: torch.Tensor, gain: torch.Tensor, lam: float, delta: float = 1e-5) -> torch.Tensor:
+def ratio_objective(
+    loss: torch.Tensor, gain: torch.Tensor, lam: float, delta: float = 1e-5
+) -> torch.Tensor:
     """Eq. 10, SMP-LoRA: L / (1 - lambda G + delta).  At least 0, since L is and the denominator is above 1."""
     return loss / denominator(gain, lam, delta)
 
@@ -62,7 +64,9 @@ class Terms:
     total: torch.Tensor  # what is minimised
 
 
-def objective(method: str, error, timesteps, attacker: nn.Module | None, lam: float, delta: float = 1e-5) -> Terms:
+def objective(
+    method: str, error, timesteps, attacker: nn.Module | None, lam: float, delta: float = 1e-5
+) -> Terms:
     """The objective of `method` on one batch of members: error (B, C, h, w), timesteps (B,).
 
     "smp-detached" is a control: the value of SMP, but D is held, so the step is grad L / D and the gain has no pull.
@@ -84,7 +88,9 @@ def objective(method: str, error, timesteps, attacker: nn.Module | None, lam: fl
 # Gradients
 
 
-def gradients(value: torch.Tensor, parameters: list[nn.Parameter], keep_graph: bool = False) -> list[torch.Tensor]:
+def gradients(
+    value: torch.Tensor, parameters: list[nn.Parameter], keep_graph: bool = False
+) -> list[torch.Tensor]:
     """d value / d parameters, touching no `.grad`, so nothing is left behind in the attacker."""
     return list(torch.autograd.grad(value, parameters, retain_graph=keep_graph))
 
@@ -94,7 +100,9 @@ def norm(tensors: list[torch.Tensor]) -> float:
     return torch.stack([t.norm() for t in tensors]).norm().item()
 
 
-def gradient_norms(terms: Terms, gradient: Callable[[torch.Tensor], list[torch.Tensor]]) -> dict[str, float]:
+def gradient_norms(
+    terms: Terms, gradient: Callable[[torch.Tensor], list[torch.Tensor]]
+) -> dict[str, float]:
     """L2 norms of grad L and grad G apart, and their cosine; `gradient(value)` keeps the graph for the step after it.
 
     A cosine of -1 says that privacy and adaptation pull straight against each other.

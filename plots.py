@@ -13,7 +13,13 @@ from PIL import Image
 
 import roc
 
-COLOURS = {"base": "#000000", "lora": "#D55E00", "mp": "#E69F00", "smp": "#0072B2", "smp-detached": "#56B4E9"}
+COLOURS = {
+    "base": "#000000",
+    "lora": "#D55E00",
+    "mp": "#E69F00",
+    "smp": "#0072B2",
+    "smp-detached": "#56B4E9",
+}
 OTHER = "#CC79A7"  # an adapter trained elsewhere
 SECOND = "#009E73"  # the other line in a panel
 MEMBER, NONMEMBER = "#D55E00", "#666666"
@@ -41,7 +47,9 @@ def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path)
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.set_title("\n".join(textwrap.wrap(caption, 20)), fontsize=6.5, y=-0.07, va="top")
-    figure.subplots_adjust(left=0, right=1, bottom=0.3 / (1.58 * rows), top=0.995, wspace=0.06, hspace=0.28)
+    figure.subplots_adjust(
+        left=0, right=1, bottom=0.3 / (1.58 * rows), top=0.995, wspace=0.06, hspace=0.28
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -58,7 +66,9 @@ def training_curves(metrics: list[dict], method: str, path: Path) -> None:
             if smooth and len(values) >= 20:
                 axis.plot(steps, values, color=colour, alpha=0.15, lw=0.8)
                 width = max(5, len(values) // 40)
-                values = np.convolve(np.pad(values, (width - 1, 0), "edge"), np.ones(width) / width, "valid")
+                values = np.convolve(
+                    np.pad(values, (width - 1, 0), "edge"), np.ones(width) / width, "valid"
+                )
             axis.plot(steps, values, color=colour, label=label, **style)
 
     loss, attack, gradient, weight = axes.flat
@@ -96,7 +106,13 @@ def privacy_against_quality(records: list[dict], path: Path | None = None):
     for r in sorted(records, key=lambda r: r["step"] or 0):
         runs.setdefault(r["run"].split(" @")[0], []).append(r)
     markers = {method: iter("o^sDv") for method in COLOURS}  # in the order of a method's runs
-    axis.errorbar(*_point(records[0]["base"]), fmt="o", color=COLOURS["base"], capsize=3, label="base, no adapter")
+    axis.errorbar(
+        *_point(records[0]["base"]),
+        fmt="o",
+        color=COLOURS["base"],
+        capsize=3,
+        label="base, no adapter",
+    )
     for run, points in runs.items():
         method = points[0]["method"]
         colour, marker = COLOURS.get(method, OTHER), next(markers.get(method, iter("")), "P")
@@ -107,10 +123,17 @@ def privacy_against_quality(records: list[dict], path: Path | None = None):
             axis.errorbar(*point, fmt=marker, color=colour, capsize=3, label=label)
             if len(points) > 1:
                 axis.annotate(
-                    f"step {record['step']}", point[:2], xytext=(6, -11), textcoords="offset points", fontsize=8
+                    f"step {record['step']}",
+                    point[:2],
+                    xytext=(6, -11),
+                    textcoords="offset points",
+                    fontsize=8,
                 )
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
-    axis.set(xlabel="held-out loss (lower is better)", ylabel="worst-case AUC over attacks (0.5 leaks nothing)")
+    axis.set(
+        xlabel="held-out loss (lower is better)",
+        ylabel="worst-case AUC over attacks (0.5 leaks nothing)",
+    )
     axis.grid(alpha=0.2)
     figure.legend(loc="outside right upper", frameon=False)
     if path:
@@ -130,7 +153,9 @@ def _point(model: dict) -> tuple[float, float, list]:
 
 
 def _panels(count: int, width: float = 4.6, height: float = 3.6, **options):
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", **options)
+    figure, axes = plt.subplots(
+        1, count, figsize=(width * count, height), layout="constrained", **options
+    )
     plt.close(figure)
     for axis in np.atleast_1d(axes):
         axis.grid(alpha=0.2)
@@ -143,7 +168,12 @@ def _runs(runs: dict[str, list[dict]], key: str):
         found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if found:
             method = name.split(",")[0]
-            yield name, COLOURS.get(method, OTHER), "-" if name == method else "--", *np.array(found, float).T
+            yield (
+                name,
+                COLOURS.get(method, OTHER),
+                "-" if name == method else "--",
+                *np.array(found, float).T,
+            )
 
 
 def rank_study(spectra: np.ndarray, ranks, member, nonmember):
@@ -153,12 +183,18 @@ def rank_study(spectra: np.ndarray, ranks, member, nonmember):
     share = spectra / spectra[:, :1]
     low, middle, high = np.percentile(share, [10, 50, 90], axis=0)
     left.plot(index, middle, color=COLOURS["lora"], label="median layer")
-    left.fill_between(index, low, high, color=COLOURS["lora"], alpha=0.2, lw=0, label="10 to 90 % of layers")
+    left.fill_between(
+        index, low, high, color=COLOURS["lora"], alpha=0.2, lw=0, label="10 to 90 % of layers"
+    )
     left.set(yscale="log", xlabel="index of the singular value", ylabel="share of the largest")
     left.set_title("What training made of BA")
     right.plot(ranks, member, "o-", color=MEMBER, label="members")
     right.plot(ranks, nonmember, "o-", color=NONMEMBER, label="non-members")
-    right.set(xscale="symlog", xlabel="rank kept of the trained update", ylabel="adaptation loss (squared error)")
+    right.set(
+        xscale="symlog",
+        xlabel="rank kept of the trained update",
+        ylabel="adaptation loss (squared error)",
+    )
     right.set_xticks(ranks, [str(r) for r in ranks])
     right.set_title("What the gap between them needs")
     for axis in (left, right):
@@ -170,7 +206,9 @@ def loss_by_timestep(timesteps, models: dict[str, tuple]):
     """{model: (member, nonmember)} losses (N, T): means with 95 % bands, and their gap below."""
     figure, axes = _panels(len(models), sharey=True)
     for axis, (name, sides) in zip(np.atleast_1d(axes), models.items(), strict=True):
-        for loss, colour, label in zip(sides, (MEMBER, NONMEMBER), ("members", "non-members"), strict=True):
+        for loss, colour, label in zip(
+            sides, (MEMBER, NONMEMBER), ("members", "non-members"), strict=True
+        ):
             mean, half = loss.mean(0), 1.96 * loss.std(0, ddof=1) / np.sqrt(len(loss))
             axis.plot(timesteps, mean, "o-", color=colour, label=label)
             axis.fill_between(timesteps, mean - half, mean + half, color=colour, alpha=0.2, lw=0)
@@ -184,7 +222,11 @@ def error_maps(pictures: np.ndarray, rows: dict[str, np.ndarray], titles: list[s
     """Pictures (N, H, W, 3) above maps (N, h, w) of the squared error, one row per model, one colour scale."""
     n = len(pictures)
     figure, axes = plt.subplots(
-        len(rows) + 1, n, figsize=(1.7 * n, 1.75 * (len(rows) + 1)), layout="constrained", squeeze=False
+        len(rows) + 1,
+        n,
+        figsize=(1.7 * n, 1.75 * (len(rows) + 1)),
+        layout="constrained",
+        squeeze=False,
     )
     plt.close(figure)
     top = max(np.percentile(maps, 99) for maps in rows.values())
@@ -197,7 +239,9 @@ def error_maps(pictures: np.ndarray, rows: dict[str, np.ndarray], titles: list[s
         axes[i, 0].set_ylabel(name)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.colorbar(shown, ax=axes[1:], shrink=0.8, label="squared error, mean over channels and draws")
+    figure.colorbar(
+        shown, ax=axes[1:], shrink=0.8, label="squared error, mean over channels and draws"
+    )
     return figure
 
 
@@ -209,9 +253,18 @@ def roc_lines(pairs: dict[str, tuple]):
         cuts = np.sort(nonmember)[::-1]
         rates = np.r_[0, np.arange(1, len(cuts) + 1) / len(cuts)]
         found = np.r_[0, roc.hits(member, cuts)]
-        axis.plot(rates, found, color=colour, lw=1.8, label=f"{name}: AUC {roc.auc(member, nonmember):.2f}")
+        axis.plot(
+            rates,
+            found,
+            color=colour,
+            lw=1.8,
+            label=f"{name}: AUC {roc.auc(member, nonmember):.2f}",
+        )
     axis.plot([0, 1], [0, 1], "k:", lw=1, label="guessing")
-    axis.set(xlabel="false-positive rate (non-members called members)", ylabel="true-positive rate (members found)")
+    axis.set(
+        xlabel="false-positive rate (non-members called members)",
+        ylabel="true-positive rate (members found)",
+    )
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
@@ -247,7 +300,14 @@ def surfaces(offsets, surface: dict[str, np.ndarray]):
     return figure
 
 
-def lines(x, values: dict[str, np.ndarray], xlabel: str, ylabel: str, title: str = "", scale: str = "linear"):
+def lines(
+    x,
+    values: dict[str, np.ndarray],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    scale: str = "linear",
+):
     """Lines of one panel by name; names that begin with a method take its colour."""
     figure, axis = _panels(1, 6.4, 3.8)
     for name, y in values.items():
@@ -272,7 +332,9 @@ def runs_over_steps(runs: dict[str, list[dict]], keys: dict[str, str], scale: st
 def hessian_against_gradient(runs: dict[str, list[dict]]):
     """Figure 1b of the paper: spectral norm of the Hessian over the gradient norm, a panel per run."""
     figure, axes = _panels(len(runs), 3.7, 3.6)
-    for axis, (name, colour, _, steps, hessian) in zip(np.atleast_1d(axes), _runs(runs, "hessian_norm"), strict=True):
+    for axis, (name, colour, _, steps, hessian) in zip(
+        np.atleast_1d(axes), _runs(runs, "hessian_norm"), strict=True
+    ):
         gradient = np.array([row["fixed_grad_norm"] for row in runs[name] if "hessian_norm" in row])
         shade = 0.25 + 0.75 * steps / max(steps.max(), 1)
         axis.scatter(gradient, hessian, c=colour, alpha=shade, s=28)
@@ -291,14 +353,23 @@ def bound_along_run(runs: dict[str, list[dict]]):
     for axis, (name, rows) in zip(np.atleast_1d(axes), runs.items(), strict=True):
         rows = [row for row in rows if "hessian_norm" in row]
         column = {
-            k: np.array([row[k] for row in rows]) for k in ("step", "hessian_norm", "hessian_bound", "bound_constant")
+            k: np.array([row[k] for row in rows])
+            for k in ("step", "hessian_norm", "hessian_bound", "bound_constant")
         }
         carried = column["hessian_bound"] - column["bound_constant"]
         colour = COLOURS.get(name.split(",")[0], OTHER)
         axis.plot(column["step"], column["hessian_bound"], color="black", lw=1, label="bound")
-        axis.plot(column["step"], column["hessian_norm"], "o-", color=colour, ms=3, label="Hessian norm")
+        axis.plot(
+            column["step"], column["hessian_norm"], "o-", color=colour, ms=3, label="Hessian norm"
+        )
         if carried.any():
-            axis.plot(column["step"], carried, "--", color=SECOND, label="part of the bound that carries ||grad J||")
+            axis.plot(
+                column["step"],
+                carried,
+                "--",
+                color=SECOND,
+                label="part of the bound that carries ||grad J||",
+            )
         axis.set(xlabel="step", yscale="log", title=name)
         axis.legend(frameon=False, fontsize=8)
     np.atleast_1d(axes)[0].set_ylabel("spectral norm")

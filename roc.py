@@ -36,7 +36,9 @@ def best_threshold(member: np.ndarray, nonmember: np.ndarray) -> float:
 
 def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> np.ndarray | float:
     """True-positive rate at a false-positive rate of at most `fpr`; scores (..., M) and (..., N)."""
-    allowed = int(np.floor(fpr * nonmember.shape[-1] + 1e-9))  # so many non-members may score above the threshold
+    allowed = int(
+        np.floor(fpr * nonmember.shape[-1] + 1e-9)
+    )  # so many non-members may score above the threshold
     threshold = np.sort(nonmember, axis=-1)[..., -1 - allowed]
     return (member > threshold[..., None]).mean(-1)
 
@@ -77,7 +79,9 @@ def _counts(index: np.ndarray, n: int) -> np.ndarray:
     return counts
 
 
-def figures(member: np.ndarray, nonmember: np.ndarray, threshold: float | None, bootstrap: Bootstrap) -> dict:
+def figures(
+    member: np.ndarray, nonmember: np.ndarray, threshold: float | None, bootstrap: Bootstrap
+) -> dict:
     """AUC, |AUC - 0.5| / 0.5 as in the paper, balanced ASR at a given threshold, and TPR at 5, 1 and 0.1 % FPR.
 
     Each with its 95 % interval; a TPR for which there are too few non-members is None.
@@ -89,7 +93,9 @@ def figures(member: np.ndarray, nonmember: np.ndarray, threshold: float | None, 
     m, n = member[bootstrap.member], nonmember[bootstrap.nonmember]
     if threshold is not None:
         found["asr"] = balanced_accuracy(member, nonmember, threshold)
-        found["asr_interval"] = bootstrap.interval(((m >= threshold).mean(1) + (n < threshold).mean(1)) / 2)
+        found["asr_interval"] = bootstrap.interval(
+            ((m >= threshold).mean(1) + (n < threshold).mean(1)) / 2
+        )
     found["majority"] = max(len(member), len(nonmember)) / (len(member) + len(nonmember))
     for fpr in FPRS:
         key, enough = f"tpr_at_{fpr * 100:g}_fpr", len(nonmember) * fpr >= PER_FPR
@@ -126,7 +132,9 @@ def worst_case(scores: dict[str, tuple], bootstrap: Bootstrap, seed: int = 0) ->
     }
 
 
-def paired_difference(first: tuple, second: tuple, bootstrap: Bootstrap) -> tuple[float, list[float]]:
+def paired_difference(
+    first: tuple, second: tuple, bootstrap: Bootstrap
+) -> tuple[float, list[float]]:
     """AUC of `first` minus AUC of `second` on the same images (member, nonmember), with a paired bootstrap."""
     draws = bootstrap.auc(*first) - bootstrap.auc(*second)
     return auc(*first) - auc(*second), bootstrap.interval(draws)
@@ -148,17 +156,25 @@ def pooled_worst(seeds: list[dict[str, tuple]], rounds: int = 1000) -> dict:
     The interval is that of the maximum, over the images of each seed; `auc_by_seed` shows how far seeds are apart,
     each at its own worst attack, which the interval does not hold.
     """
-    found = {name: _over_seeds([s[name] for s in seeds], rounds) for name in seeds[0] if all(name in s for s in seeds)}
+    found = {
+        name: _over_seeds([s[name] for s in seeds], rounds)
+        for name in seeds[0]
+        if all(name in s for s in seeds)
+    }
     name = max(found, key=lambda n: found[n][0].mean())
     return {
         "attack": name,
         "auc": float(found[name][0].mean()),
-        "auc_interval": Bootstrap.interval(np.max([draws.mean(0) for _, draws in found.values()], axis=0)),
+        "auc_interval": Bootstrap.interval(
+            np.max([draws.mean(0) for _, draws in found.values()], axis=0)
+        ),
         "auc_by_seed": np.max([areas for areas, _ in found.values()], axis=0).tolist(),
     }
 
 
-def pooled_difference(pairs: list[tuple[tuple, tuple]], rounds: int = 1000) -> tuple[float, list[float]]:
+def pooled_difference(
+    pairs: list[tuple[tuple, tuple]], rounds: int = 1000
+) -> tuple[float, list[float]]:
     """Mean over seeds of AUC(first) - AUC(second) of [(first, second), ...], both on the images of that seed."""
     (first, one), (second, two) = (_over_seeds([p[k] for p in pairs], rounds) for k in (0, 1))
     return float((first - second).mean()), Bootstrap.interval((one - two).mean(0))

@@ -43,7 +43,9 @@ def plain_attention() -> AbstractContextManager:
 
 def flat_gradient(value: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
     """d value / d parameters as one vector (P,), itself with a graph; touches no `.grad`."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, create_graph=True)])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(value, parameters, create_graph=True)]
+    )
 
 
 def hessian_vector_product(
@@ -64,7 +66,9 @@ def hessian_vector_product(
 class Spectrum:
     """What an iteration found out about a symmetric operator."""
 
-    norm: float  # the largest absolute eigenvalue; never above the true one, also when not converged
+    norm: (
+        float  # the largest absolute eigenvalue; never above the true one, also when not converged
+    )
     values: list[float]  # eigenvalues found, signed, the largest magnitude first
     residual: float  # ||H v - values[0] v||: a true eigenvalue is within this of values[0]
     converged: bool
@@ -72,7 +76,9 @@ class Spectrum:
     vector: torch.Tensor  # v (P,) of norm 1
 
 
-def power_iteration(product: Product, start: torch.Tensor, iterations: int = 50, tolerance: float = 1e-6) -> Spectrum:
+def power_iteration(
+    product: Product, start: torch.Tensor, iterations: int = 50, tolerance: float = 1e-6
+) -> Spectrum:
     """The spectral norm by v <- H v / ||H v||, the paper's way (50 iterations, tolerance 1e-6).
 
     The estimate is ||H v||, which rises to the largest |eigenvalue| whatever its sign, also where +a and -a tie (there
@@ -91,7 +97,11 @@ def power_iteration(product: Product, start: torch.Tensor, iterations: int = 50,
 
 
 def lanczos(
-    product: Product, start: torch.Tensor, iterations: int = 20, tolerance: float = 1e-3, count: int = 3
+    product: Product,
+    start: torch.Tensor,
+    iterations: int = 20,
+    tolerance: float = 1e-3,
+    count: int = 3,
 ) -> Spectrum:
     """The `count` eigenvalues of largest magnitude by Lanczos (1950) with full reorthogonalisation.
 
@@ -108,14 +118,18 @@ def lanczos(
             for v in basis:
                 image = image - torch.dot(v, image) * v
         beta = image.norm().item()
-        projected = torch.diag(torch.tensor(alphas, dtype=torch.float64))  # H in the basis: (k, k), tridiagonal
+        projected = torch.diag(
+            torch.tensor(alphas, dtype=torch.float64)
+        )  # H in the basis: (k, k), tridiagonal
         for i, b in enumerate(betas):
             projected[i, i + 1] = projected[i + 1, i] = b
         values, vectors = torch.linalg.eigh(projected)
         order = values.abs().argsort(descending=True)
         top = order[0]
         residual = beta * vectors[-1, top].abs().item()
-        exhausted = beta <= 1e-7 * max(scale, 1e-30)  # the start lies in a space that H maps into itself
+        exhausted = beta <= 1e-7 * max(
+            scale, 1e-30
+        )  # the start lies in a space that H maps into itself
         converged = residual <= tolerance * values[top].abs().item() or exhausted
         if converged or len(alphas) == iterations:
             break
@@ -145,7 +159,11 @@ def curvature_term(hess_loss_v, hess_gain_v, weight: float, denominator: float) 
 
 def rank_two_term(grad_total, grad_gain, vector, lam: float, denominator: float) -> torch.Tensor:
     """(lambda / D) (grad J grad G^T + grad G grad J^T) v: (P,); the part of hess J v that carries ||grad J||."""
-    return lam / denominator * (torch.dot(grad_gain, vector) * grad_total + torch.dot(grad_total, vector) * grad_gain)
+    return (
+        lam
+        / denominator
+        * (torch.dot(grad_gain, vector) * grad_total + torch.dot(grad_total, vector) * grad_gain)
+    )
 
 
 def rank_two_norm(grad_total, grad_gain, lam: float, denominator: float) -> float:
@@ -173,7 +191,11 @@ def gradient_scale(gradient: torch.Tensor, parameters: list[nn.Parameter]) -> fl
 
 
 def measure(
-    method: str, terms: Callable[[], Terms], parameters: list[nn.Parameter], lam: float, iterations: int = 20
+    method: str,
+    terms: Callable[[], Terms],
+    parameters: list[nn.Parameter],
+    lam: float,
+    iterations: int = 20,
 ) -> dict[str, float | bool | int]:
     """Everything above at the parameters as they are, for one row of metrics.jsonl; nothing is left behind.
 
@@ -189,13 +211,19 @@ def measure(
         graph = flat_gradient(getattr(now, part), parameters)
         gradients[part] = graph.detach()
         start = gradients[part] if gradients[part].any() else torch.ones_like(gradients[part])
-        spectra[part] = lanczos(lambda v, g=graph: hessian_vector_product(g, parameters, v), start, iterations)
+        spectra[part] = lanczos(
+            lambda v, g=graph: hessian_vector_product(g, parameters, v), start, iterations
+        )
         del graph
     if method == "lora":
         gradients |= {"loss": gradients["total"], "gain": torch.zeros_like(gradients["total"])}
         spectra["loss"] = spectra["total"]
     total, coupling = spectra["total"], lam if method == "smp" else 0.0
-    d, weight, norms = now.denominator, now.lambda_effective, {k: g.norm().item() for k, g in gradients.items()}
+    d, weight, norms = (
+        now.denominator,
+        now.lambda_effective,
+        {k: g.norm().item() for k, g in gradients.items()},
+    )
     norm_gain = spectra["gain"].norm if "gain" in spectra else 0.0
     constant, slope = bound(spectra["loss"].norm, norm_gain, norms["gain"], weight, coupling, d)
     along = rank_two_term(gradients["total"], gradients["gain"], total.vector, coupling, d)
@@ -218,7 +246,10 @@ def measure(
         "fixed_lambda_effective": weight,
         "fixed_loss_over_denominator_squared": now.loss.item() / d**2,
         **{f"fixed_grad_norm{_suffix(k)}": n for k, n in norms.items()},
-        **{f"gradient_scale{_suffix(k)}": gradient_scale(g, parameters) for k, g in gradients.items()},
+        **{
+            f"gradient_scale{_suffix(k)}": gradient_scale(g, parameters)
+            for k, g in gradients.items()
+        },
     }
 
 
@@ -253,12 +284,19 @@ def correlation(x, y, enough: int = 30) -> Correlation:
 
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(np.nan, np.nan, len(x), 0.0, (-1.0, 1.0), "too few or constant points: no correlation")
+        return Correlation(
+            np.nan, np.nan, len(x), 0.0, (-1.0, 1.0), "too few or constant points: no correlation"
+        )
     r, p = pearsonr(x, y)
-    a, b = (max(0.0, np.corrcoef(s[:-1], s[1:])[0, 1]) if np.ptp(s[:-1]) and np.ptp(s[1:]) else 0.0 for s in (x, y))
+    a, b = (
+        max(0.0, np.corrcoef(s[:-1], s[1:])[0, 1]) if np.ptp(s[:-1]) and np.ptp(s[1:]) else 0.0
+        for s in (x, y)
+    )
     effective = len(x) * (1 - a * b) / (1 + a * b)
     half = 1.96 / np.sqrt(effective - 3) if effective > 3.1 else np.inf
     centre = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
     interval = (float(np.tanh(centre - half)), float(np.tanh(centre + half)))
     few = f"{len(x)} points count for {effective:.0f} independent ones, fewer than {enough}"
-    return Correlation(float(r), float(p), len(x), float(effective), interval, few if effective < enough else None)
+    return Correlation(
+        float(r), float(p), len(x), float(effective), interval, few if effective < enough else None
+    )

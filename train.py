@@ -19,7 +19,9 @@ import time
 from cli import UserError, one_line_errors, parse
 from settings import Settings, resolve, stored
 
-if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
+if (
+    __name__ == "__main__"
+):  # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__)
 
 import torch
@@ -58,7 +60,9 @@ def prepare(settings: Settings, processes: Processes) -> Run:
         adapter = lora.inject(base.unet, settings.target, settings.rank, settings.alpha, generator)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    run = Run(settings, base, adapter, latents, text, roles, images.names, images.captions, processes)
+    run = Run(
+        settings, base, adapter, latents, text, roles, images.names, images.captions, processes
+    )
     run.steps = settings.steps or -(-settings.epochs * len(run.members) // run.batch)
     return run
 
@@ -81,10 +85,19 @@ def attacker_turn(run: Run, learner: Learner) -> dict[str, float]:
     parts = run.processes.parts(len(index), 2 * run.settings.batch_size)
     with torch.no_grad():
         error = torch.cat(
-            [squared_error(run.base, run.latents[index[p]], run.text[index[p]], timesteps[p], noise[p]) for p in parts]
+            [
+                squared_error(
+                    run.base, run.latents[index[p]], run.text[index[p]], timesteps[p], noise[p]
+                )
+                for p in parts
+            ]
         )
     error = run.processes.gather(error)
-    halves = (learner.reused, (error, timesteps)) if reused else zip(error.chunk(2), timesteps.chunk(2), strict=True)
+    halves = (
+        (learner.reused, (error, timesteps))
+        if reused
+        else zip(error.chunk(2), timesteps.chunk(2), strict=True)
+    )
     loss, accuracy = attacker_step(learner.attacker, learner.attacker_optimizer, *halves)
     run.processes.same(learner.attacker)
     return {"attacker_loss": loss, "attacker_accuracy": accuracy}
@@ -98,14 +111,18 @@ def adapter_turn(run: Run, learner: Learner, step: int) -> dict[str, float | Non
     parts, row = processes.parts(len(index), s.batch_size), {}
 
     def forward(part: slice) -> torch.Tensor:
-        return squared_error(run.base, run.latents[index[part]], run.text[index[part]], timesteps[part], noise[part])
+        return squared_error(
+            run.base, run.latents[index[part]], run.text[index[part]], timesteps[part], noise[part]
+        )
 
     def value(error: torch.Tensor, part: slice = slice(None)):
         return objective(s.method, error, timesteps[part], learner.attacker, s.lam, s.delta)
 
     norms = step % s.norms_every == 0 or step == 1
     if len(parts) > 1 and s.method in ("lora", "mp") and not norms:
-        grads, error = gradients_of_mean(forward, parts, parameters, processes, lambda e, part: value(e, part).total)
+        grads, error = gradients_of_mean(
+            forward, parts, parameters, processes, lambda e, part: value(e, part).total
+        )
         terms = value(error)
     else:
         batch = WholeBatch(forward, parts, parameters, processes)
@@ -155,7 +172,11 @@ def train(settings: Settings) -> dict:
     first, before = start(run, learner)
     save_every = settings.save_every or max(1, run.steps // 8)
 
-    with state.stop_signals() as caught, run_folder.MetricsLog(run) as log, progress(run, first) as bar:
+    with (
+        state.stop_signals() as caught,
+        run_folder.MetricsLog(run) as log,
+        progress(run, first) as bar,
+    ):
         for step in bar:
             tick, row = time.time(), {"step": step}
             if settings.method != "lora" and (step - 1) % settings.attacker_every == 0:
@@ -173,19 +194,30 @@ def train(settings: Settings) -> dict:
             log(row)
             bar.set_postfix(_postfix(row), refresh=False)
             stopped = processes.any(bool(caught))
-            if processes.main and (step % settings.state_every == 0 or step == run.steps or stopped):
+            if processes.main and (
+                step % settings.state_every == 0 or step == run.steps or stopped
+            ):
                 log.sync()
                 facts = {"seconds": before + time.time() - started}
                 state.save(run.out / "state", step, learner.tensors(), facts, settings.keep)
             if stopped:
                 leave(run, step, caught)
-    summary = run_folder.finish(run, learner.attacker, before + time.time() - started) if processes.main else {}
+    summary = (
+        run_folder.finish(run, learner.attacker, before + time.time() - started)
+        if processes.main
+        else {}
+    )
     processes.close()
     return summary
 
 
 def _postfix(row: dict) -> dict[str, str]:
-    shown = {"loss": "adaptation_loss", "G": "mi_gain", "grad": "grad_norm", "attacker": "attacker_accuracy"}
+    shown = {
+        "loss": "adaptation_loss",
+        "G": "mi_gain",
+        "grad": "grad_norm",
+        "attacker": "attacker_accuracy",
+    }
     return {k: f"{row[v]:.3f}" for k, v in shown.items() if row.get(v) is not None}
 
 
@@ -220,14 +252,20 @@ def start(run: Run, learner: Learner) -> tuple[int, float]:
 def leave(run: Run, step: int, caught: list[int]) -> None:
     """After a signal: the state is saved, say so and exit as the signal would have."""
     if run.processes.main:
-        print(f"\nstopped after step {step} of {run.steps}; to go on: --out {run.out} --resume", file=sys.stderr)
+        print(
+            f"\nstopped after step {step} of {run.steps}; to go on: --out {run.out} --resume",
+            file=sys.stderr,
+        )
     run.processes.close()
     raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
 
 
 def local_smoothness(run: Run, attacker: torch.nn.Module) -> dict[str, float]:
     """Hessian norm, its parts and its bound at the adapter as it is, on a batch of members that never changes."""
-    settings, generator = run.settings, torch.Generator().manual_seed(HESSIAN_SEED)  # no stream of the run's own
+    settings, generator = (
+        run.settings,
+        torch.Generator().manual_seed(HESSIAN_SEED),
+    )  # no stream of the run's own
     index = Batches(run.members, min(settings.batch_size, len(run.members)), generator).draw()
     timesteps, noise = draw_noise(run.base, len(index), generator)
 
@@ -251,7 +289,9 @@ def dry_run(run: Run, learner: Learner) -> dict:
     if run.base.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.base.device) / 2**30
     else:  # kilobytes on Linux, bytes on macOS
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
+            20 if sys.platform == "linux" else 30
+        )
     plan = {
         "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device} x {run.processes.count}",
         "images": ", ".join(f"{role} {len(found)}" for role, found in run.roles.items()),

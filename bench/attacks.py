@@ -32,8 +32,13 @@ def attacks_on(args):
     base, n = load_base(args.model, args.device), args.images
     adapter = lora.inject(base.unet, settings.target, settings.rank, settings.alpha)
     latents = torch.randn(n, *base.latent_shape, device=base.device)
-    text, empty = encode_captions(base, ["a picture"]).expand(n, -1, -1), encode_captions(base, [""])
-    proxies = {name: kind(base.latent_shape).to(base.device).eval() for name, kind in PROXIES.items()}
+    text, empty = (
+        encode_captions(base, ["a picture"]).expand(n, -1, -1),
+        encode_captions(base, [""]),
+    )
+    proxies = {
+        name: kind(base.latent_shape).to(base.device).eval() for name, kind in PROXIES.items()
+    }
     network = quality.load_network("embedded")
     real = np.random.default_rng(0).integers(0, 256, (n, base.size, base.size, 3), np.uint8)
     few = attacks.TIMESTEPS[1::2]  # as evaluate.py tries crops and captions
@@ -60,14 +65,20 @@ def attacks_on(args):
         "CLiD": lambda: grids(1 + 2),
         "black-box": black_box,
     }
-    return adapter, merged, {"GSA1": lambda: attacks.gradient_features(base, adapter, latents, text)}
+    return (
+        adapter,
+        merged,
+        {"GSA1": lambda: attacks.gradient_features(base, adapter, latents, text)},
+    )
 
 
 def main() -> None:
     """Every attack `--rounds` times, after one pass that is not counted."""
     from settings import EMBEDDED
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=64)
@@ -90,7 +101,9 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - tick)
     print(f"{'':14}{'images/s':>9}   time against the loss attack, per round")
     for name, found in seconds.items():
-        ratios = "  ".join(f"{s / reference:.2f}" for s, reference in zip(found, seconds["loss"], strict=True))
+        ratios = "  ".join(
+            f"{s / reference:.2f}" for s, reference in zip(found, seconds["loss"], strict=True)
+        )
         print(f"{name:14}{args.images / median(found):9.1f}   {ratios}")
 
 

@@ -34,7 +34,9 @@ def seconds(call, times: int) -> float:
 
 def main() -> None:
     """Three rounds in turn, so that drift of the machine shows; random latents, since time does not depend on them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--batch-size", type=int, default=FAST["batch_size"])
     parser.add_argument("--times", type=int, default=5)
@@ -58,13 +60,17 @@ def main() -> None:
     def analysis():
         with plain_attention():
             graph = flat_gradient(total(), parameters)
-        return graph, lanczos(lambda v: hessian_vector_product(graph, parameters, v), graph.detach())
+        return graph, lanczos(
+            lambda v: hessian_vector_product(graph, parameters, v), graph.detach()
+        )
 
     with plain_attention():
         graph = flat_gradient(total(), parameters)
     vector = graph.detach()
     print(f"{len(vector):,} parameters, batch {args.batch_size}, {torch.get_num_threads()} threads")
-    print(f"{'gradient [s]':>13}{'H v [s]':>10}{'H v / gradient':>17}{'Lanczos / gradient':>21}  (products)")
+    print(
+        f"{'gradient [s]':>13}{'H v [s]':>10}{'H v / gradient':>17}{'Lanczos / gradient':>21}  (products)"
+    )
     for _ in range(args.rounds):
         gradient = seconds(lambda: torch.autograd.grad(total(), parameters), args.times)
         product = seconds(lambda: hessian_vector_product(graph, parameters, vector), args.times)
@@ -72,7 +78,8 @@ def main() -> None:
         used = analysis()[1].products
         whole = time.perf_counter() - tick
         print(
-            f"{gradient:13.3f}{product:10.3f}{product / gradient:17.2f}{whole / gradient:21.1f}  ({used})", flush=True
+            f"{gradient:13.3f}{product:10.3f}{product / gradient:17.2f}{whole / gradient:21.1f}  ({used})",
+            flush=True,
         )
 
 

@@ -41,9 +41,13 @@ def clip_tokenizer(folder: Path):
 
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
-        raise SystemExit("error: CLIP's vocabulary is missing: pip install --no-deps open-clip-torch")
+        raise SystemExit(
+            "error: CLIP's vocabulary is missing: pip install --no-deps open-clip-torch"
+        )
     with gzip.open(
-        Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8"
+        Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz",
+        "rt",
+        encoding="utf-8",
     ) as file:
         merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -52,8 +56,12 @@ def clip_tokenizer(folder: Path):
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
+    )
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
     assert len(tokenizer) == 49408 and tokenizer("a photo of a cat").input_ids == [
         49406,
         320,
@@ -94,14 +102,19 @@ def check(folder: Path, dtype: str, size: int) -> None:
     from training.processes import Processes
 
     base = load_base(str(folder), "cpu", dtype, size)
-    print(f"UNet {sum(p.numel() for p in base.unet.parameters()):,} parameters, latents {base.latent_shape}, {dtype}")
+    print(
+        f"UNet {sum(p.numel() for p in base.unet.parameters()):,} parameters, latents {base.latent_shape}, {dtype}"
+    )
     text = encode_captions(base, ["a photo of a cat", "a drawing of a house"] * 3)
     pixels = torch.randint(256, (1, size, size, 3), dtype=torch.uint8).numpy()
     latents = torch.cat([encode_images(base, pixels), torch.randn(5, *base.latent_shape)])
     roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
 
     def said(what: str, value: float, tick: float) -> None:
-        print(f"{what:28} {value:10.4f}  {time.time() - tick:7.1f} s  peak {peak_gib():5.2f} GiB", flush=True)
+        print(
+            f"{what:28} {value:10.4f}  {time.time() - tick:7.1f} s  peak {peak_gib():5.2f} GiB",
+            flush=True,
+        )
 
     for method in ("lora", "mp", "smp"):
         settings = resolve(Settings(method=method, model=str(folder), out="/unused", dtype=dtype))
@@ -122,9 +135,19 @@ def check(folder: Path, dtype: str, size: int) -> None:
             tick = time.time()
             said("SimA, 2 images", attacks.sima(base, latents[:2], text[:2], (100,)).mean(), tick)
             tick = time.time()
-            said("GSA1, 1 image", attacks.gradient_features(base, adapter, latents[:1], text[:1]).mean(), tick)
+            said(
+                "GSA1, 1 image",
+                attacks.gradient_features(base, adapter, latents[:1], text[:1]).mean(),
+                tick,
+            )
             tick = time.time()
-            made = sample(base, text[:1], encode_captions(base, [""]), torch.randn(1, *base.latent_shape), steps=2)
+            made = sample(
+                base,
+                text[:1],
+                encode_captions(base, [""]),
+                torch.randn(1, *base.latent_shape),
+                steps=2,
+            )
             said("1 picture, 2 DDIM steps", made.mean(), tick)
             tick, t = time.time(), torch.tensor([250])
             c, h, w = base.latent_shape
@@ -133,7 +156,9 @@ def check(folder: Path, dtype: str, size: int) -> None:
                 error = squared_error(base, noise, text[:1], t, noise)
                 gradient = smoothness.flat_gradient(error.mean(), learner.parameters)
                 found = smoothness.power_iteration(
-                    partial(smoothness.hessian_vector_product, gradient, learner.parameters), gradient.detach(), 3
+                    partial(smoothness.hessian_vector_product, gradient, learner.parameters),
+                    gradient.detach(),
+                    3,
                 )
             said("Hessian norm, 3 products", found.norm, tick)
         lora.remove(base.unet, adapter)
@@ -141,7 +166,9 @@ def check(folder: Path, dtype: str, size: int) -> None:
 
 def main() -> None:
     """Write the folder if it is not there, then check if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--dtype", default="float32")

@@ -24,7 +24,15 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-VARIANTS = ("lora", "lora peft", "smp pooled", "smp raw", "smp reused", "smp every-3", "smp released")
+VARIANTS = (
+    "lora",
+    "lora peft",
+    "smp pooled",
+    "smp raw",
+    "smp reused",
+    "smp every-3",
+    "smp released",
+)
 
 
 def build(args, method: str, proxy: str, adapted: bool = True, members: str = "drawn"):
@@ -53,7 +61,9 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     # half of the members are auxiliary
     roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
     adapter = (
-        lora.inject(base.unet, settings.target, settings.rank, settings.alpha) if adapted else lora.Adapter({}, "")
+        lora.inject(base.unet, settings.target, settings.rank, settings.alpha)
+        if adapted
+        else lora.Adapter({}, "")
     )
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -92,7 +102,10 @@ def peft(args):
     s, base = run.settings, run.base
     base.unet.requires_grad_(False)
     config = LoraConfig(
-        r=s.rank, lora_alpha=s.alpha, init_lora_weights="gaussian", target_modules=list(TARGETS[s.target])
+        r=s.rank,
+        lora_alpha=s.alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(TARGETS[s.target]),
     )
     base.unet.add_adapter(config)
     parameters = [p for p in base.unet.parameters() if p.requires_grad]
@@ -127,9 +140,13 @@ def released(args):
         index, errors, times = learner.private.draw(), [], []
         for _ in range(2):
             timesteps, noise = draw_noise(base, len(index), learner.outer)
-            errors.append(squared_error(base, run.latents[index], run.text[index], timesteps, noise))
+            errors.append(
+                squared_error(base, run.latents[index], run.text[index], timesteps, noise)
+            )
             times.append(timesteps)
-        value = ratio_objective(adaptation_loss(errors[0]), mi_gain(learner.attacker, errors[1], times[1]), s.lam)
+        value = ratio_objective(
+            adaptation_loss(errors[0]), mi_gain(learner.attacker, errors[1], times[1]), s.lam
+        )
         grads = gradients(value, learner.parameters)
         clip_(grads, s.clip)
         for p, g in zip(learner.parameters, grads, strict=True):
@@ -144,7 +161,9 @@ def peak_gib(reset: bool = False) -> float:
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        line = next(
+            x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+        )
         return int(line.split()[1]) / 2**20
     except OSError:
         return float("nan")
@@ -177,7 +196,9 @@ def main() -> None:
     """All variants in turn, `--rounds` times."""
     from settings import EMBEDDED
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -202,8 +223,12 @@ def main() -> None:
     first = args.only[0]
     print(f"{'':14}{'seconds':>9}{'GiB':>7}   seconds and memory against {first}, per round")
     for variant, rounds in found.items():
-        ratios = "  ".join(f"{s / a:.2f}/{g / b:.2f}" for (s, g), (a, b) in zip(rounds, found[first], strict=True))
-        print(f"{variant:14}{median(s for s, _ in rounds):9.3f}{median(g for _, g in rounds):7.2f}   {ratios}")
+        ratios = "  ".join(
+            f"{s / a:.2f}/{g / b:.2f}" for (s, g), (a, b) in zip(rounds, found[first], strict=True)
+        )
+        print(
+            f"{variant:14}{median(s for s, _ in rounds):9.3f}{median(g for _, g in rounds):7.2f}   {ratios}"
+        )
 
 
 if __name__ == "__main__":

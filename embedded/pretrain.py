@@ -28,11 +28,16 @@ from cli import one_line_errors, option, parse
 class Settings:
     """Everything that decides the weights; each field is a flag."""
 
-    icons: str = option("icons", "folder of the unpacked npm packages, one sub-folder per set (noto/icons.json, ...)")
+    icons: str = option(
+        "icons",
+        "folder of the unpacked npm packages, one sub-folder per set (noto/icons.json, ...)",
+    )
     out: str = option("base", "the StableDiffusionPipeline folder to write")
     work: str = option("pretraining", "raster cache, checkpoints, and the pictures to look at")
     stage: str = option("all", "what to do; export writes what there is", ("vae", "export", "all"))
-    start: str | None = option(None, "a pipeline folder to go on from: its autoencoder stays as it is")
+    start: str | None = option(
+        None, "a pipeline folder to go on from: its autoencoder stays as it is"
+    )
     seed: int = option(0, "decides initialisation, batches and noise")
     vae_steps: int = option(900, "batches of --vae-batch")
     vae_batch: int = option(32, "pictures")
@@ -40,19 +45,33 @@ class Settings:
     unet_steps: int = option(4000, "batches of --unet-batch")
     unet_batch: int = option(64, "pictures")
     unet_lr: float = option(1e-3, "peak learning rate of UNet and text encoder; cosine")
-    snr_gamma: float = option(5.0, "min-SNR weight (Hang et al. 2023): lower spends more of the fit on noisy latents")
+    snr_gamma: float = option(
+        5.0, "min-SNR weight (Hang et al. 2023): lower spends more of the fit on noisy latents"
+    )
     ema: float = option(0.999, "decay of the averaged weights, which are the ones exported")
-    drop_caption: float = option(0.1, "share of empty captions: what classifier-free guidance needs")
-    drop_style: float = option(0.15, 'share of captions without the ", noto" that names the drawing style')
-    unet_sets: str = option("noto,fluent", "styles the UNet learns; the autoencoder sees all of them")
-    precision: str = option("bfloat16", "of the UNet's activations, not of its weights", ("float32", "bfloat16"))
-    no_compile: bool = option(False, "run the UNet as it is; compiled it is a fifth faster but needs a C++ compiler")
+    drop_caption: float = option(
+        0.1, "share of empty captions: what classifier-free guidance needs"
+    )
+    drop_style: float = option(
+        0.15, 'share of captions without the ", noto" that names the drawing style'
+    )
+    unet_sets: str = option(
+        "noto,fluent", "styles the UNet learns; the autoencoder sees all of them"
+    )
+    precision: str = option(
+        "bfloat16", "of the UNet's activations, not of its weights", ("float32", "bfloat16")
+    )
+    no_compile: bool = option(
+        False, "run the UNet as it is; compiled it is a fifth faster but needs a C++ compiler"
+    )
     guidance: float = option(3.0, "classifier-free guidance of the sample grid")
     save_minutes: float = option(4.0, "between checkpoints")
     threads: int = option(2, "CPU threads")
 
 
-if __name__ == "__main__":  # before the heavy imports, so that --help and a mistyped flag are answered at once
+if (
+    __name__ == "__main__"
+):  # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -79,9 +98,15 @@ def augment(pixels, generator):
     theta[:, 1, 1] = scale
     theta[:, :, 2] = (u[:, 2:4] - 0.5) * 0.3
     grid = F.affine_grid(theta, pixels.shape, align_corners=False)
-    moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1  # zero padding is white after the shift
-    mix = torch.eye(3) + 0.5 * (u[:, 4:5, None] < 0.5) * (torch.rand(n, 3, 3, generator=generator) - 0.5)
-    return torch.einsum("nij,njhw->nihw", mix / mix.sum(2, keepdim=True), moved)  # rows sum to one: white stays
+    moved = (
+        F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+    )  # zero padding is white after the shift
+    mix = torch.eye(3) + 0.5 * (u[:, 4:5, None] < 0.5) * (
+        torch.rand(n, 3, 3, generator=generator) - 0.5
+    )
+    return torch.einsum(
+        "nij,njhw->nihw", mix / mix.sum(2, keepdim=True), moved
+    )  # rows sum to one: white stays
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -92,7 +117,13 @@ class Checkpoint:
     """Modules, optimiser, step and random state of one stage, saved atomically every few minutes."""
 
     def __init__(self, path, minutes, **parts):
-        self.path, self.seconds, self.parts, self.saved, self.spent = path, 60 * minutes, parts, time.time(), 0.0
+        self.path, self.seconds, self.parts, self.saved, self.spent = (
+            path,
+            60 * minutes,
+            parts,
+            time.time(),
+            0.0,
+        )
         self.started = time.time()
 
     def load(self, generator) -> int:
@@ -123,7 +154,9 @@ class Checkpoint:
 
 def cosine(step, steps, warmup=50):
     """Learning-rate factor: linear warm-up, then a half cosine down to 1 %."""
-    return min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps))))
+    return min(1, (step + 1) / warmup) * (
+        0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
+    )
 
 
 def load_pipeline(folder):
@@ -144,8 +177,12 @@ def train_vae(settings, images):
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     vae = build_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=1e-3, betas=(0.9, 0.99))
-    checkpoint = Checkpoint(Path(settings.work) / "vae.pt", settings.save_minutes, vae=vae, optimizer=optimizer)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=settings.vae_lr, weight_decay=1e-3, betas=(0.9, 0.99)
+    )
+    checkpoint = Checkpoint(
+        Path(settings.work) / "vae.pt", settings.save_minutes, vae=vae, optimizer=optimizer
+    )
     pixels = to_pixels(images)
     for step in range(checkpoint.load(generator), settings.vae_steps):
         for group in optimizer.param_groups:
@@ -180,7 +217,10 @@ def reconstruct(vae, images):
 
     x = to_pixels(images)
     with torch.no_grad():
-        y = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in x.split(64)]
+        y = [
+            vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
+            for part in x.split(64)
+        ]
     y = torch.cat(y)
     return y, peak_signal_noise_ratio(y, x, data_range=(-1, 1), reduction="none", dim=(1, 2, 3))
 
@@ -196,11 +236,21 @@ class Latents:
     def __init__(self, settings, vae, tokenizer, captions, images):
         import torch
 
-        kept = [i for i, c in enumerate(captions) if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
+        kept = [
+            i
+            for i, c in enumerate(captions)
+            if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")
+        ]
         captions, images = [captions[i] for i in kept], images[kept]
         with torch.no_grad():
-            chunks = [vae.encode(to_pixels(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)]
-        self.mean, self.std = torch.cat([c.mean for c in chunks]), torch.cat([c.std for c in chunks])  # (N, C, h, w)
+            chunks = [
+                vae.encode(to_pixels(images[i : i + 64])).latent_dist
+                for i in range(0, len(images), 64)
+            ]
+        self.mean, self.std = (
+            torch.cat([c.mean for c in chunks]),
+            torch.cat([c.std for c in chunks]),
+        )  # (N, C, h, w)
         self.scale = float(1 / (self.mean.var() + self.std.square().mean()).sqrt())
         if settings.start:
             self.scale = vae.config.scaling_factor  # what the UNet knows
@@ -220,7 +270,12 @@ class Latents:
         kind[(u >= settings.drop_caption) & (u < settings.drop_caption + settings.drop_style)] = 1
         t = torch.randint(1000, (n,), generator=generator)
         noise = torch.randn((2, *self.mean[pick].shape), generator=generator)
-        return self.scale * (self.mean[pick] + self.std[pick] * noise[0]), self.ids[kind, pick], t, noise[1]
+        return (
+            self.scale * (self.mean[pick] + self.std[pick] * noise[0]),
+            self.ids[kind, pick],
+            t,
+            noise[1],
+        )
 
 
 def begin(settings, captions):
@@ -245,7 +300,9 @@ def train_unet(settings, vae, captions, images):
     model = torch.nn.ModuleDict(parts).train()
 
     def blend(old, new, count):  # the early weights are forgotten quickly, whatever the final decay
-        torch._foreach_lerp_(old, new, 1 - min(settings.ema, (1 + float(count)) / (10 + float(count))))
+        torch._foreach_lerp_(
+            old, new, 1 - min(settings.ema, (1 + float(count)) / (10 + float(count)))
+        )
 
     averaged = AveragedModel(model, multi_avg_fn=torch.no_grad()(blend))
     optimizer = torch.optim.AdamW(
@@ -264,7 +321,9 @@ def train_unet(settings, vae, captions, images):
             group["lr"] = settings.unet_lr * cosine(step, settings.unet_steps, warmup=200)
         batch = latents.draw(settings, generator)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            error, loss = unet_loss(denoise, model["text_encoder"], abar, settings.snr_gamma, *batch)
+            error, loss = unet_loss(
+                denoise, model["text_encoder"], abar, settings.snr_gamma, *batch
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -278,7 +337,12 @@ def train_unet(settings, vae, captions, images):
             )
         checkpoint.save(step + 1, generator)
     checkpoint.save(max(start, settings.unet_steps), generator, now=True)
-    return averaged.module.eval(), tokenizer, latents.scale, checkpoint.spent + time.time() - checkpoint.started
+    return (
+        averaged.module.eval(),
+        tokenizer,
+        latents.scale,
+        checkpoint.spent + time.time() - checkpoint.started,
+    )
 
 
 def unet_loss(unet, text_encoder, abar, gamma, z0, ids, t, noise):
@@ -300,17 +364,32 @@ def show(settings, captions):
     from diffusion import encode_captions, load_base, sample
     from embedded import emojis
 
-    base, rng, work = load_base(settings.out), np.random.default_rng(settings.seed), Path(settings.work)
+    base, rng, work = (
+        load_base(settings.out),
+        np.random.default_rng(settings.seed),
+        Path(settings.work),
+    )
     learned = [c for c in captions if c.rsplit(", ", 1)[1] in settings.unet_sets.split(",")]
     texts = [str(c) for c in rng.choice(learned, 40, replace=False)]
-    noise = torch.randn((40, *base.latent_shape), generator=torch.Generator().manual_seed(settings.seed))
-    made = sample(base, encode_captions(base, texts), encode_captions(base, [""]), noise, 50, settings.guidance)
+    noise = torch.randn(
+        (40, *base.latent_shape), generator=torch.Generator().manual_seed(settings.seed)
+    )
+    made = sample(
+        base,
+        encode_captions(base, texts),
+        encode_captions(base, [""]),
+        noise,
+        50,
+        settings.guidance,
+    )
     plots.captioned(made, texts, 10, work / "samples.png")
     private = emojis.twemoji()
     chosen = rng.choice(len(private[1]), 20, replace=False)
     pictures, values = reconstruct(base.pipeline.vae, private[2][chosen])
     pictures = ((pictures.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
-    titles = [f"{private[1][i]}, {value:.1f} dB" for i, value in zip(chosen, values.tolist(), strict=True)]
+    titles = [
+        f"{private[1][i]}, {value:.1f} dB" for i, value in zip(chosen, values.tolist(), strict=True)
+    ]
     plots.captioned(pictures, titles, 10, work / "reconstructions.png")
 
 
@@ -330,9 +409,13 @@ def main(settings):
     print(f"{len(captions)} public pictures of {images.shape[1]} px")
     if settings.stage == "export":
         settings.vae_steps = settings.unet_steps = 0  # load what there is
-    vae, vae_seconds = (load_pipeline(settings.start).vae, 0) if settings.start else train_vae(settings, images)
+    vae, vae_seconds = (
+        (load_pipeline(settings.start).vae, 0) if settings.start else train_vae(settings, images)
+    )
     private = psnr(vae, emojis.twemoji()[2])
-    print(f"reconstruction PSNR: public {psnr(vae, images[::10]):.2f} dB, private (never seen) {private:.2f} dB")
+    print(
+        f"reconstruction PSNR: public {psnr(vae, images[::10]):.2f} dB, private (never seen) {private:.2f} dB"
+    )
     if settings.stage == "vae":
         return
     model, tokenizer, scale, unet_seconds = train_unet(settings, vae, captions, images)
@@ -348,7 +431,9 @@ def main(settings):
         card["started_from"] = json.loads(before.read_text())
     vae.register_to_config(scaling_factor=scale)
     export(
-        pipeline(vae, model["text_encoder"], tokenizer, model["unet"]), settings.out, settings.start or settings.work
+        pipeline(vae, model["text_encoder"], tokenizer, model["unet"]),
+        settings.out,
+        settings.start or settings.work,
     )
     (Path(settings.out) / "pretraining.json").write_text(json.dumps(card, indent=2) + "\n")
     show(settings, captions)

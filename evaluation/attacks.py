@@ -33,13 +33,20 @@ def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAW
     batch = at_once(base, BATCH)
     with torch.no_grad():
         for j, t in enumerate(timesteps):
-            generator = torch.Generator().manual_seed(GRID_SEED + t)  # the noise of a timestep is the same in any grid
+            generator = torch.Generator().manual_seed(
+                GRID_SEED + t
+            )  # the noise of a timestep is the same in any grid
             noise = torch.randn((draws, *base.latent_shape), generator=generator).to(base.device)
             for k in range(draws):
                 for i in range(0, len(latents), batch):
                     z, c = latents[i : i + batch], text[i : i + batch]
                     at = torch.full((len(z),), t, device=base.device)
-                    yield slice(i, i + len(z)), j, k, squared_error(base, z, c, at, noise[k].expand_as(z))
+                    yield (
+                        slice(i, i + len(z)),
+                        j,
+                        k,
+                        squared_error(base, z, c, at, noise[k].expand_as(z)),
+                    )
 
 
 def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:
@@ -59,7 +66,9 @@ def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
         at = torch.full((len(z),), t, device=base.device)
         out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
         a = base.abar[t]
-        parts.append(a.sqrt() * out + (1 - a).sqrt() * z if base.prediction == "v_prediction" else out)
+        parts.append(
+            a.sqrt() * out + (1 - a).sqrt() * z if base.prediction == "v_prediction" else out
+        )
     return torch.cat(parts)
 
 
@@ -93,7 +102,9 @@ def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
     return ((crop_losses - losses) / losses).mean((0, 2)).numpy()
 
 
-def clid(losses: torch.Tensor, cut_losses: torch.Tensor, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)):
+def clid(
+    losses: torch.Tensor, cut_losses: torch.Tensor, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)
+):
     """alpha S(mean_i L(c*_i) - L(c)) + (1 - alpha) S(-L(c)) per alpha, (N, len(alphas)) (CLiD, Zhai et al. 2024).
 
     losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones c*_i: a model that
@@ -129,7 +140,9 @@ def secmi(base: Base, latents, text, t: int = 100, stride: int = 10) -> np.ndarr
     return -(back - z).square().flatten(1).sum(1).cpu().numpy()
 
 
-def pia(base: Base, latents, text, timesteps=(100, 200, 300), clean=None, normalised=False) -> np.ndarray:
+def pia(
+    base: Base, latents, text, timesteps=(100, 200, 300), clean=None, normalised=False
+) -> np.ndarray:
     """Minus the L4 norm of eps_0 - eps(sqrt(abar) z_0 + sqrt(1 - abar) eps_0, t), (N, T) (PIA, Kong et al. 2024).
 
     eps_0 = eps(z_0, 0) may be handed over as `clean`; `normalised` rescales it to the mean size of Gaussian noise
@@ -141,21 +154,27 @@ def pia(base: Base, latents, text, timesteps=(100, 200, 300), clean=None, normal
     columns = []
     for t in timesteps:
         a = base.abar[t]
-        columns.append(-_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text)))
+        columns.append(
+            -_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text))
+        )
     return np.stack(columns, axis=1)
 
 
 def sima(base: Base, latents, text, timesteps=(100, 200, 300), clean=None) -> np.ndarray:
     """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA, Rao et al. 2025)."""
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
-    return np.stack([-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1)
+    return np.stack(
+        [-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The paper's attacker, trained afresh
 
 
-def train_proxy(base: Base, latents, text, roles: dict[str, list[int]], proxy: str, seed: int, epochs: int = 100):
+def train_proxy(
+    base: Base, latents, text, roles: dict[str, list[int]], proxy: str, seed: int, epochs: int = 100
+):
     """A fresh attacker h', trained on the auxiliary images for `epochs` (Luo et al. 2025, 100 in the paper).
 
     The checkpoint is that of the best accuracy on *validation* images; the paper takes the test set's.
@@ -170,8 +189,12 @@ def train_proxy(base: Base, latents, text, roles: dict[str, list[int]], proxy: s
         @torch.no_grad()
         def draws(role, count=8):
             index = torch.tensor(roles[role]).repeat(count)
-            timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator).to(base.device)
-            noise = torch.randn((len(index), *base.latent_shape), generator=generator).to(base.device)
+            timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator).to(
+                base.device
+            )
+            noise = torch.randn((len(index), *base.latent_shape), generator=generator).to(
+                base.device
+            )
             errors = [
                 squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
                 for i in torch.arange(len(index)).split(at_once(base, BATCH))
@@ -179,7 +202,9 @@ def train_proxy(base: Base, latents, text, roles: dict[str, list[int]], proxy: s
             return torch.cat(errors), timesteps
 
         # fresh noise costs a UNet forward; eight draws per image, one of them per epoch, are enough
-        train, valid = ([draws(f"{side}_{part}") for side in ("member", "nonmember")] for part in ("aux", "val"))
+        train, valid = (
+            [draws(f"{side}_{part}") for side in ("member", "nonmember")] for part in ("aux", "val")
+        )
         for epoch in range(epochs):
             halves = []
             for error, timesteps in train:
@@ -196,7 +221,9 @@ def train_proxy(base: Base, latents, text, roles: dict[str, list[int]], proxy: s
     return attacker
 
 
-def sweep(base: Base, latents, text, attackers: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def sweep(
+    base: Base, latents, text, attackers: dict
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One pass over the grid for everything that reads error maps: losses (N, T, K), and per attacker the
     log-odds log h' - log(1 - h') of each error map, (N, T, K)."""
     grid = torch.empty(len(latents), len(TIMESTEPS), DRAWS)
@@ -229,21 +256,29 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     layer was given times what came back for that image.
     """
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
-    noise = torch.randn((len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED))
+    noise = torch.randn(
+        (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
+    )
     noise, draws = noise.to(base.device), len(timesteps)
     factors = [f for layer in adapter.layers.values() for f in (layer.lora_A, layer.lora_B)]
     seen: dict[torch.nn.Module, tuple] = {}  # factor -> (what it was given, what it gave)
     hooks = [
-        f.register_forward_hook(lambda f, given, gave: seen.update({f: (given[0].detach(), gave)})) for f in factors
+        f.register_forward_hook(lambda f, given, gave: seen.update({f: (given[0].detach(), gave)}))
+        for f in factors
     ]
     rows, batch = [], at_once(base, GRADIENT_BATCH)
     try:
         for i in range(0, len(latents), batch):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
             images = len(z) // draws
-            loss = squared_error(base, z, c, timesteps.repeat(images), noise.repeat(images, 1, 1, 1)).mean((1, 2, 3))
+            loss = squared_error(
+                base, z, c, timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
+            ).mean((1, 2, 3))
             came_back = torch.autograd.grad(loss.sum() / draws, [seen[f][1] for f in factors])
-            norms = [_gradient_norms(f, seen[f][0], g, images) for f, g in zip(factors, came_back, strict=True)]
+            norms = [
+                _gradient_norms(f, seen[f][0], g, images)
+                for f, g in zip(factors, came_back, strict=True)
+            ]
             rows.append(torch.stack(norms, dim=1).clamp_min(1e-12).log().cpu())
     finally:
         for hook in hooks:
@@ -256,7 +291,9 @@ def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> to
     input (B, ..., in) and in the output's gradient (B, ..., out), both with channels first for a convolution."""
     if isinstance(layer, torch.nn.Conv2d):
         unfold = torch.nn.functional.unfold
-        given = unfold(given, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+        given = unfold(
+            given, layer.kernel_size, layer.dilation, layer.padding, layer.stride
+        ).transpose(1, 2)
         came_back = came_back.flatten(2).transpose(1, 2)
     given, came_back = (x.float().reshape(images, -1, x.shape[-1]) for x in (given, came_back))
     return torch.einsum("bpo,bpi->boi", came_back, given).flatten(1).norm(dim=1)
@@ -270,7 +307,9 @@ def classifier_score(features: np.ndarray, train: tuple[list[int], list[int]]) -
 
     index = [*train[0], *train[1]]
     labels = np.r_[np.ones(len(train[0])), np.zeros(len(train[1]))]
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=2000, class_weight="balanced"))
+    model = make_pipeline(
+        StandardScaler(), LogisticRegression(C=0.05, max_iter=2000, class_weight="balanced")
+    )
     return model.fit(features[index], labels).decision_function(features)
 
 
@@ -290,6 +329,12 @@ def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
 
     n, size = pixels.shape[:2]
     edge = size // 6
-    thumbs = pixels[:, : 6 * edge, : 6 * edge].reshape(n, 6, edge, 6, edge, 3).mean((2, 4)).reshape(n, -1) / 255
+    thumbs = (
+        pixels[:, : 6 * edge, : 6 * edge]
+        .reshape(n, 6, edge, 6, edge, 3)
+        .mean((2, 4))
+        .reshape(n, -1)
+        / 255
+    )
     words = TfidfVectorizer(token_pattern=r"\S+").fit_transform(captions).toarray()
     return np.c_[thumbs, words]

@@ -16,10 +16,16 @@ def evaluation(subject, found, control, method: str, folder: Path) -> None:
     worst = found.record["worst"]["attack"]
     roc_curves(subject, found, folder / "roc.png", colour)
     name = worst if worst in control.scores else "loss"
-    pairs = {n: subject.pair(m.scores[name], "test") for n, m in (("base model", control), ("adapted", found))}
+    pairs = {
+        n: subject.pair(m.scores[name], "test")
+        for n, m in (("base model", control), ("adapted", found))
+    }
     score_histograms(pairs, name, folder / "scores.png")
     leakage_by_timestep(
-        control.record["auc_by_timestep"], found.record["auc_by_timestep"], folder / "timesteps.png", colour
+        control.record["auc_by_timestep"],
+        found.record["auc_by_timestep"],
+        folder / "timesteps.png",
+        colour,
     )
     if found.pictures is not None:
         members = subject.members()
@@ -37,14 +43,28 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
         if name != worst:
             axis.plot(rates, roc.hits(member, cuts), color="grey", lw=0.8, alpha=0.6)
             continue
-        axis.plot(rates, roc.hits(member, cuts), color=colour, lw=2.2, zorder=3, label=f"{name} (worst case)")
+        axis.plot(
+            rates,
+            roc.hits(member, cuts),
+            color=colour,
+            lw=2.2,
+            zorder=3,
+            label=f"{name} (worst case)",
+        )
         drawn = np.random.default_rng(0).choice(member, (1000, len(member)))
         low, high = np.percentile([roc.hits(m, cuts) for m in drawn], [2.5, 97.5], axis=0)
-        axis.fill_between(rates, low, high, color=colour, alpha=0.15, lw=0, label="its 95 % band over members")
+        axis.fill_between(
+            rates, low, high, color=colour, alpha=0.15, lw=0, label="its 95 % band over members"
+        )
     axis.plot([], [], color="grey", lw=0.8, label="the other attacks")
     axis.plot([1e-4, 1], [1e-4, 1], "k:", lw=1, label="guessing")
-    axis.set(xscale="log", yscale="log", xlim=(1 / len(nonmember), 1), ylim=(0.5 / len(member), 1.05))
-    axis.set(xlabel="false-positive rate (non-members called members)", ylabel="true-positive rate (members found)")
+    axis.set(
+        xscale="log", yscale="log", xlim=(1 / len(nonmember), 1), ylim=(0.5 / len(member), 1.05)
+    )
+    axis.set(
+        xlabel="false-positive rate (non-members called members)",
+        ylabel="true-positive rate (members found)",
+    )
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.grid(alpha=0.2, which="both")
     figure.savefig(path, dpi=110)
@@ -53,27 +73,52 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
 
 def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
     """Scores of test members against non-members, one panel per model: {name: (member, nonmember)}."""
-    figure, axes = plt.subplots(1, len(pairs), figsize=(4.6 * len(pairs), 3.4), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(pairs), figsize=(4.6 * len(pairs), 3.4), layout="constrained"
+    )
     for axis, (name, (member, nonmember)) in zip(np.atleast_1d(axes), pairs.items(), strict=True):
         low, high = np.percentile(np.r_[member, nonmember], [1, 99])
         bins = np.linspace(low, high, 24)
         axis.hist(
-            np.clip(nonmember, low, high), bins, density=True, color=plots.NONMEMBER, alpha=0.5, label="non-members"
+            np.clip(nonmember, low, high),
+            bins,
+            density=True,
+            color=plots.NONMEMBER,
+            alpha=0.5,
+            label="non-members",
         )
         axis.hist(
-            np.clip(member, low, high), bins, density=True, histtype="step", lw=2, color=plots.MEMBER, label="members"
+            np.clip(member, low, high),
+            bins,
+            density=True,
+            histtype="step",
+            lw=2,
+            color=plots.MEMBER,
+            label="members",
         )
-        axis.set(title=name, xlabel=f"score of the {attack} attack (higher = member)", ylabel="density")
+        axis.set(
+            title=name, xlabel=f"score of the {attack} attack (higher = member)", ylabel="density"
+        )
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def leakage_by_timestep(base: dict[str, float], adapted: dict[str, float], path: Path, colour: str) -> None:
+def leakage_by_timestep(
+    base: dict[str, float], adapted: dict[str, float], path: Path, colour: str
+) -> None:
     """AUC of the loss at one timestep and one draw, over the timestep."""
     figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    axis.plot([int(t) for t in base], list(base.values()), "o--", color=plots.COLOURS["base"], label="base model")
-    axis.plot([int(t) for t in adapted], list(adapted.values()), "o-", color=colour, label="adapted")
+    axis.plot(
+        [int(t) for t in base],
+        list(base.values()),
+        "o--",
+        color=plots.COLOURS["base"],
+        label="base model",
+    )
+    axis.plot(
+        [int(t) for t in adapted], list(adapted.values()), "o-", color=colour, label="adapted"
+    )
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
     axis.set(xlabel="timestep t (noisier to the right)", ylabel="AUC of the loss, one draw")
     axis.legend(frameon=False)
@@ -87,4 +132,6 @@ def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: 
     a, b = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (made, members))
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     order = np.argsort(distance.min(1))[:columns]
-    plots.image_grid(np.concatenate([made[order], members[distance[order].argmin(1)]]), columns, path)
+    plots.image_grid(
+        np.concatenate([made[order], members[distance[order].argmin(1)]]), columns, path
+    )

@@ -30,9 +30,13 @@ class EfficientNetLite(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(pixels.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        x = F.interpolate(pixels.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(
+            0, 255
+        )
         net = self.network
-        x = net._swish(net._bn0(net._conv_stem((x - 127) / 128)))  # _swish is ReLU6 in the Lite networks
+        x = net._swish(
+            net._bn0(net._conv_stem((x - 127) / 128))
+        )  # _swish is ReLU6 in the Lite networks
         for block in net._blocks:
             x = block(x)
         return x.mean((2, 3))
@@ -51,7 +55,9 @@ def load_network(name: str) -> nn.Module:
         return NoTrainInceptionV3("inception-v3-compat", ["768"]).eval()
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"--features inception needs torch-fidelity and its weights: {reason}") from None
+        raise UserError(
+            f"--features inception needs torch-fidelity and its weights: {reason}"
+        ) from None
 
 
 @torch.no_grad()
@@ -82,14 +88,20 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     return float(metric.compute())
 
 
-def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(
+    real: torch.Tensor, generated: torch.Tensor, seed: int = 0
+) -> tuple[float, float]:
     """KID (Binkowski et al. 2018), by torchmetrics: mean and standard deviation over 50 subsets of at most 50."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(50, len(real), len(generated))
-    with warnings.catch_warnings():  # "will save all extracted features in buffer": a few hundred rows
+    with (
+        warnings.catch_warnings()
+    ):  # "will save all extracted features in buffer": a few hundred rows
         warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Given(real.shape[1]), subsets=50, subset_size=size
+        )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng():

@@ -24,7 +24,13 @@ from evaluation import attacks, quality
 from evaluation.target import SIDES, Subject
 
 VARIANTS = slice(1, None, 2)  # the timesteps of the grid that crops and cut captions are tried at
-TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled", "GSA1", "blind")  # fitted to auxiliary images: no choice there
+TRAINED = (
+    "proxy-raw-1",
+    "proxy-raw",
+    "proxy-pooled",
+    "GSA1",
+    "blind",
+)  # fitted to auxiliary images: no choice there
 
 
 class Store:
@@ -50,7 +56,13 @@ class Store:
 
 
 def query(
-    subject: Subject, network, store: Store, adapter: lora.Adapter, guidance: float, seed: int, label: str
+    subject: Subject,
+    network,
+    store: Store,
+    adapter: lora.Adapter,
+    guidance: float,
+    seed: int,
+    label: str,
 ) -> dict:
     """Everything that the attacks ask of the model as it stands, as named arrays over the images.
 
@@ -59,7 +71,10 @@ def query(
     base, latents, text = subject.base, subject.latents, subject.text
 
     def grid():
-        h = {p: attacks.train_proxy(base, latents, text, subject.roles, p, seed) for p in ("raw", "pooled")}
+        h = {
+            p: attacks.train_proxy(base, latents, text, subject.roles, p, seed)
+            for p in ("raw", "pooled")
+        }
         losses, odds = attacks.sweep(base, latents, text, h)
         late = attacks.loss_grid(base, latents, text, attacks.LATE_TIMESTEPS, draws=1)
         odds = {f"odds-{p}": o.numpy() for p, o in odds.items()}
@@ -76,15 +91,21 @@ def query(
 
     def variants():
         """Losses of crops and of cut captions on the first draw of the grid: (2, N, T) each."""
-        crops = [attacks.loss_grid(base, z, text, attacks.TIMESTEPS[VARIANTS], draws=1)[:, :, 0] for z in subject.crops]
+        crops = [
+            attacks.loss_grid(base, z, text, attacks.TIMESTEPS[VARIANTS], draws=1)[:, :, 0]
+            for z in subject.crops
+        ]
         cuts = [
-            attacks.loss_grid(base, latents, c, attacks.TIMESTEPS[VARIANTS], draws=1)[:, :, 0] for c in subject.cuts
+            attacks.loss_grid(base, latents, c, attacks.TIMESTEPS[VARIANTS], draws=1)[:, :, 0]
+            for c in subject.cuts
         ]
         return {"crops": torch.stack(crops).numpy(), "cuts": torch.stack(cuts).numpy()}
 
     def generated():
         """Pictures from the captions of validation and test images, fewer steps than for quality."""
-        found = [i for side in SIDES for part in ("val", "test") for i in subject.roles[f"{side}_{part}"]]
+        found = [
+            i for side in SIDES for part in ("val", "test") for i in subject.roles[f"{side}_{part}"]
+        ]
         score = np.full(len(latents), np.nan)
         sets = subject.pixels[found], draw(subject, found, 8, guidance)
         real, made = (quality.features(network, pictures).numpy() for pictures in sets)
@@ -106,7 +127,9 @@ def query(
     return raw
 
 
-def attack_scores(subject: Subject, raw: dict, references: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def attack_scores(
+    subject: Subject, raw: dict, references: dict[str, np.ndarray], seed: int
+) -> dict[str, np.ndarray]:
     """One score per image and attack, (N,): formulas on what `query` found, open choices made on known images.
 
     `references` are loss grids (N, T, K) of other models, by the name of the attack that compares with them.
@@ -147,6 +170,10 @@ def threshold(subject: Subject, name: str, score: np.ndarray) -> float:
 
 def draw(subject: Subject, index, steps: int, guidance: float) -> np.ndarray:
     """Pictures from the captions of `index`, from the same noise for every model."""
-    noise = torch.randn((len(index), *subject.base.latent_shape), generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(
+        (len(index), *subject.base.latent_shape), generator=torch.Generator().manual_seed(1)
+    )
     empty = encode_captions(subject.base, [""])
-    return sample(subject.base, subject.text[index], empty, noise.to(subject.base.device), steps, guidance)
+    return sample(
+        subject.base, subject.text[index], empty, noise.to(subject.base.device), steps, guidance
+    )

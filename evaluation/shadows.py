@@ -49,7 +49,9 @@ def statistics(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"LiRA-loss": -np.log(raw["losses"]).mean((1, 2))[:, None], "LiRA-SimA": raw["SimA"]}
 
 
-def plan(target: Target, names: list[str], size: int, count: int) -> tuple[list[settings.Settings], np.ndarray]:
+def plan(
+    target: Target, names: list[str], size: int, count: int
+) -> tuple[list[settings.Settings], np.ndarray]:
     """Settings of `count` shadows of a run, and out (S, N): which images (by name) each does not train on.
 
     Raises UserError, before anything is trained, for what has no shadows.
@@ -58,23 +60,38 @@ def plan(target: Target, names: list[str], size: int, count: int) -> tuple[list[
         raise UserError(f"--shadow must be 0 or more, not {count}")
     path = target.run / "config.json"
     if target.splits is None or target.step is None or not path.is_file():
-        raise UserError(f"--shadow needs a run of train.py: nothing says how {target.name} was trained")
+        raise UserError(
+            f"--shadow needs a run of train.py: nothing says how {target.name} was trained"
+        )
     config = read_json(path)
-    known = {f.name: config["settings"][f.name] for f in fields(settings.Settings) if f.name in config["settings"]}
+    known = {
+        f.name: config["settings"][f.name]
+        for f in fields(settings.Settings)
+        if f.name in config["settings"]
+    }
     s = settings.Settings(**known)
-    s = replace(s, steps=target.step, accumulate=s.accumulate * config.get("processes", 1))  # the same whole batch
+    s = replace(
+        s, steps=target.step, accumulate=s.accumulate * config.get("processes", 1)
+    )  # the same whole batch
     s = replace(s, save_every=s.steps, samples=0, sample_every=None, hessian_every=0, resume=True)
     s = replace(s, norms_every=10**9, track=None, format="diffusers", dry_run=False)
     images = load_images(s.data, size, s.caption)
     if images.parts is not None:
-        raise UserError(f"--shadow needs a random split: {s.data} comes split, so all shadows would share its members")
+        raise UserError(
+            f"--shadow needs a random split: {s.data} comes split, so all shadows would share its members"
+        )
     free = {"seed", *settings.FREE}
     matters = [{k: v for k, v in asdict(s).items() if k not in free}, images.names]
-    home = target.run.parent / f"shadows-{hashlib.sha256(json.dumps(matters).encode()).hexdigest()[:8]}"
+    home = (
+        target.run.parent
+        / f"shadows-{hashlib.sha256(json.dumps(matters).encode()).hexdigest()[:8]}"
+    )
     shadows, out = [], []
     for seed in [k for k in range(FIRST_SEED, FIRST_SEED + count + 1) if k != s.seed][:count]:
         roles = split(images, seed, s.members, s.split)
-        members = {images.names[i] for r, found in roles.items() if r.startswith("member_") for i in found}
+        members = {
+            images.names[i] for r, found in roles.items() if r.startswith("member_") for i in found
+        }
         shadows.append(replace(s, seed=seed, out=str(home / f"seed-{seed}")))
         out.append([name not in members for name in names])
     bare = (np.array(out).sum(0) < LEAST).sum()
@@ -85,7 +102,13 @@ def plan(target: Target, names: list[str], size: int, count: int) -> tuple[list[
     return shadows, np.array(out)
 
 
-def query(subject: Subject, shadows: list[settings.Settings], out: np.ndarray, key: str, device: str = "cpu"):
+def query(
+    subject: Subject,
+    shadows: list[settings.Settings],
+    out: np.ndarray,
+    key: str,
+    device: str = "cpu",
+):
     """Train what `plan` names and is not there yet, and ask each what the run was asked: ({attack: (S, N, C)}, out)."""
     base, found = subject.base, []
     for s in shadows:
@@ -99,11 +122,17 @@ def query(subject: Subject, shadows: list[settings.Settings], out: np.ndarray, k
             return {"losses": losses, "SimA": attacks.sima(base, subject.latents, subject.text)}
 
         started = read_json(folder / "config.json")["started"]
-        found.append(statistics(Store(folder / "scores", json.dumps([key, started])).get("shadow", ask)))
+        found.append(
+            statistics(Store(folder / "scores", json.dumps([key, started])).get("shadow", ask))
+        )
         lora.remove(base.unet, adapter)
     return {name: np.stack([f[name] for f in found]) for name in found[0]}, out
 
 
-def scores(subject: Subject, raw: dict[str, np.ndarray], shadows: dict[str, np.ndarray], out: np.ndarray) -> dict:
+def scores(
+    subject: Subject, raw: dict[str, np.ndarray], shadows: dict[str, np.ndarray], out: np.ndarray
+) -> dict:
     """The calibrated attacks on the model that answered `raw`: {attack: (N,)}, columns chosen on known images."""
-    return {n: choose(subject, calibrated(phi, shadows[n], out)) for n, phi in statistics(raw).items()}
+    return {
+        n: choose(subject, calibrated(phi, shadows[n], out)) for n, phi in statistics(raw).items()
+    }

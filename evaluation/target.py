@@ -37,7 +37,9 @@ def read_run(folder: str, at: str = "last") -> Target:
     """The adapter of a run folder `at` last, best or a saved step; raises UserError."""
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.json (train.py writes one)")
+        raise UserError(
+            f"{folder} is not a run folder: it has no config.json (train.py writes one)"
+        )
     config, splits = read_json(path / "config.json")["settings"], read_json(path / "splits.json")
     try:
         metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -50,7 +52,11 @@ def read_run(folder: str, at: str = "last") -> Target:
 
 def adapter_folder(folder: Path, at: str, metrics: list[dict]) -> tuple[Path, int]:
     """(folder of the adapter, its step); raises UserError."""
-    saved = {m["step"]: m["nonmember_val_loss"] for m in metrics if m["step"] and "nonmember_val_loss" in m}
+    saved = {
+        m["step"]: m["nonmember_val_loss"]
+        for m in metrics
+        if m["step"] and "nonmember_val_loss" in m
+    }
     if not saved or (at == "last" and not (folder / "adapter").is_dir()):
         raise UserError(f"{folder} has no adapter yet: its training did not finish")
     if at == "last":
@@ -58,7 +64,9 @@ def adapter_folder(folder: Path, at: str, metrics: list[dict]) -> tuple[Path, in
     step = min(saved, key=saved.get) if at == "best" else int(at) if at.isdigit() else -1
     path = folder / "checkpoints" / f"step-{step:06d}"
     if step not in saved or not path.is_dir():
-        raise UserError(f"{folder} has no adapter of step {at}: take last, best or one of {', '.join(map(str, saved))}")
+        raise UserError(
+            f"{folder} has no adapter of step {at}: take last, best or one of {', '.join(map(str, saved))}"
+        )
     return path, step
 
 
@@ -74,8 +82,17 @@ def read_adapter(
     """An adapter trained elsewhere, named by flags; raises UserError."""
     for flag, value in (("--model", model), ("--adapter", adapter), ("--data", data)):
         if value is None:
-            raise UserError(f"name run folders, such as runs/smp, or --model, --adapter and --data: {flag} is missing")
-    config = {"model": model, "data": data, "caption": caption, "dtype": dtype, "method": "adapter", "seed": 0}
+            raise UserError(
+                f"name run folders, such as runs/smp, or --model, --adapter and --data: {flag} is missing"
+            )
+    config = {
+        "model": model,
+        "data": data,
+        "caption": caption,
+        "dtype": dtype,
+        "method": "adapter",
+        "seed": 0,
+    }
     roles = read_json(Path(splits)) if splits else None
     folder = Path(out or "runs/evaluation")
     return Target(adapter, folder, folder, Path(adapter), None, "file", config, roles)
@@ -91,14 +108,18 @@ class Subject:
     latents: torch.Tensor  # (N, C, h, w)
     text: torch.Tensor  # (N, L, D)
     roles: dict[str, list[int]]
-    held_out: np.ndarray  # (M, H, W, 3): fresh pictures, or the test non-members where there are none
+    held_out: (
+        np.ndarray
+    )  # (M, H, W, 3): fresh pictures, or the test non-members where there are none
     crops: torch.Tensor  # (2, N, C, h, w): latents of the central 90 % and 80 %
     cuts: torch.Tensor  # (2, N, L, D): embeddings of the first half of the caption, and of none
     names: list[str]  # (N,) file names
 
     def known(self) -> list[int]:
         """The images that the attacker may choose on: auxiliary and validation."""
-        return [i for side in SIDES for part in ("aux", "val") for i in self.roles[f"{side}_{part}"]]
+        return [
+            i for side in SIDES for part in ("aux", "val") for i in self.roles[f"{side}_{part}"]
+        ]
 
     def members(self) -> list[int]:
         """All images that the adapter was trained on."""
@@ -106,7 +127,9 @@ class Subject:
 
     def pair(self, score: np.ndarray, *parts: str) -> tuple[np.ndarray, np.ndarray]:
         """(member scores, non-member scores) of the given parts of the roles."""
-        return tuple(np.concatenate([score[self.roles[f"{side}_{p}"]] for p in parts]) for side in SIDES)
+        return tuple(
+            np.concatenate([score[self.roles[f"{side}_{p}"]] for p in parts]) for side in SIDES
+        )
 
 
 def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject:
@@ -121,12 +144,16 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
         position = {name: i for i, name in enumerate(images.names)}
         missing = [n for found in target.splits.values() for n in found if n not in position]
         if missing:
-            raise UserError(f"{c['data']} no longer holds {missing[0]} ({len(missing)} images of the run are gone)")
+            raise UserError(
+                f"{c['data']} no longer holds {missing[0]} ({len(missing)} images of the run are gone)"
+            )
         every = {role: [position[n] for n in found] for role, found in target.splits.items()}
     elif images.parts is not None:
         every = split(images, c["seed"], 0)
     else:
-        raise UserError(f"{c['data']} does not say who is a member: give --splits, or sub-folders {', '.join(PARTS)}")
+        raise UserError(
+            f"{c['data']} does not say who is a member: give --splits, or sub-folders {', '.join(PARTS)}"
+        )
     roles, chosen = {}, []
     for role in (f"{side}_{part}" for side in SIDES for part in ("aux", "val", "test")):
         if not every.get(role):
@@ -163,6 +190,10 @@ def crop(pixels: np.ndarray, share: float) -> np.ndarray:
     """The central `share` of each side of (N, H, W, 3), enlarged to the full picture."""
     size = pixels.shape[1]
     edge = round(size * (1 - share) / 2)
-    x = torch.from_numpy(pixels[:, edge : size - edge, edge : size - edge]).permute(0, 3, 1, 2).float()
+    x = (
+        torch.from_numpy(pixels[:, edge : size - edge, edge : size - edge])
+        .permute(0, 3, 1, 2)
+        .float()
+    )
     x = torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
     return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -6,7 +6,9 @@ import random
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import time; no test needs the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes and notebooks that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # also of the processes and notebooks that tests start
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "grey", "pink", "brown", "cyan")
 SHAPES = ("circle", "square", "triangle", "ring")
@@ -55,7 +57,9 @@ def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
             scaling_factor=0.7,
         )
         text_encoder = build_text_encoder(tokenizer, width=32, layers=1)
-    pipeline(vae, text_encoder, tokenizer, unet, prediction).save_pretrained(folder, safe_serialization=True)
+    pipeline(vae, text_encoder, tokenizer, unet, prediction).save_pretrained(
+        folder, safe_serialization=True
+    )
     return str(folder)
 
 

@@ -102,7 +102,10 @@ def test_raw_proxy_drops_out_in_training_only():
 def test_pooled_features_equal_numpy():
     """Log mean, log channel means, log quantiles, then sines and cosines of pi t / 1000 in four octaves."""
     e, t = errors()
-    x, phase = e.double().numpy(), t.double().numpy()[:, None] / 1000 * np.pi * np.array([1, 2, 4, 8])
+    x, phase = (
+        e.double().numpy(),
+        t.double().numpy()[:, None] / 1000 * np.pi * np.array([1, 2, 4, 8]),
+    )
     quantiles = np.quantile(x.reshape(6, -1), [0.1, 0.25, 0.5, 0.75, 0.9], axis=1).T
     pooled = np.concatenate([x.reshape(6, -1).mean(1)[:, None], x.mean((2, 3)), quantiles], axis=1)
     want = np.concatenate([np.log(pooled + 1e-6), np.sin(phase), np.cos(phase)], axis=1)

@@ -27,7 +27,15 @@ def leaky(monkeypatch):
     """A base whose error map is h everywhere, for known h per image."""
     unet = Leaky()
     pipeline = types.SimpleNamespace(vae_scale_factor=4)
-    base = Base("leaky", pipeline, unet, torch.linspace(0.99, 0.01, 1000), "epsilon", 32, torch.device("cpu"))
+    base = Base(
+        "leaky",
+        pipeline,
+        unet,
+        torch.linspace(0.99, 0.01, 1000),
+        "epsilon",
+        32,
+        torch.device("cpu"),
+    )
     real = attacks.squared_error
 
     def told(base, latents, text, timesteps, noise):
@@ -52,10 +60,14 @@ def test_loss_grid_and_attacks_on_known_errors(leaky):
 def test_large_pictures_go_through_in_small_batches(leaky, monkeypatch):
     """Of 512 px four at a time where small ones go in one batch; the figures are the same."""
     h, sizes, real = torch.rand(6) + 0.1, [], attacks.squared_error
-    monkeypatch.setattr(attacks, "squared_error", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest))
+    monkeypatch.setattr(
+        attacks, "squared_error", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest)
+    )
     for pixels, expected in ((32, [6]), (512, [4, 2]), (4096, [1] * 6)):
         leaky.size = pixels
-        grid = attacks.loss_grid(leaky, torch.zeros(6, *leaky.latent_shape), h.view(6, 1, 1), (5,), draws=1)
+        grid = attacks.loss_grid(
+            leaky, torch.zeros(6, *leaky.latent_shape), h.view(6, 1, 1), (5,), draws=1
+        )
         assert sizes == expected
         torch.testing.assert_close(grid, h.view(6, 1, 1))
         sizes.clear()
@@ -76,7 +88,9 @@ def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
         )
         start = end
     for signal in (0.25, 1.0):
-        h = torch.tensor(rng.lognormal(0, 0.2, n) * np.where(member, signal, 1.0), dtype=torch.float32)
+        h = torch.tensor(
+            rng.lognormal(0, 0.2, n) * np.where(member, signal, 1.0), dtype=torch.float32
+        )
         latents, text = torch.zeros(n, 4, 8, 8), h.view(n, 1, 1)
         attacker = attacks.train_proxy(leaky, latents, text, roles, proxy, seed=0, epochs=30)
         grid, odds = attacks.sweep(leaky, latents, text, {proxy: attacker})
@@ -104,7 +118,9 @@ def scaling():
     """A base that predicts 0.3 z, three latents and unused captions."""
     abar = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
     base = Base("scaling", None, Scaling(0.3), abar, "epsilon", 32, torch.device("cpu"))
-    latents = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(
+        3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     return base, latents, torch.zeros(3, 1, 1)
 
 
@@ -112,13 +128,19 @@ def test_sima_and_pia_closed_forms(scaling):
     """SimA is c |z|_4 at every t; PIA is |c z - c (sqrt(abar) + sqrt(1 - abar) c) z|_4."""
     base, latents, text = scaling
     l4 = (latents**4).sum((1, 2, 3)).numpy() ** 0.25
-    np.testing.assert_allclose(attacks.sima(base, latents, text, (100, 300)), -0.3 * np.stack([l4] * 3, 1), rtol=1e-9)
+    np.testing.assert_allclose(
+        attacks.sima(base, latents, text, (100, 300)), -0.3 * np.stack([l4] * 3, 1), rtol=1e-9
+    )
     a = base.abar[100].item()
     factor = abs(0.3 - 0.3 * (a**0.5 + (1 - a) ** 0.5 * 0.3))
-    np.testing.assert_allclose(attacks.pia(base, latents, text, (100,))[:, 0], -factor * l4, rtol=1e-9)
+    np.testing.assert_allclose(
+        attacks.pia(base, latents, text, (100,))[:, 0], -factor * l4, rtol=1e-9
+    )
     scale = (2 / np.pi) ** 0.5 / latents.abs().mean((1, 2, 3)).numpy()  # PIAN: eps_0 = scale z
     z = latents.numpy()
-    wanted = scale[:, None, None, None] * z - 0.3 * (a**0.5 * z + (1 - a) ** 0.5 * scale[:, None, None, None] * z)
+    wanted = scale[:, None, None, None] * z - 0.3 * (
+        a**0.5 * z + (1 - a) ** 0.5 * scale[:, None, None, None] * z
+    )
     found = attacks.pia(base, latents, text, (100,), normalised=True)[:, 0]
     np.testing.assert_allclose(found, -((wanted**4).sum((1, 2, 3)) ** 0.25), rtol=1e-9)
 
@@ -129,17 +151,24 @@ def test_secmi_closed_form(scaling):
     abar = base.abar.numpy()
 
     def factor(s, t):
-        return np.sqrt(abar[t]) * (1 - np.sqrt(1 - abar[s]) * 0.3) / np.sqrt(abar[s]) + np.sqrt(1 - abar[t]) * 0.3
+        return (
+            np.sqrt(abar[t]) * (1 - np.sqrt(1 - abar[s]) * 0.3) / np.sqrt(abar[s])
+            + np.sqrt(1 - abar[t]) * 0.3
+        )
 
     z = latents.numpy() * np.prod([factor(s, s + 10) for s in range(0, 100, 10)])
     back = z * factor(100, 110) * factor(110, 100)
-    np.testing.assert_allclose(attacks.secmi(base, latents, text), -((back - z) ** 2).sum((1, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(
+        attacks.secmi(base, latents, text), -((back - z) ** 2).sum((1, 2, 3)), rtol=1e-9
+    )
 
 
 def test_pfami_and_clid_formulas():
     """By hand, one image at a time."""
     rng = np.random.default_rng(0)
-    losses, crops, cuts = (torch.tensor(rng.uniform(0.1, 1, s)) for s in ((5, 2), (3, 5, 2), (3, 5, 2)))
+    losses, crops, cuts = (
+        torch.tensor(rng.uniform(0.1, 1, s)) for s in ((5, 2), (3, 5, 2), (3, 5, 2))
+    )
     for i, score in enumerate(attacks.pfami(losses, crops)):
         terms = [(crops[m, i, t] - losses[i, t]) / losses[i, t] for m in range(3) for t in range(2)]
         assert score == pytest.approx(float(sum(terms) / 6))
@@ -171,7 +200,10 @@ def test_gradient_features_equal_autograd_image_by_image(model, request, monkeyp
     generator = torch.Generator().manual_seed(1)
     for p in adapter.parameters():  # B is zero before training
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    latents, text = torch.randn(5, 4, 8, 8, generator=generator), torch.randn(5, 16, 32, generator=generator)
+    latents, text = (
+        torch.randn(5, 4, 8, 8, generator=generator),
+        torch.randn(5, 16, 32, generator=generator),
+    )
     monkeypatch.setattr(attacks, "GRADIENT_BATCH", 3)
     found = attacks.gradient_features(base, adapter, latents, text)
     timesteps = torch.tensor(attacks.TIMESTEPS[::2])

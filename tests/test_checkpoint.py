@@ -57,7 +57,10 @@ def lives(model, images, tmp):
     """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both signals."""
     torch.set_num_threads(1)
     rng, base, found = random.Random(0), train.load_base(model), train.load_images(images, 32)
-    latents, text = train.encode_images(base, found.pixels), train.encode_captions(base, found.captions)
+    latents, text = (
+        train.encode_images(base, found.pixels),
+        train.encode_captions(base, found.captions),
+    )
     train.load_base, train.load_images = lambda *_: base, lambda *_: found
     train.encode_images, train.encode_captions = lambda *_: latents, lambda *_: text
     run_folder.sample_grid = run_folder.plots.training_curves = lambda *_: None
@@ -92,7 +95,9 @@ def lives(model, images, tmp):
 def three_runs(tiny_base, image_folder, tmp_path_factory):
     """Folder of the runs alone, killed and asked, and their exit codes."""
     tmp = tmp_path_factory.mktemp("lives")
-    process = multiprocessing.get_context("spawn").Process(target=lives, args=(tiny_base, image_folder, str(tmp)))
+    process = multiprocessing.get_context("spawn").Process(
+        target=lives, args=(tiny_base, image_folder, str(tmp))
+    )
     process.start()
     process.join(200)
     if process.is_alive():
@@ -102,12 +107,18 @@ def three_runs(tiny_base, image_folder, tmp_path_factory):
 
 def same(a, b):
     """Assert that two run folders hold the same numbers, bit for bit."""
-    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b))
+    one, two = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (a, b)
+    )
     for row in one + two:
         row.pop("seconds", None)
     assert one == two and len(one) == STEPS + 1
     files = sorted(path.relative_to(a) for path in a.rglob("*.safetensors"))
-    assert files == sorted(path.relative_to(b) for path in b.rglob("*.safetensors")) and len(files) == 4
+    assert (
+        files == sorted(path.relative_to(b) for path in b.rglob("*.safetensors"))
+        and len(files) == 4
+    )
     for name in files:
         x, y = load_file(a / name), load_file(b / name)
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
@@ -117,7 +128,9 @@ def test_killed_twenty_times(three_runs):
     """Data order, noise, dropout, both optimisers and both models go on as if nothing had happened."""
     tmp, codes = three_runs
     assert codes["alone"] == 0 and codes["killed"] == [-signal.SIGKILL] * KILLS + [0]
-    assert 2 <= codes["kept"] <= 3  # a kill may fall between the new state and the end of the oldest
+    assert (
+        2 <= codes["kept"] <= 3
+    )  # a kill may fall between the new state and the end of the oldest
     same(tmp / "alone", tmp / "killed")
     assert not (tmp / "killed" / "state").exists() and not list((tmp / "killed").rglob("*.tmp"))
 
@@ -153,7 +166,9 @@ def test_newest_whole_state(tmp_path, capsys):
     """At most K files are kept, and a damaged one is passed over."""
     for step in range(1, 6):
         state.save(tmp_path, step, {"x": torch.full((3,), float(step))}, {"seconds": 1.5}, keep=3)
-    assert [p.name for p in state.files(tmp_path)] == [f"step-00000{k}.safetensors" for k in (3, 4, 5)]
+    assert [p.name for p in state.files(tmp_path)] == [
+        f"step-00000{k}.safetensors" for k in (3, 4, 5)
+    ]
     newest = state.files(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-5])
     step, tensors, facts = state.load(tmp_path)

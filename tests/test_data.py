@@ -51,7 +51,10 @@ def test_metadata_jsonl(tmp_path, mark):
     save(tmp_path / "b.png", BLUE)
     save(tmp_path / "sub" / "a.png", GREEN)
     save(tmp_path / "not_listed.png")
-    rows = [{"file_name": "sub/a.png", "text": "gr\u00fcn\u2028 eins"}, {"file_name": "./b.png", "text": " blue "}]
+    rows = [
+        {"file_name": "sub/a.png", "text": "gr\u00fcn\u2028 eins"},
+        {"file_name": "./b.png", "text": " blue "},
+    ]
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "metadata.jsonl").write_text(mark + lines + "\n", encoding="utf-8")
     images = load_images(str(tmp_path), 8)
@@ -65,9 +68,14 @@ def test_metadata_jsonl(tmp_path, mark):
 def test_metadata_csv(tmp_path):
     save(tmp_path / "b.png", BLUE)
     save(tmp_path / "a.png", GREEN)
-    (tmp_path / "metadata.csv").write_text('id,file_name,text\n1,b.png,"blue, ""deep"""\n2,a.png,green\n')
+    (tmp_path / "metadata.csv").write_text(
+        'id,file_name,text\n1,b.png,"blue, ""deep"""\n2,a.png,green\n'
+    )
     images = load_images(str(tmp_path), 8)
-    assert list(zip(images.names, images.captions, strict=True)) == [("a.png", "green"), ("b.png", 'blue, "deep"')]
+    assert list(zip(images.names, images.captions, strict=True)) == [
+        ("a.png", "green"),
+        ("b.png", 'blue, "deep"'),
+    ]
     assert (images.pixels[1] == BLUE).all()
 
 
@@ -88,7 +96,10 @@ def test_plain_folder(tmp_path):
     (tmp_path / "readme.md").write_text("not an image")
     (tmp_path / "folder.png").mkdir()
     images = load_images(str(tmp_path), 8, "a photo")
-    assert " ".join(images.names) == "bmp.bmp gif.gif jpeg.jpeg jpg.jpg png.png tif.tif tiff.tiff webp.webp"
+    assert (
+        " ".join(images.names)
+        == "bmp.bmp gif.gif jpeg.jpeg jpg.jpg png.png tif.tif tiff.tiff webp.webp"
+    )
     assert images.captions == ["a photo"] * 8
     assert np.abs(images.pixels.astype(int) - RED).max() < 8
 
@@ -97,10 +108,17 @@ def test_paper_layout_in_three_forms(tmp_path):
     for k, part in enumerate(PARTS):
         for i in range(k + 1):
             save(tmp_path / part / f"{i}.png", (k, i, 0))
-    (tmp_path / "D^m_te" / "metadata.csv").write_text("file_name,text\n1.png,listed one\n0.png,listed zero\n")
+    (tmp_path / "D^m_te" / "metadata.csv").write_text(
+        "file_name,text\n1.png,listed one\n0.png,listed zero\n"
+    )
     (tmp_path / "D^nm_aux" / "2.txt").write_text("beside")
     images = load_images(str(tmp_path), 8, "flag")
-    assert images.parts == {"D^m_aux": [0], "D^m_te": [1, 2], "D^nm_aux": [3, 4, 5], "D^nm_te": [6, 7, 8, 9]}
+    assert images.parts == {
+        "D^m_aux": [0],
+        "D^m_te": [1, 2],
+        "D^nm_aux": [3, 4, 5],
+        "D^nm_te": [6, 7, 8, 9],
+    }
     assert images.names[1] == "D^m_te/0.png" and images.captions[1] == "listed zero"
     assert images.captions[3:6] == ["flag", "flag", "beside"]
     for k, indices in enumerate(images.parts.values()):
@@ -228,7 +246,9 @@ def cut(file: Path, length: int) -> None:
 @pytest.mark.parametrize("share", [0, 0.1, 0.6])
 def test_broken_image(tmp_path, suffix, share):
     file = tmp_path / f"broken.{suffix}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        file
+    )
     only_pixels(file)  # whole, it loads
     cut(file, int(share * file.stat().st_size))
     message(tmp_path, "x", f"broken.{suffix}", "not a readable image", "replace it")
@@ -241,7 +261,9 @@ def test_text_and_foreign_formats_are_not_images(tmp_path):
     message(tmp_path, "x", "a.png", "not a readable image")
 
 
-@pytest.mark.parametrize("size, fits", [((7, 30), False), ((8, 30), True), ((20_001, 8), False), ((20_000, 8), True)])
+@pytest.mark.parametrize(
+    "size, fits", [((7, 30), False), ((8, 30), True), ((20_001, 8), False), ((20_000, 8), True)]
+)
 def test_absurd_sides(tmp_path, size, fits):
     file = save(tmp_path / "a.png", RED, size)
     if fits:
@@ -250,7 +272,9 @@ def test_absurd_sides(tmp_path, size, fits):
         message(tmp_path, "x", "a.png", f"{size[0]}x{size[1]}", "8 to 20,000")
 
 
-@pytest.mark.parametrize("limit", [200, 100])  # PIL warns above its limit and refuses above twice its limit
+@pytest.mark.parametrize(
+    "limit", [200, 100]
+)  # PIL warns above its limit and refuses above twice its limit
 def test_decompression_bomb(tmp_path, monkeypatch, limit):
     file = save(tmp_path / "bomb.png")  # 256 pixels
     only_pixels(file)
@@ -387,7 +411,12 @@ def test_default_split(n, members, seed):
     assert abs(sizes["member_val"] - (members - members // 2) / 5) <= 0.5
     assert sizes["nonmember_val"] == 2 * sizes["member_val"] >= 2
     assert abs(sizes["fresh"] - (sizes["fresh"] + sizes["nonmember_test"]) / 5) <= 0.5
-    assert min(sizes[role] for role in ("member_aux", "member_test", "nonmember_aux", "nonmember_test")) >= 2
+    assert (
+        min(
+            sizes[role] for role in ("member_aux", "member_test", "nonmember_aux", "nonmember_test")
+        )
+        >= 2
+    )
 
 
 def test_split_follows_the_seed():
@@ -397,10 +426,14 @@ def test_split_follows_the_seed():
     assert split(images, 0, 20)["member_aux"] != list(range(10))
 
 
-@pytest.mark.parametrize("members, needed", [(5, 11), (20, 36)])  # 5 + 2 + 2*1 + 2 and 20 + 10 + 2*2 + 2
+@pytest.mark.parametrize(
+    "members, needed", [(5, 11), (20, 36)]
+)  # 5 + 2 + 2*1 + 2 and 20 + 10 + 2*2 + 2
 def test_too_few_images(members, needed):
     split(numbered(needed), 0, members)
-    with pytest.raises(UserError, match=rf"^[^\n]*at least {needed} .*there are {needed - 1}: .*--members[^\n]*$"):
+    with pytest.raises(
+        UserError, match=rf"^[^\n]*at least {needed} .*there are {needed - 1}: .*--members[^\n]*$"
+    ):
         split(numbered(needed - 1), 0, members)
 
 
@@ -425,7 +458,9 @@ def test_pokemon_preset():
 @pytest.mark.parametrize("seed", range(10))
 def test_copies_stay_on_one_side(capsys, seed):
     images = numbered(60)
-    images.pixels = np.concatenate([images.pixels[:40], images.pixels[:20]])  # image 40 + i is a copy of image i
+    images.pixels = np.concatenate(
+        [images.pixels[:40], images.pixels[:20]]
+    )  # image 40 + i is a copy of image i
     roles = split(images, seed, 10)
     check_disjoint(roles, 60)
     assert sorted(i for role in roles.values() for i in role) == list(range(40))
@@ -447,14 +482,19 @@ def test_split_follows_the_papers_folders():
     check_disjoint(roles, 81)
     assert sorted(roles["member_aux"] + roles["member_val"]) == images.parts["D^m_aux"]
     assert sorted(roles["nonmember_aux"] + roles["nonmember_val"]) == images.parts["D^nm_aux"]
-    assert roles["member_test"] == images.parts["D^m_te"] and roles["nonmember_test"] == images.parts["D^nm_te"]
+    assert (
+        roles["member_test"] == images.parts["D^m_te"]
+        and roles["nonmember_test"] == images.parts["D^nm_te"]
+    )
     assert (len(roles["member_val"]), len(roles["nonmember_val"]), roles["fresh"]) == (4, 3, [])
     assert roles == split(images, 0, 10) != split(images, 1, 10)
 
 
 def test_copy_across_the_papers_folders_stays_a_member(capsys):
     images = paper_parts(5, 5, 5, 5)
-    images.parts = dict(zip(PARTS, reversed(images.parts.values()), strict=True))  # members have the higher indices
+    images.parts = dict(
+        zip(PARTS, reversed(images.parts.values()), strict=True)
+    )  # members have the higher indices
     member, nonmember = images.parts["D^m_te"][0], images.parts["D^nm_te"][2]
     assert nonmember < member
     images.pixels[nonmember] = images.pixels[member]
@@ -470,7 +510,9 @@ def test_too_few_images_in_a_paper_folder(sizes, part):
     split(paper_parts(3, 2, 3, 2), 0, 10)
     with pytest.raises(UserError) as caught:
         split(paper_parts(*sizes), 0, 10)
-    assert f"{part} holds {sizes[list(PARTS).index(part)]} " in str(caught.value) and "--members" in str(caught.value)
+    assert f"{part} holds {sizes[list(PARTS).index(part)]} " in str(
+        caught.value
+    ) and "--members" in str(caught.value)
 
 
 def test_twemoji():

@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 import diffusion
 from cli import UserError
-from diffusion import add_noise, encode_captions, encode_images, load_base, prediction_target, sample, squared_error
+from diffusion import (
+    add_noise,
+    encode_captions,
+    encode_images,
+    load_base,
+    prediction_target,
+    sample,
+    squared_error,
+)
 from lora import inject
 from settings import EMBEDDED
 
@@ -44,7 +52,9 @@ def test_targets_equal_diffusers(base, batch):
     latents, _, timesteps, noise = batch
     assert prediction_target(latents, noise, timesteps, base.abar, "epsilon") is noise
     v = prediction_target(latents, noise, timesteps, base.abar, "v_prediction")
-    assert torch.allclose(v, base.pipeline.scheduler.get_velocity(latents, noise, timesteps), atol=1e-6)
+    assert torch.allclose(
+        v, base.pipeline.scheduler.get_velocity(latents, noise, timesteps), atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -94,7 +104,9 @@ def test_latents_are_the_scaled_posterior_mean(base, monkeypatch):
 def test_captions_are_embedded_as_the_pipeline_does(base):
     """tau(y) equals the pipeline's own encode_prompt; different captions differ."""
     ours = encode_captions(base, CAPTIONS[:3], batch=2)
-    theirs, _ = base.pipeline.encode_prompt(CAPTIONS[:3], "cpu", 1, do_classifier_free_guidance=False)
+    theirs, _ = base.pipeline.encode_prompt(
+        CAPTIONS[:3], "cpu", 1, do_classifier_free_guidance=False
+    )
     assert ours.shape == (3, 16, 32) and torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours[0], ours[1], atol=1e-3)
 
@@ -110,7 +122,9 @@ def test_long_captions_are_cut_with_one_note(base, capsys):
 
 def test_the_base_is_frozen_and_in_eval_mode(base):
     parts = (base.unet, base.pipeline.vae, base.pipeline.text_encoder)
-    assert not any(m.training for m in parts) and not any(p.requires_grad for m in parts for p in m.parameters())
+    assert not any(m.training for m in parts) and not any(
+        p.requires_grad for m in parts for p in m.parameters()
+    )
 
 
 # ---- refusals ----
@@ -182,7 +196,13 @@ def test_embedded_base_in_plain_diffusers():
     ours = sample(base, text, empty, noise, steps, guidance=3.0)[0]
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
-    options = {"height": 48, "width": 48, "guidance_scale": 3.0, "num_inference_steps": steps, "output_type": "np"}
+    options = {
+        "height": 48,
+        "width": 48,
+        "guidance_scale": 3.0,
+        "num_inference_steps": steps,
+        "output_type": "np",
+    }
     theirs = pipeline("red apple, noto", latents=noise, **options).images[0]
     assert abs(ours / 255 - theirs).max() < 2 / 255
     total = sum(path.stat().st_size for path in Path(EMBEDDED).rglob("*") if path.is_file())

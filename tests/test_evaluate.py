@@ -24,7 +24,14 @@ def run(tiny_base, image_folder, tmp_path_factory):
 
 def short_run(tiny_base, image_folder, out, **flags):
     """The folder of four steps of SMP."""
-    small = {"members": 20, "rank": 2, "alpha": 4, "batch_size": 4, "target": "attention", "lr": 0.01} | flags
+    small = {
+        "members": 20,
+        "rank": 2,
+        "alpha": 4,
+        "batch_size": 4,
+        "target": "attention",
+        "lr": 0.01,
+    } | flags
     train.train(Settings(model=tiny_base, data=image_folder, out=str(out), steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
     return str(out)
 
@@ -38,7 +45,9 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     assert saved["adapted"]["attacks"] == record["adapted"]["attacks"]
     assert set(record["adapted"]["attacks"]) - set(record["base"]["attacks"]) == {"difference"}
     assert len(record["adapted"]["attacks"]) == 13
-    assert record["adapted"]["worst"]["auc"] == max(f["auc"] for f in record["adapted"]["attacks"].values())
+    assert record["adapted"]["worst"]["auc"] == max(
+        f["auc"] for f in record["adapted"]["attacks"].values()
+    )
     assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
     assert "worst case" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "draw", None)
@@ -50,16 +59,27 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
 def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, capsys):
     """Runs that differ by their seed, and by what was looked at on the way, are one claim; another step of one is not."""
     other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1, samples=0, norms_every=1)
-    records = evaluate.evaluate(evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50))
+    records = evaluate.evaluate(
+        evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50)
+    )
     (pooled,) = json.loads((Path(run).parent / "seeds.json").read_text())
-    assert pooled["seeds"] == [0, 1] and f"{', '.join(pooled['runs'])}: worst case" in capsys.readouterr().out
+    assert (
+        pooled["seeds"] == [0, 1]
+        and f"{', '.join(pooled['runs'])}: worst case" in capsys.readouterr().out
+    )
     name = pooled["worst"]["attack"]
     areas = [r["adapted"]["attacks"][name]["auc"] for r in records]
     assert pooled["worst"]["auc"] == pytest.approx(np.mean(areas))
     distances = [r["adapted"]["quality"]["frechet_members"] for r in records]
     assert pooled["quality"]["frechet_members"] == pytest.approx(np.mean(distances))
-    assert pooled["worst"]["auc_by_seed"] == pytest.approx([r["adapted"]["worst"]["auc"] for r in records])
-    assert evaluate.kind(read_run(run)) == evaluate.kind(read_run(other)) != evaluate.kind(read_run(run, "best"))
+    assert pooled["worst"]["auc_by_seed"] == pytest.approx(
+        [r["adapted"]["worst"]["auc"] for r in records]
+    )
+    assert (
+        evaluate.kind(read_run(run))
+        == evaluate.kind(read_run(other))
+        != evaluate.kind(read_run(run, "best"))
+    )
 
 
 def test_choice_is_made_on_known_images():
@@ -107,12 +127,21 @@ def test_adapter_with_a_folder_in_four_parts(run, tiny_base, image_folder, tmp_p
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
     settings = {"pictures": 0, "bootstrap": 50, "adapter": f"{run}/adapter", "model": tiny_base}
     (record,) = evaluate.evaluate(evaluate.Settings(data=data, out=out, **settings))
-    assert record["images"] == {f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))}
-    assert json.loads((tmp_path / "out" / "eval.json").read_text())["base"]["attacks"] == record["base"]["attacks"]
+    assert record["images"] == {
+        f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))
+    }
+    assert (
+        json.loads((tmp_path / "out" / "eval.json").read_text())["base"]["attacks"]
+        == record["base"]["attacks"]
+    )
     subject = prepare(read_adapter(tiny_base, f"{run}/adapter", data, None, None, "float32", out))
-    for k, roles in enumerate(PARTS.values()):  # whoever lies in a folder has its roles, whatever the names
+    for k, roles in enumerate(
+        PARTS.values()
+    ):  # whoever lies in a folder has its roles, whatever the names
         captions = {subject.captions[i] for role in roles for i in subject.roles[role]}
-        assert captions == {p.with_suffix(".txt").read_text().strip() for p in pictures[10 * k : 10 * k + 10]}
+        assert captions == {
+            p.with_suffix(".txt").read_text().strip() for p in pictures[10 * k : 10 * k + 10]
+        }
 
 
 def test_runs_are_called_by_their_last_name_unless_two_share_it():

@@ -27,7 +27,9 @@ from training import run_folder
 from training.processes import Processes
 
 ROOT = Path(train.__file__).parent
-few = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = hypothesis_settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,9 @@ def edit(file, **changes):
     file.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "FluxPipeline"])
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "FluxPipeline"]
+)
 def test_refuses_another_pipeline(tiny_base, tmp_path, kind):
     """The folder says what it is; guessing would load half of it."""
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
@@ -78,13 +82,16 @@ def test_refuses_another_pipeline(tiny_base, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 a zipped pickle", b"\x80\x02}q\x00.", b"\x10" + b"\0" * 7 + b'{"a"']
+    "content",
+    [b"", b"PK\x03\x04 a zipped pickle", b"\x80\x02}q\x00.", b"\x10" + b"\0" * 7 + b'{"a"'],
 )
 def test_refuses_a_single_file_that_is_no_safetensors(tmp_path, content):
     """Pickles, empty and cut files by their content, whatever the name says."""
     for name in ("model.ckpt", "model.safetensors"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name} is not a whole safetensors file .*pickles are not read"):
+        with pytest.raises(
+            UserError, match=rf"{name} is not a whole safetensors file .*pickles are not read"
+        ):
             load_base(str(tmp_path / name))
 
 
@@ -142,8 +149,12 @@ def test_numbers_that_blow_up_stop_the_run(capsys, small, tmp_path, monkeypatch,
     assert not (tmp_path / "run" / "adapter").exists()
     files = list((tmp_path / "run" / "state").iterdir())
     assert [f.name for f in sorted(files)] == ["step-000003.safetensors", "step-000004.safetensors"]
-    assert all(t.isfinite().all() for f in files for t in load_file(f).values() if t.is_floating_point())
-    train.train(small(out=str(tmp_path / "run"), steps=8, resume=True))  # the cause gone, it can go on
+    assert all(
+        t.isfinite().all() for f in files for t in load_file(f).values() if t.is_floating_point()
+    )
+    train.train(
+        small(out=str(tmp_path / "run"), steps=8, resume=True)
+    )  # the cause gone, it can go on
     assert (tmp_path / "run" / "adapter").exists()
 
 
@@ -152,13 +163,22 @@ def test_full_disk(capsys, small, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
     try:
-        refused(capsys, small(state_every=1, target="all", rank=8), "cannot write", "step-000001.safetensors")
+        refused(
+            capsys,
+            small(state_every=1, target="all", rank=8),
+            "cannot write",
+            "step-000001.safetensors",
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((tmp_path / "run").rglob("*.tmp")) and not list((tmp_path / "run").rglob("*.safetensors"))
+    assert not list((tmp_path / "run").rglob("*.tmp")) and not list(
+        (tmp_path / "run").rglob("*.safetensors")
+    )
 
 
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="wants a folder that not even root may write to")
+@pytest.mark.skipif(
+    not Path("/sys/kernel").is_dir(), reason="wants a folder that not even root may write to"
+)
 def test_read_only_folder(capsys, small):
     refused(capsys, small(out="/sys/kernel/run"), "cannot write", "/sys/kernel/run")
 
@@ -205,19 +225,29 @@ def test_resume_refuses_a_torn_config(capsys, small, tmp_path):
 
 def adapter_file(path, metadata=None, extra=None, rank=2):
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    tensors = {f"unet.{name}.lora_A.weight": torch.ones(rank, 32), f"unet.{name}.lora_B.weight": torch.ones(32, rank)}
-    save_file(tensors | (extra or {}), path, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
+    tensors = {
+        f"unet.{name}.lora_A.weight": torch.ones(rank, 32),
+        f"unet.{name}.lora_B.weight": torch.ones(32, rank),
+    }
+    save_file(
+        tensors | (extra or {}),
+        path,
+        {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None,
+    )
     return path, name
 
 
 @pytest.mark.parametrize(
-    "pattern, alpha", [("to_q", 7.0), ("attn1.to_q", 7.0), (".*attn1.to_q", 7.0), ("attn2.to_q", 3.0), ("o_q", 3.0)]
+    "pattern, alpha",
+    [("to_q", 7.0), ("attn1.to_q", 7.0), (".*attn1.to_q", 7.0), ("attn2.to_q", 3.0), ("o_q", 3.0)],
 )
 def test_alpha_pattern_is_honoured(tmp_path, pattern, alpha):
     """As peft matches it (checked against its own function)."""
     from peft.utils.other import get_pattern_key
 
-    path, name = adapter_file(tmp_path / "a.safetensors", {"unet.lora_alpha": 3, "unet.alpha_pattern": {pattern: 7}})
+    path, name = adapter_file(
+        tmp_path / "a.safetensors", {"unet.lora_alpha": 3, "unet.alpha_pattern": {pattern: 7}}
+    )
     found, _ = lora.read(path)
     assert found[name][2] == alpha
     assert {pattern: 7}.get(get_pattern_key([pattern], name), 3) == alpha
@@ -236,14 +266,18 @@ def test_refuses_another_formula(tmp_path, name):
 
 
 def test_names_what_is_not_the_unet(tmp_path, capsys):
-    path, _ = adapter_file(tmp_path / "a.safetensors", extra={"text_encoder.layer.lora_A.weight": torch.ones(2, 4)})
+    path, _ = adapter_file(
+        tmp_path / "a.safetensors", extra={"text_encoder.layer.lora_A.weight": torch.ones(2, 4)}
+    )
     lora.read(path)
     assert "text_encoder.layer.lora_A.weight" in capsys.readouterr().out
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -251,7 +285,9 @@ json_values = st.recursive(
 @few
 @given(
     config=json_values
-    | st.dictionaries(st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.r"]), json_values)
+    | st.dictionaries(
+        st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.r"]), json_values
+    )
 )
 def test_fuzz_adapter_settings(tmp_path, config):
     """Whatever the header says, the adapter is read with a finite scale or refused in one line."""
@@ -322,7 +358,9 @@ def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
         settings = small(init=str(path), rank=16, alpha=1.0, target="all")
         run = train.prepare(settings, Processes())
         assert (settings.rank, settings.alpha, settings.target) == (2, 4.0, "attention")
-        assert all(torch.equal(one[n][1], layer.lora_B.weight) for n, layer in run.adapter.layers.items())
+        assert all(
+            torch.equal(one[n][1], layer.lora_B.weight) for n, layer in run.adapter.layers.items()
+        )
     train.train(small(init=str(kohya_run / "adapter"), rank=16, steps=1))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["rank"] == 2
     moved = lora.read(tmp_path / "run" / "adapter")[0]
@@ -331,7 +369,12 @@ def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
 
 def test_init_refuses_a_pickle(capsys, small, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "adapter.safetensors")
-    refused(capsys, small(init=str(tmp_path / "adapter.safetensors")), "adapter.safetensors", "pickles are not read")
+    refused(
+        capsys,
+        small(init=str(tmp_path / "adapter.safetensors")),
+        "adapter.safetensors",
+        "pickles are not read",
+    )
     refused(capsys, small(init=str(tmp_path / "nothing")), "there is no adapter file")
     assert not (tmp_path / "run").exists()
 
@@ -366,7 +409,9 @@ def test_dry_run_says_and_writes_nothing(small, tiny_base, tmp_path, capsys, met
     assert "member_aux 10" in text and "nothing was written" in text
     assert plan["steps"].startswith("100 of 4 images, 20.0 passes")
     unet = load_base(tiny_base).unet
-    layers = sum(name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name, _ in unet.named_modules())
+    layers = sum(
+        name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name, _ in unet.named_modules()
+    )
     assert plan["adapter"].endswith(f"in {layers} layers")
     assert float(plan["memory"].split()[0]) > 0.1 and not (tmp_path / "run").exists()
 
@@ -377,7 +422,9 @@ def test_tensorboard_shows_the_metrics(small, tmp_path):
     train.train(small(track="tensorboard"))
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ][1:]
     got = [(e.step, e.value) for e in events.Scalars("adaptation_loss")]
     assert [s for s, _ in got] == [1, 2, 3]
     assert [v for _, v in got] == pytest.approx([r["adaptation_loss"] for r in rows])

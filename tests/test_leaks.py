@@ -17,14 +17,28 @@ OTHERS = 0.8
 def test_attacks_separate_members_of_an_over_fitted_adapter_and_not_of_the_base(tmp_path):
     """Plain LoRA, 40 passes over 48 pictures: each AUC is high.  Without the adapter none is beyond permuted labels."""
     out = str(tmp_path / "lora")
-    small = {"members": 48, "steps": 240, "samples": 0, "lr": 1.5e-3, "save_every": 240, "state_every": 240}
+    small = {
+        "members": 48,
+        "steps": 240,
+        "samples": 0,
+        "lr": 1.5e-3,
+        "save_every": 240,
+        "state_every": 240,
+    }
     train.train(Settings(method="lora", out=out, **small))
-    (record,) = evaluate.evaluate(evaluate.Settings(runs=[out], nonmembers=60, pictures=0, bootstrap=200))
+    (record,) = evaluate.evaluate(
+        evaluate.Settings(runs=[out], nonmembers=60, pictures=0, bootstrap=200)
+    )
     adapted, base = record["adapted"], record["base"]
     for name, model in (("over-fitted adapter", adapted), ("embedded model", base)):
-        print(f"AUC on the {name}:", {attack: round(f["auc"], 2) for attack, f in model["attacks"].items()})
+        print(
+            f"AUC on the {name}:",
+            {attack: round(f["auc"], 2) for attack, f in model["attacks"].items()},
+        )
     assert len(adapted["attacks"]) == 13 and len(base["attacks"]) == 12
-    assert not {a: f["auc"] for a, f in adapted["attacks"].items() if f["auc"] < LEAST.get(a, OTHERS)}
+    assert not {
+        a: f["auc"] for a, f in adapted["attacks"].items() if f["auc"] < LEAST.get(a, OTHERS)
+    }
     assert adapted["worst"]["auc"] > 0.9 > adapted["worst"]["null"]
     assert base["worst"]["auc"] < base["worst"]["null"] + 0.05
     assert 0.3 < record["blind"]["auc"] < 0.7

@@ -78,11 +78,16 @@ def test_merged_equals_unmerged(unet, target):
     apart = predict(unet, torch.float64)
     adapter.merge()
     adapter.merge()  # the second call must not add it again
-    assert all((layer.base.weight - weights[n]).abs().max() > 1e-3 for n, layer in adapter.layers.items())
+    assert all(
+        (layer.base.weight - weights[n]).abs().max() > 1e-3 for n, layer in adapter.layers.items()
+    )
     assert torch.allclose(predict(unet, torch.float64), apart, rtol=0, atol=1e-11)
     adapter.unmerge()
     adapter.unmerge()
-    assert all(torch.allclose(layer.base.weight, weights[n], rtol=0, atol=1e-14) for n, layer in adapter.layers.items())
+    assert all(
+        torch.allclose(layer.base.weight, weights[n], rtol=0, atol=1e-14)
+        for n, layer in adapter.layers.items()
+    )
     assert torch.allclose(predict(unet, torch.float64), apart, rtol=0, atol=1e-11)
 
 
@@ -94,7 +99,9 @@ def test_disabled_is_the_base_model(unet, base_output):
         assert torch.equal(predict(unet), base_output)
         with adapter.disabled():
             pass
-        assert torch.equal(predict(unet), base_output)  # the inner block restores what it found: off
+        assert torch.equal(
+            predict(unet), base_output
+        )  # the inner block restores what it found: off
     assert torch.equal(predict(unet), adapted)
     with pytest.raises(KeyError), adapter.disabled():
         raise KeyError
@@ -129,7 +136,9 @@ def test_parameters_can_be_asked_twice(unet):
     parameters = adapter.parameters()
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     g = torch.Generator().manual_seed(0)
-    unet(torch.randn(1, 4, 8, 8, generator=g), 10, torch.randn(1, 16, 32, generator=g)).sample.sum().backward()
+    unet(
+        torch.randn(1, 4, 8, 8, generator=g), 10, torch.randn(1, 16, 32, generator=g)
+    ).sample.sum().backward()
     assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 0
     assert [id(p) for p in parameters] == [id(p) for p in optimizer.param_groups[0]["params"]]
 
@@ -139,8 +148,12 @@ def test_the_generator_decides_the_initial_weights(tiny_base):
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(len(drawn))
-        adapter = inject(load_base(tiny_base).unet, "all", RANK, ALPHA, torch.Generator().manual_seed(seed))
-        drawn.append(torch.cat([layer.lora_A.weight.flatten() for layer in adapter.layers.values()]))
+        adapter = inject(
+            load_base(tiny_base).unet, "all", RANK, ALPHA, torch.Generator().manual_seed(seed)
+        )
+        drawn.append(
+            torch.cat([layer.lora_A.weight.flatten() for layer in adapter.layers.values()])
+        )
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert drawn[0].std().item() == pytest.approx(1 / RANK, rel=0.05)
 
@@ -150,7 +163,9 @@ def test_projections_as_convolution_and_as_linear(tiny_base, tiny_base_linear):
     for path, kind in ((tiny_base, nn.Conv2d), (tiny_base_linear, nn.Linear)):
         unet = load_base(path).unet
         layers = inject(unet, "transformer", RANK, ALPHA).layers
-        projections = [layer for name, layer in layers.items() if name.endswith(("proj_in", "proj_out"))]
+        projections = [
+            layer for name, layer in layers.items() if name.endswith(("proj_in", "proj_out"))
+        ]
         assert len(projections) == 8 and all(type(layer.base) is kind for layer in projections)
         assert all(isinstance(layer, LoRAConv2d) == (kind is nn.Conv2d) for layer in projections)
 
@@ -185,11 +200,17 @@ def test_round_trip_is_exact(unet, tiny_base, tmp_path, target, kohya):
     assert torch.equal(predict(other), predict(unet))
     assert list(again.layers) == list(adapter.layers) and again.target == adapter.target
     assert all(torch.equal(v, adapter.state_dict()[k]) for k, v in again.state_dict().items())
-    assert metadata["method"] == "smp" and metadata["lam"] == "0.05" and metadata["target"] == target
+    assert (
+        metadata["method"] == "smp" and metadata["lam"] == "0.05" and metadata["target"] == target
+    )
     second = again.save(tmp_path / "b", {"method": "smp", "lam": 0.05}, kohya=kohya)
-    assert [p.name for p in (tmp_path / "b").iterdir()] == [KOHYA_NAME if kohya else FILE_NAME]  # no .tmp left
+    assert [p.name for p in (tmp_path / "b").iterdir()] == [
+        KOHYA_NAME if kohya else FILE_NAME
+    ]  # no .tmp left
     tensors, copies = load_file(file), load_file(second)
-    assert tensors.keys() == copies.keys() and all(torch.equal(tensors[k], copies[k]) for k in tensors)
+    assert tensors.keys() == copies.keys() and all(
+        torch.equal(tensors[k], copies[k]) for k in tensors
+    )
     with safe_open(second, framework="pt") as opened:
         assert opened.metadata() == metadata
 
@@ -199,7 +220,11 @@ def test_metadata_is_what_diffusers_reads(saved):
     with safe_open(saved[0] / FILE_NAME, framework="pt") as file:
         metadata, keys = file.metadata(), set(file.keys())
     config = json.loads(metadata["lora_adapter_metadata"])
-    assert config == {"unet.r": 4, "unet.lora_alpha": 8, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    assert config == {
+        "unet.r": 4,
+        "unet.lora_alpha": 8,
+        "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
     assert metadata["format"] == "pt"
     assert all(re.fullmatch(r"unet\..+\.lora_[AB]\.weight", k) for k in keys)
 
@@ -211,8 +236,12 @@ def test_loads_a_file_that_peft_wrote_without_metadata(unet, tiny_base, tmp_path
     from peft.utils import get_peft_model_state_dict
 
     modules = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules, init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(str(tmp_path), unet_lora_layers=get_peft_model_state_dict(unet))
+    unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules, init_lora_weights=False)
+    )
+    StableDiffusionPipeline.save_lora_weights(
+        str(tmp_path), unet_lora_layers=get_peft_model_state_dict(unet)
+    )
     other = load_base(tiny_base).unet
     adapter, metadata = load(other, tmp_path)
     assert "lora_adapter_metadata" not in metadata and adapter.target == "attention"
@@ -306,8 +335,18 @@ def missing(file):
     return ["no adapter file"]
 
 
-TENSORS = [wrong_shape, unknown_layer, no_second_factor, no_first_factor, other_lora, rank_zero, other_keys]
-DAMAGES = {f.__name__: edit(f) for f in TENSORS} | {f.__name__: f for f in (truncated, empty, pickled, missing)}
+TENSORS = [
+    wrong_shape,
+    unknown_layer,
+    no_second_factor,
+    no_first_factor,
+    other_lora,
+    rank_zero,
+    other_keys,
+]
+DAMAGES = {f.__name__: edit(f) for f in TENSORS} | {
+    f.__name__: f for f in (truncated, empty, pickled, missing)
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -11,7 +11,15 @@ SHORT = {
     "MODEL": "{base}",
     "DATA": "{images}",
     "RUNS": "{runs}",
-    "FLAGS": {"members": 10, "steps": 8, "batch_size": 4, "proxy": "pooled", "lr": 1e-3, "samples": 1, "threads": 1},
+    "FLAGS": {
+        "members": 10,
+        "steps": 8,
+        "batch_size": 4,
+        "proxy": "pooled",
+        "lr": 1e-3,
+        "samples": 1,
+        "threads": 1,
+    },
     "HESSIAN_EVERY": 2,
     "POINTS": 3,
     "LAMBDAS": (),
@@ -39,7 +47,9 @@ def test_runs_on_the_tiny_model(path, tiny_base, image_folder, runs):
     for name, value in SHORT.items():
         value = value.format(**places) if isinstance(value, str) else value
         cell.source += f"\n{name} = {value!r}"
-    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=280, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,7 +59,11 @@ def test_committed_outputs(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert not any(place in path.read_text() for place in ("/home/", "/work/", "/tmp/"))
 
 

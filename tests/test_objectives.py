@@ -92,7 +92,9 @@ def test_values_equal_numpy(setting):
     assert (mp.denominator, mp.lambda_effective) == (1.0, LAM)
     assert smp.denominator == pytest.approx(1 - LAM * gain + DELTA, rel=1e-12)
     assert smp.lambda_effective == pytest.approx(LAM * smp.total.item(), rel=1e-12)
-    assert smp.loss.item() == pytest.approx(loss, rel=1e-12) and smp.gain.item() == pytest.approx(gain, rel=1e-12)
+    assert smp.loss.item() == pytest.approx(loss, rel=1e-12) and smp.gain.item() == pytest.approx(
+        gain, rel=1e-12
+    )
 
 
 def test_lambda_zero_is_lora(setting):
@@ -160,7 +162,9 @@ def test_gain_gradient_equals_finite_differences(setting):
 
 def test_hard_accuracy_has_no_gradient(setting):
     """What the two tests above guard against: counting hits as the "gain" trains plain LoRA at a smaller step."""
-    hits = (setting.attacker(setting.error(), setting.timesteps).argmax(1) == MEMBER).double().mean()
+    hits = (
+        (setting.attacker(setting.error(), setting.timesteps).argmax(1) == MEMBER).double().mean()
+    )
     assert not hits.requires_grad
     plain = gradient(setting, setting.loss())
     wrong = gradient(setting, ratio_objective(setting.loss(), -hits, LAM, DELTA))
@@ -179,8 +183,12 @@ def test_detached_denominator_is_a_shorter_plain_step(setting):
     got = gradient(setting, ratio_objective(setting.loss(), gain, LAM, DELTA))
     want = gradient(setting, setting.loss()) / denominator(gain, LAM, DELTA).item()
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
-    terms = objective("smp-detached", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
-    np.testing.assert_allclose(flat(gradients(terms.total, setting.parameters)), want, rtol=1e-10, atol=1e-14)
+    terms = objective(
+        "smp-detached", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA
+    )
+    np.testing.assert_allclose(
+        flat(gradients(terms.total, setting.parameters)), want, rtol=1e-10, atol=1e-14
+    )
     smp = objective("smp", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
     assert (terms.total.item(), terms.denominator) == (smp.total.item(), smp.denominator)
     assert terms.lambda_effective == 0
@@ -197,7 +205,9 @@ def test_outer_step_leaves_the_attacker_alone(setting):
         p.grad = grad
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    assert all(torch.equal(a, b) for a, b in zip(before, setting.attacker.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, setting.attacker.parameters(), strict=True)
+    )
     assert all(p.grad is None for p in setting.attacker.parameters())
 
 
@@ -220,12 +230,16 @@ def test_gradient_norms_equal_separate_calls(setting):
 def test_clip_equals_torch(limit):
     """Scaled to the limit if above it, untouched if below; the norm before is returned."""
     g = torch.Generator().manual_seed(0)
-    ours = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((3, 5), (7,), (2, 2, 2))]
+    ours = [
+        torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((3, 5), (7,), (2, 2, 2))
+    ]
     theirs = [torch.nn.Parameter(torch.zeros_like(t)) for t in ours]
     for p, t in zip(theirs, ours, strict=True):
         p.grad = t.clone()
     want = torch.nn.utils.clip_grad_norm_(theirs, limit).item()
-    assert clip_(ours, limit) == pytest.approx(want, rel=1e-12) and want == pytest.approx(5.0, abs=2)
+    assert clip_(ours, limit) == pytest.approx(want, rel=1e-12) and want == pytest.approx(
+        5.0, abs=2
+    )
     for p, t in zip(theirs, ours, strict=True):
         assert torch.allclose(t, p.grad, rtol=1e-5)  # torch divides by the norm + 1e-6
     assert norm(ours) == pytest.approx(min(limit, want), rel=1e-12)

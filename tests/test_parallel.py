@@ -35,7 +35,9 @@ class Toy:
         return ((self.x[part] @ self.weight.T) ** 2).view(-1, 3, 2, 2)
 
     def value(self, method, error, part=slice(None)):
-        return objective(method, error, self.timesteps[part], lambda e, t: self.attacker(e), LAM).total
+        return objective(
+            method, error, self.timesteps[part], lambda e, t: self.attacker(e), LAM
+        ).total
 
 
 @pytest.mark.parametrize("method", ["lora", "mp", "smp", "smp-detached"])
@@ -86,7 +88,14 @@ def settings(model, images, out, **more):
 
 def losses(out):
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][1:]
-    names = ("adaptation_loss", "mi_gain", "objective", "grad_norm", "attacker_loss", "grad_norm_gain")
+    names = (
+        "adaptation_loss",
+        "mi_gain",
+        "objective",
+        "grad_norm",
+        "attacker_loss",
+        "grad_norm_gain",
+    )
     return {n: np.array([r[n] for r in rows if r.get(n) is not None]) for n in names}
 
 
@@ -148,9 +157,12 @@ def test_two_processes_follow_one(tiny_base, image_folder, tmp_path, big_batch):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_trajectory(big_batch / "smp", tmp_path / "r")
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert len(one) == len(two) > 30 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert len(one) == len(two) > 30 and all(
+        torch.equal(a, b) for a, b in zip(one, two, strict=True)
+    )
     assert (
-        done.stdout.count("files:") == 1 and json.loads((tmp_path / "r" / "config.json").read_text())["processes"] == 2
+        done.stdout.count("files:") == 1
+        and json.loads((tmp_path / "r" / "config.json").read_text())["processes"] == 2
     )
 
 
@@ -163,13 +175,19 @@ def float_gradient(tiny_base, image_folder):
 
 
 def gradient(model, images, dtype, **more):
-    run = train.prepare(settings(model, images, "unused", dtype=dtype, batch_size=4, **more), Processes())
+    run = train.prepare(
+        settings(model, images, "unused", dtype=dtype, batch_size=4, **more), Processes()
+    )
     learner = train.Learner(run)
     with torch.no_grad():  # B is zero at first, and so then is the gradient of A
         for p in learner.parameters:
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     train.adapter_turn(run, learner, 2)
-    assert {p.dtype for p in learner.parameters} == {p.grad.dtype for p in learner.parameters} == {torch.float32}
+    assert (
+        {p.dtype for p in learner.parameters}
+        == {p.grad.dtype for p in learner.parameters}
+        == {torch.float32}
+    )
     assert next(run.base.unet.parameters()).dtype == getattr(torch, dtype)
     return torch.cat([p.grad.flatten() for p in learner.parameters])
 
@@ -182,7 +200,10 @@ def test_half_precision_gradient(tiny_base, image_folder, method, dtype, angle):
     With the raw proxy: the pooled one has quantiles of e, whose slope sits on single elements, and rounding moves it
     from one to its neighbour (cosine 0.80 in bfloat16, 0.99 in float16 on these 256 elements).
     """
-    got, want = (gradient(tiny_base, image_folder, d, method=method, proxy="raw", clip=1e9) for d in (dtype, "float32"))
+    got, want = (
+        gradient(tiny_base, image_folder, d, method=method, proxy="raw", clip=1e9)
+        for d in (dtype, "float32")
+    )
     assert 1 - torch.nn.functional.cosine_similarity(got, want, dim=0) < angle
     assert got.norm() == pytest.approx(want.norm().item(), rel=0.1)
 

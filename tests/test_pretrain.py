@@ -20,7 +20,9 @@ def few(tmp_path, monkeypatch):
     work.mkdir()
     captions = [f"thing {i}, {style}" for i in range(30) for style in ("noto", "fluent")]
     np.savez(
-        work / f"public{emojis.SIZE}.npz", captions=captions, images=rng.integers(0, 256, (60, 48, 48, 3), np.uint8)
+        work / f"public{emojis.SIZE}.npz",
+        captions=captions,
+        images=rng.integers(0, 256, (60, 48, 48, 3), np.uint8),
     )
     private = (
         [f"{i}.png" for i in range(20)],
@@ -28,7 +30,14 @@ def few(tmp_path, monkeypatch):
         rng.integers(0, 256, (20, 48, 48, 3), np.uint8),
     )
     monkeypatch.setattr(emojis, "twemoji", lambda: private)
-    small = {"vae_steps": 2, "vae_batch": 4, "unet_steps": 2, "unet_batch": 4, "no_compile": True, "threads": 1}
+    small = {
+        "vae_steps": 2,
+        "vae_batch": 4,
+        "unet_steps": 2,
+        "unet_batch": 4,
+        "no_compile": True,
+        "threads": 1,
+    }
     return pretrain.Settings(work=str(work), out=str(tmp_path / "base"), **small)
 
 
@@ -38,21 +47,32 @@ def test_both_stages_and_a_further_one(few, tmp_path):
     unet = load_base(few.out).unet.state_dict()
     card = json.loads(Path(few.out, "pretraining.json").read_text())
     assert card["settings"]["unet_steps"] == 2 and card["public_images"] == 60
-    assert Path(few.work, "samples.png").is_file() and Path(few.work, "reconstructions.png").is_file()
+    assert (
+        Path(few.work, "samples.png").is_file() and Path(few.work, "reconstructions.png").is_file()
+    )
     pretrain.main(few)  # takes up the finished checkpoints
     again = load_base(few.out)
     assert all(torch.equal(again.unet.state_dict()[k], v) for k, v in unet.items())
     few.start, few.out, few.work = few.out, str(tmp_path / "further"), str(tmp_path / "work2")
     Path(few.work).mkdir()
-    Path(tmp_path, "work", f"public{emojis.SIZE}.npz").rename(Path(few.work, f"public{emojis.SIZE}.npz"))
+    Path(tmp_path, "work", f"public{emojis.SIZE}.npz").rename(
+        Path(few.work, f"public{emojis.SIZE}.npz")
+    )
     pretrain.main(few)
     further = load_base(few.out)
     same = [torch.equal(further.unet.state_dict()[k], v) for k, v in unet.items()]
     assert not all(same)
     vaes = [b.pipeline.vae for b in (again, further)]
-    assert all(torch.equal(a, b) for a, b in zip(*(v.state_dict().values() for v in vaes), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(v.state_dict().values() for v in vaes), strict=True)
+    )
     assert vaes[0].config.scaling_factor == vaes[1].config.scaling_factor
-    assert json.loads(Path(few.out, "pretraining.json").read_text())["started_from"]["settings"]["unet_steps"] == 2
+    assert (
+        json.loads(Path(few.out, "pretraining.json").read_text())["started_from"]["settings"][
+            "unet_steps"
+        ]
+        == 2
+    )
 
 
 def test_psnr_is_the_formula(few):

@@ -33,7 +33,10 @@ def test_bootstrap_auc_is_the_auc_of_the_resampled_scores():
     member, nonmember = (np.round(x, 1) for x in scores(n=100))
     bootstrap = roc.Bootstrap(80, 100, rounds=20)
     draws = zip(bootstrap.member, bootstrap.nonmember, strict=True)
-    wanted = [roc_auc_score(np.r_[np.ones(80), np.zeros(100)], np.r_[member[m], nonmember[n]]) for m, n in draws]
+    wanted = [
+        roc_auc_score(np.r_[np.ones(80), np.zeros(100)], np.r_[member[m], nonmember[n]])
+        for m, n in draws
+    ]
     np.testing.assert_allclose(bootstrap.auc(member, nonmember), wanted, rtol=1e-5)
 
 
@@ -59,7 +62,9 @@ def test_threshold_is_the_best():
     """No other threshold has a better balanced accuracy."""
     member, nonmember = scores()
     best = roc.balanced_accuracy(member, nonmember, roc.best_threshold(member, nonmember))
-    assert best == pytest.approx(max(roc.balanced_accuracy(member, nonmember, v) for v in np.r_[member, nonmember]))
+    assert best == pytest.approx(
+        max(roc.balanced_accuracy(member, nonmember, v) for v in np.r_[member, nonmember])
+    )
 
 
 def test_worst_case_and_its_null():
@@ -71,7 +76,9 @@ def test_worst_case_and_its_null():
         found = roc.worst_case(useless, bootstrap)
         exceeded += found["auc"] > found["null"]
     assert exceeded <= 4 and found["null"] > 0.55
-    found = roc.worst_case(useless | {"real": (rng.normal(1, 1, 40), rng.normal(size=100))}, bootstrap)
+    found = roc.worst_case(
+        useless | {"real": (rng.normal(1, 1, 40), rng.normal(size=100))}, bootstrap
+    )
     assert found["attack"] == "real" and found["auc"] > found["null"]
 
 
@@ -98,6 +105,8 @@ def test_seeds_pooled():
     )
     one, four = (np.ptp(roc.pooled_worst(s)["auc_interval"]) for s in (seeds[:1], seeds))
     assert 0.35 < four / one < 0.7
-    change, (low, high) = roc.pooled_difference([((m - 0.3, n), (m, n)) for m, n in (s["strong"] for s in seeds)])
+    change, (low, high) = roc.pooled_difference(
+        [((m - 0.3, n), (m, n)) for m, n in (s["strong"] for s in seeds)]
+    )
     wanted = np.mean([roc.auc(m - 0.3, n) - roc.auc(m, n) for m, n in (s["strong"] for s in seeds)])
     assert change == pytest.approx(wanted) and low < change < high < 0

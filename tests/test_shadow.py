@@ -24,7 +24,9 @@ def test_formula():
         groups = [[asked[s, i, c] for s in range(5) if out[s, i]] for i in range(4)]
         squares = sum(sum((x - np.mean(g)) ** 2 for x in g) for g in groups)
         sd = (squares / sum(len(g) - 1 for g in groups)) ** 0.5
-        np.testing.assert_allclose(found[:, c], [(run[i, c] - np.mean(groups[i])) / sd for i in range(4)])
+        np.testing.assert_allclose(
+            found[:, c], [(run[i, c] - np.mean(groups[i])) / sd for i in range(4)]
+        )
 
 
 def test_calibration_finds_what_the_hardness_of_images_hides():
@@ -45,7 +47,9 @@ def run(tiny_base, image_folder, tmp_path_factory):
     """A short run on the tiny base, a quarter of the images its members."""
     out = str(tmp_path_factory.mktemp("runs") / "lora")
     small = {"members": 10, "rank": 2, "alpha": 4, "batch_size": 4, "samples": 0, "lr": 0.01}
-    train.train(Settings(method="lora", model=tiny_base, data=image_folder, out=out, steps=3, **small))
+    train.train(
+        Settings(method="lora", model=tiny_base, data=image_folder, out=out, steps=3, **small)
+    )
     return out
 
 
@@ -55,9 +59,14 @@ def test_evaluation_with_shadows(run, monkeypatch):
     (record,) = evaluate.evaluate(settings)
     for model in ("adapted", "base"):
         assert {"LiRA-loss", "LiRA-SimA"} <= set(record[model]["attacks"])
-        assert record[model]["worst"]["auc"] == max(f["auc"] for f in record[model]["attacks"].values())
+        assert record[model]["worst"]["auc"] == max(
+            f["auc"] for f in record[model]["attacks"].values()
+        )
     folders = sorted(Path(run).parent.glob("shadows-*/seed-*"))
-    members = {str(sorted(json.loads((f / "splits.json").read_text())["member_aux"])) for f in [*folders, Path(run)]}
+    members = {
+        str(sorted(json.loads((f / "splits.json").read_text())["member_aux"]))
+        for f in [*folders, Path(run)]
+    }
     assert len(folders) == 7 and len(members) == 8
     monkeypatch.setattr(shadows.attacks, "loss_grid", None)
     (again,) = evaluate.evaluate(settings)
@@ -70,6 +79,13 @@ def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     for count, words in ((1, "fewer than 2 shadows"), (-1, "must be 0 or more")):
         with pytest.raises(UserError, match=words):
             evaluate.evaluate(evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=count))
-    flags = {"adapter": f"{run}/adapter", "model": tiny_base, "data": image_folder, "splits": f"{run}/splits.json"}
+    flags = {
+        "adapter": f"{run}/adapter",
+        "model": tiny_base,
+        "data": image_folder,
+        "splits": f"{run}/splits.json",
+    }
     with pytest.raises(UserError, match=r"needs a run of train\.py"):
-        evaluate.evaluate(evaluate.Settings(pictures=0, bootstrap=50, shadow=2, out=str(tmp_path), **flags))
+        evaluate.evaluate(
+            evaluate.Settings(pictures=0, bootstrap=50, shadow=2, out=str(tmp_path), **flags)
+        )

@@ -81,7 +81,9 @@ def test_products_equal_a_dense_hessian():
     """H v of an attention layer small enough to form H with torch.func, which differentiates forward over reverse."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
-    weights = [torch.randn(3, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    weights = [
+        torch.randn(3, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3)
+    ]
 
     def value(q, k, v):
         with plain_attention():
@@ -92,10 +94,14 @@ def test_products_equal_a_dense_hessian():
     gradient = flat_gradient(value(*weights), weights)
     for _ in range(3):
         v = torch.randn(27, generator=g, dtype=torch.float64)
-        assert torch.allclose(hessian_vector_product(gradient, weights, v), dense @ v, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(
+            hessian_vector_product(gradient, weights, v), dense @ v, rtol=1e-10, atol=1e-12
+        )
     true = torch.linalg.eigvalsh(dense)
     start = gradient.detach()
-    found = lanczos(lambda v: hessian_vector_product(gradient, weights, v), start, 27, tolerance=1e-9)
+    found = lanczos(
+        lambda v: hessian_vector_product(gradient, weights, v), start, 27, tolerance=1e-9
+    )
     assert found.converged and found.norm == pytest.approx(true.abs().max().item(), rel=1e-9)
     assert all(p.grad is None for p in weights)
 
@@ -147,7 +153,9 @@ def test_known_spectrum(top):
     power, lan = power_iteration(matrix.mv, start), lanczos(matrix.mv, start)
     for found in (power, lan):
         assert found.converged
-        assert found.norm == pytest.approx(3, rel=1e-5) and found.values[0] == pytest.approx(top, rel=1e-5)
+        assert found.norm == pytest.approx(3, rel=1e-5) and found.values[0] == pytest.approx(
+            top, rel=1e-5
+        )
         assert found.residual < 0.01
         assert (matrix @ found.vector - found.values[0] * found.vector).norm() < 0.01
     assert lan.values == pytest.approx([top, 2.0, -1.5], rel=1e-2)
@@ -175,7 +183,9 @@ def test_nothing_to_find():
     """A zero operator, a zero start and an invariant space end without a division by zero."""
     zero = torch.zeros(5, dtype=torch.float64)
     for iterate in (power_iteration, lanczos):
-        assert iterate(torch.zeros_like, zero + 1).norm == 0 and iterate(lambda v: v, zero).norm == 0
+        assert (
+            iterate(torch.zeros_like, zero + 1).norm == 0 and iterate(lambda v: v, zero).norm == 0
+        )
         one = iterate(lambda v: 4 * v, zero + 1)
         assert (one.norm, one.converged) == (pytest.approx(4), True)
 
@@ -197,7 +207,10 @@ def check_decomposition(terms, parameters, tolerance):
 
     close(ratio_gradient(grad_loss, grad_gain, weight, d), total)
     g = torch.Generator().manual_seed(3)
-    for v in (total / total.norm(), *(torch.randn(2, len(total), generator=g, dtype=torch.float64).to(total.dtype))):
+    for v in (
+        total / total.norm(),
+        *(torch.randn(2, len(total), generator=g, dtype=torch.float64).to(total.dtype)),
+    ):
         curvature = curvature_term(hess_loss(v), hess_gain(v), weight, d)
         rank_two = rank_two_term(total, grad_gain, v, LAM, d)
         close(curvature + rank_two, hess_total(v))
@@ -224,7 +237,9 @@ def test_rank_two_norm_equals_a_dense_one():
     a, b = torch.randn(2, 7, generator=g, dtype=torch.float64)
     for b_ in (b, -b, a, torch.zeros(7, dtype=torch.float64)):
         dense = 2.0 / 1.5 * (torch.outer(a, b_) + torch.outer(b_, a))
-        assert rank_two_norm(a, b_, 2.0, 1.5) == pytest.approx(torch.linalg.matrix_norm(dense, 2).item())
+        assert rank_two_norm(a, b_, 2.0, 1.5) == pytest.approx(
+            torch.linalg.matrix_norm(dense, 2).item()
+        )
         assert torch.allclose(rank_two_term(a, b_, b, 2.0, 1.5), dense @ b)
 
 
@@ -250,18 +265,28 @@ def test_measure_equals_power_iteration(tiny_base, method):
     assert row["hessian_norm"] == pytest.approx(power.norm, rel=1e-4)
     assert row["fixed_grad_norm"] == pytest.approx(gradient.norm().item())
     by_tensor = [g.norm().item() for g in torch.autograd.grad(terms(method).total, parameters)]
-    assert row["gradient_scale"] == pytest.approx(sum(by_tensor)) == gradient_scale(gradient, parameters)
+    assert (
+        row["gradient_scale"]
+        == pytest.approx(sum(by_tensor))
+        == gradient_scale(gradient, parameters)
+    )
     assert row["gradient_scale"] > row["fixed_grad_norm"]
     assert row["hessian_norm"] <= row["hessian_bound"] * (1 + 1e-6)
     if method == "smp":
-        assert row["bound_slope"] > 0 and row["hessian_rank_two"] > 0 and row["hessian_rank_two_share"] != 0
+        assert (
+            row["bound_slope"] > 0
+            and row["hessian_rank_two"] > 0
+            and row["hessian_rank_two_share"] != 0
+        )
         assert row["fixed_loss_over_denominator_squared"] == pytest.approx(
             row["fixed_loss"] / row["fixed_denominator"] ** 2
         )
     else:
         assert row["bound_slope"] == row["hessian_rank_two"] == row["hessian_rank_two_share"] == 0
     if method == "mp":
-        assert row["bound_constant"] == pytest.approx(row["hessian_norm_loss"] + LAM * row["hessian_norm_gain"])
+        assert row["bound_constant"] == pytest.approx(
+            row["hessian_norm_loss"] + LAM * row["hessian_norm_gain"]
+        )
     assert all(p.grad is None for p in parameters)
 
 
@@ -277,7 +302,9 @@ def run(tiny_base, image_folder, out, **more):
 @pytest.mark.parametrize("method", METHODS)
 def test_looking_does_not_change_the_run(tiny_base, image_folder, tmp_path, method):
     """With and without --hessian-every the adapters are bit-equal; the bound holds at every logged point."""
-    looked, rows = run(tiny_base, image_folder, tmp_path / "a", method=method, steps=3, hessian_every=2)
+    looked, rows = run(
+        tiny_base, image_folder, tmp_path / "a", method=method, steps=3, hessian_every=2
+    )
     plain, other = run(tiny_base, image_folder, tmp_path / "b", method=method, steps=3)
     assert all(torch.equal(looked[k], plain[k]) for k in plain)
     assert [r.get("adaptation_loss") for r in rows] == [r.get("adaptation_loss") for r in other]
@@ -286,7 +313,9 @@ def test_looking_does_not_change_the_run(tiny_base, image_folder, tmp_path, meth
     assert [r["step"] for r in points] == [1, 2]
     for r in points:
         assert 0 < r["hessian_norm"] <= r["hessian_bound"] * (1 + 1e-4)
-        assert r["hessian_bound"] == pytest.approx(r["bound_constant"] + r["bound_slope"] * r["fixed_grad_norm"])
+        assert r["hessian_bound"] == pytest.approx(
+            r["bound_constant"] + r["bound_slope"] * r["fixed_grad_norm"]
+        )
         assert isinstance(r["hessian_converged"], bool) and r["hessian_products"] >= 1
     if method == "smp":
         assert points[0]["fixed_lambda_effective"] == pytest.approx(
@@ -308,5 +337,8 @@ def test_correlation():
     assert found.interval[0] < 0.6 < found.interval[1]
     drift = correlation(np.cumsum(x), np.cumsum(rng.normal(size=200)))
     assert drift.effective_points < 20 and "20" in drift.warning[:3]
-    assert correlation(x[:10], y[:10]).warning and correlation([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]).warning
+    assert (
+        correlation(x[:10], y[:10]).warning
+        and correlation([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]).warning
+    )
     assert correlation(x[:4], y[:4]).interval[0] <= -0.5

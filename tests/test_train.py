@@ -54,10 +54,24 @@ def test_six_steps_on_the_command_line(tiny_base, image_folder, tmp_path, method
         "--norms-every",
         "3",
     ]
-    command += ["--model", tiny_base, "--data", image_folder, "--out", out, *map(str, SMALL), "--save-every", "3"]
+    command += [
+        "--model",
+        tiny_base,
+        "--data",
+        image_folder,
+        "--out",
+        out,
+        *map(str, SMALL),
+        "--save-every",
+        "3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[-3:]] == ["quality", "leakage", "files"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[-3:]] == [
+        "quality",
+        "leakage",
+        "files",
+    ]
     for name in ("config.json", "splits.json", "curves.png", "samples/step-000006.png"):
         assert (out / name).stat().st_size > 0
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
@@ -69,15 +83,22 @@ def test_six_steps_on_the_command_line(tiny_base, image_folder, tmp_path, method
     if method == "smp":
         for m in metrics[1:]:
             assert m["denominator"] == pytest.approx(1 - m_lam(out) * m["mi_gain"] + 1e-5, rel=1e-5)
-            assert m["objective"] == pytest.approx(m["adaptation_loss"] / m["denominator"], rel=1e-5)
+            assert m["objective"] == pytest.approx(
+                m["adaptation_loss"] / m["denominator"], rel=1e-5
+            )
             assert m["lambda_effective"] == pytest.approx(m_lam(out) * m["objective"], rel=1e-5)
     if method == "mp":
         assert all(
-            m["objective"] == pytest.approx(m["adaptation_loss"] + m_lam(out) * m["mi_gain"], rel=1e-5)
+            m["objective"]
+            == pytest.approx(m["adaptation_loss"] + m_lam(out) * m["mi_gain"], rel=1e-5)
             for m in metrics[1:]
         )
-    assert ("grad_norm_gain" in metrics[3]) == (method != "lora") and "grad_norm_loss" not in metrics[2]
-    assert {"versions", "settings", "git_commit", "summary"} <= set(json.loads((out / "config.json").read_text()))
+    assert ("grad_norm_gain" in metrics[3]) == (
+        method != "lora"
+    ) and "grad_norm_loss" not in metrics[2]
+    assert {"versions", "settings", "git_commit", "summary"} <= set(
+        json.loads((out / "config.json").read_text())
+    )
 
 
 def m_lam(run):
@@ -99,7 +120,9 @@ def test_same_seed_same_bits(tiny_base, image_folder, tmp_path):
 def test_methods_share_batches_and_noise(tiny_base, image_folder, tmp_path):
     """The first step's loss is the same for every method: only the objective differs between them."""
     first = [
-        rows(small_run(tiny_base, image_folder, tmp_path / m, "--steps", 1, "--method", m))[1]["adaptation_loss"]
+        rows(small_run(tiny_base, image_folder, tmp_path / m, "--steps", 1, "--method", m))[1][
+            "adaptation_loss"
+        ]
         for m in ("lora", "mp", "smp")
     ]
     assert first[0] == first[1] == first[2]
@@ -108,7 +131,17 @@ def test_methods_share_batches_and_noise(tiny_base, image_folder, tmp_path):
 def test_training_lowers_the_loss(tiny_base, image_folder, tmp_path):
     """Sixty steps fit the members better than none."""
     run = small_run(
-        tiny_base, image_folder, tmp_path / "r", "--method", "lora", "--steps", 60, "--rank", 16, "--target", "all"
+        tiny_base,
+        image_folder,
+        tmp_path / "r",
+        "--method",
+        "lora",
+        "--steps",
+        60,
+        "--rank",
+        16,
+        "--target",
+        "all",
     )
     held = [m["member_val_loss"] for m in rows(run) if "member_val_loss" in m]
     assert held[-1] < 0.95 * held[0]
@@ -118,17 +151,25 @@ def test_separate_norms_do_not_change_the_run(tiny_base, image_folder, tmp_path)
     """The extra backward passes are only looked at."""
     losses = []
     for every in (1, 100):
-        run = small_run(tiny_base, image_folder, tmp_path / str(every), "--steps", 4, "--norms-every", every)
+        run = small_run(
+            tiny_base, image_folder, tmp_path / str(every), "--steps", 4, "--norms-every", every
+        )
         losses.append([m["objective"] for m in rows(run)[1:]])
     assert losses[0] == losses[1]
 
 
 def test_attacker_every_third_step(tiny_base, image_folder, tmp_path):
     """The attacker moves in steps 1, 4, ...; up to its second step the run is as without the flag."""
-    runs = [small_run(tiny_base, image_folder, tmp_path / n, "--steps", 5, "--attacker-every", n) for n in "13"]
+    runs = [
+        small_run(tiny_base, image_folder, tmp_path / n, "--steps", 5, "--attacker-every", n)
+        for n in "13"
+    ]
     every, third = (rows(run)[1:] for run in runs)
     assert [r["step"] for r in third if "attacker_loss" in r] == [1, 4]
-    assert every[0]["objective"] == third[0]["objective"] and every[0]["attacker_loss"] == third[0]["attacker_loss"]
+    assert (
+        every[0]["objective"] == third[0]["objective"]
+        and every[0]["attacker_loss"] == third[0]["attacker_loss"]
+    )
     assert every[1]["mi_gain"] != third[1]["mi_gain"]  # its attacker is one step older
 
 
@@ -143,13 +184,18 @@ def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
 
     def turn(run, learner, number, turn=train.adapter_turn):
         row = turn(run, learner, number)
-        assert learner.reused[0].shape[1:] == run.base.latent_shape and not learner.reused[0].requires_grad
+        assert (
+            learner.reused[0].shape[1:] == run.base.latent_shape
+            and not learner.reused[0].requires_grad
+        )
         shown.append(learner.reused)
         return row
 
     monkeypatch.setattr(train, "attacker_step", step)
     monkeypatch.setattr(train, "adapter_turn", turn)
-    reused = small_run(tiny_base, image_folder, tmp_path / "r", "--steps", 6, "--attacker-members", "reused")
+    reused = small_run(
+        tiny_base, image_folder, tmp_path / "r", "--steps", 6, "--attacker-members", "reused"
+    )
     found = [kept for kept in shown[:-1] if len(kept[0])]
     assert len(seen) == len(found) > 2
     assert {len(errors) for errors, _ in shown} != {4}  # not all of a batch are auxiliary
@@ -163,7 +209,17 @@ def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
 def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
     """They are part of the training state: the attacker of a resumed run steps on the same errors."""
     out = tmp_path / "r"
-    argv = ["--model", tiny_base, "--data", image_folder, "--out", out, *SMALL, "--attacker-members", "reused"]
+    argv = [
+        "--model",
+        tiny_base,
+        "--data",
+        image_folder,
+        "--out",
+        out,
+        *SMALL,
+        "--attacker-members",
+        "reused",
+    ]
     settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in argv]))
     settings.dtype = "float32"
     run = train.prepare(settings, train.Processes("cpu"))
@@ -249,7 +305,12 @@ def test_every_bad_input_is_listed(tiny_base, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv,words", [([], "name run folders"), (["/nowhere"], "not a run folder"), (["RUN", "--at", "7"], "step 7")]
+    "argv,words",
+    [
+        ([], "name run folders"),
+        (["/nowhere"], "not a run folder"),
+        (["RUN", "--at", "7"], "step 7"),
+    ],
 )
 def test_bad_input_to_evaluate(tiny_base, image_folder, tmp_path, argv, words, capsys):
     """The same for evaluate.py."""

@@ -24,7 +24,9 @@ class Batches:
         return batch
 
 
-def draw_noise(base: Base, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_noise(
+    base: Base, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Timesteps (count,) uniform in 0..T-1 and Gaussian noise (count, C, h, w), drawn on the CPU for every device."""
     timesteps = torch.randint(len(base.abar), (count,), generator=generator)
     noise = torch.randn((count, *base.latent_shape), generator=generator)
@@ -37,17 +39,27 @@ class Learner:
     def __init__(self, run: Run):
         settings = run.settings
         # separate streams, so that every method sees the same batches and noise in its outer steps
-        self.outer, self.inner = (torch.Generator().manual_seed(settings.seed * 2 + k) for k in (1, 2))
+        self.outer, self.inner = (
+            torch.Generator().manual_seed(settings.seed * 2 + k) for k in (1, 2)
+        )
         self.private = Batches(run.members, run.batch, self.outer)
         half = max(1, settings.batch_size // 2) * (run.batch // settings.batch_size)
         sizes = run.batch, run.batch if settings.attacker_members == "drawn" else half
         aux = run.roles["member_aux"], run.roles["nonmember_aux"]
-        self.aux = [Batches(found, size, self.inner) for found, size in zip(aux, sizes, strict=True)]
+        self.aux = [
+            Batches(found, size, self.inner) for found, size in zip(aux, sizes, strict=True)
+        ]
         # (errors, timesteps) of the auxiliary members in the last outer batch, for --attacker-members reused
         self.reused: tuple[torch.Tensor, ...] = ()
-        self.adapter, self.parameters, self.device = run.adapter, run.adapter.parameters(), run.base.device
+        self.adapter, self.parameters, self.device = (
+            run.adapter,
+            run.adapter.parameters(),
+            run.base.device,
+        )
         self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
-        self.attacker_optimizer = torch.optim.Adam(self.attacker.parameters(), lr=settings.attacker_lr)
+        self.attacker_optimizer = torch.optim.Adam(
+            self.attacker.parameters(), lr=settings.attacker_lr
+        )
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -57,13 +69,19 @@ class Learner:
             "optimizer": state.optimizer_tensors(self.optimizer),
             "attacker": self.attacker.state_dict(),
             "attacker_optimizer": state.optimizer_tensors(self.attacker_optimizer),
-            "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state(), "cpu": torch.get_rng_state()},
+            "random": {
+                "outer": self.outer.get_state(),
+                "inner": self.inner.get_state(),
+                "cpu": torch.get_rng_state(),
+            },
             "queue": {str(i): batches.queue for i, batches in enumerate([self.private, *self.aux])},
             "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
         }
         if self.device.type != "cpu":
             groups["random"]["device"] = getattr(torch, self.device.type).get_rng_state()
-        return {f"{group}/{name}": t for group, found in groups.items() for name, t in found.items()}
+        return {
+            f"{group}/{name}": t for group, found in groups.items() for name, t in found.items()
+        }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `tensors`."""
@@ -84,4 +102,6 @@ class Learner:
             getattr(torch, self.device.type).set_rng_state(groups["random"]["device"])
         for i, batches in enumerate([self.private, *self.aux]):
             batches.queue = groups["queue"][str(i)]
-        self.reused = tuple(tensor.to(self.device) for _, tensor in sorted(groups.get("reused", {}).items()))
+        self.reused = tuple(
+            tensor.to(self.device) for _, tensor in sorted(groups.get("reused", {}).items())
+        )

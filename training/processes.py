@@ -30,7 +30,11 @@ class Processes:
             from accelerate import PartialState
 
             state = PartialState(cpu=device == "cpu")
-            self.count, self.rank, self.device = state.num_processes, state.process_index, str(state.device)
+            self.count, self.rank, self.device = (
+                state.num_processes,
+                state.process_index,
+                str(state.device),
+            )
 
     @property
     def main(self) -> bool:
@@ -57,7 +61,10 @@ class Processes:
             return tensors
         flat = torch.cat([t.flatten() for t in tensors])
         distributed.all_reduce(flat)
-        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+        return [
+            part.view_as(t)
+            for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+        ]
 
     def same(self, module: torch.nn.Module) -> None:
         """Give every process the first one's weights; without it, rounding on several GPUs would drift apart."""
@@ -88,8 +95,19 @@ class WholeBatch:
     grads = batch.gradients(value)                 # d value / d parameters, over all parts and processes
     """
 
-    def __init__(self, forward: Forward, parts: list[slice], parameters: list[Parameter], processes: Processes):
-        self.forward, self.parts, self.parameters, self.processes = forward, parts, parameters, processes
+    def __init__(
+        self,
+        forward: Forward,
+        parts: list[slice],
+        parameters: list[Parameter],
+        processes: Processes,
+    ):
+        self.forward, self.parts, self.parameters, self.processes = (
+            forward,
+            parts,
+            parameters,
+            processes,
+        )
         if len(parts) == 1:
             self.mine = forward(parts[0])  # with its graph: the only forward there is
         else:
@@ -99,11 +117,18 @@ class WholeBatch:
 
     def gradients(self, value: torch.Tensor, last: bool = True) -> list[torch.Tensor]:
         """d value / d parameters; `last` frees the graph."""
-        slope = torch.autograd.grad(value, self.error, retain_graph=not last)[0]  # dJ/de (B, C, h, w)
+        slope = torch.autograd.grad(value, self.error, retain_graph=not last)[
+            0
+        ]  # dJ/de (B, C, h, w)
         slopes = [slope[part] for part in self.parts]
         if len(self.parts) == 1:
-            return self.processes.sum(pull_back(self.mine, slopes[0], self.parameters, keep_graph=not last))
-        pulled = (pull_back(self.forward(p), s, self.parameters) for p, s in zip(self.parts, slopes, strict=True))
+            return self.processes.sum(
+                pull_back(self.mine, slopes[0], self.parameters, keep_graph=not last)
+            )
+        pulled = (
+            pull_back(self.forward(p), s, self.parameters)
+            for p, s in zip(self.parts, slopes, strict=True)
+        )
         return self.processes.sum(total(pulled))
 
 
@@ -125,7 +150,9 @@ def gradients_of_mean(
     return grads, processes.gather(torch.cat(errors))
 
 
-def pull_back(error, slope, parameters: list[Parameter], keep_graph: bool = False) -> list[torch.Tensor]:
+def pull_back(
+    error, slope, parameters: list[Parameter], keep_graph: bool = False
+) -> list[torch.Tensor]:
     """(de / d parameters)^T slope.
 
     A mean over a latent has slopes near 1e-5, which half precision rounds to nothing on its way through the UNet: the
@@ -140,5 +167,9 @@ def total(lists) -> list[torch.Tensor]:
     """The sum of lists of tensors, entry by entry."""
     result = None
     for tensors in lists:
-        result = list(tensors) if result is None else [a.add_(b) for a, b in zip(result, tensors, strict=True)]
+        result = (
+            list(tensors)
+            if result is None
+            else [a.add_(b) for a, b in zip(result, tensors, strict=True)]
+        )
     return result

@@ -59,7 +59,9 @@ class Run:
     @property
     def members(self) -> list[int]:
         """Indices of the images that the adapter trains on."""
-        return sorted(self.roles["member_aux"] + self.roles["member_val"] + self.roles["member_test"])
+        return sorted(
+            self.roles["member_aux"] + self.roles["member_val"] + self.roles["member_test"]
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,7 +76,9 @@ def held_out(run: Run) -> dict[str, float]:
     loss = {}
     for side in ("member", "nonmember"):
         index = run.roles[f"{side}_val"]
-        grid = attacks.loss_grid(run.base, run.latents[index], run.text[index], attacks.ALL_TIMESTEPS, draws=1)
+        grid = attacks.loss_grid(
+            run.base, run.latents[index], run.text[index], attacks.ALL_TIMESTEPS, draws=1
+        )
         loss[f"{side}_val_loss"] = grid.mean().item()
     return loss
 
@@ -84,8 +88,12 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
     scores = {}
     for side in ("member", "nonmember"):
         index = run.roles[f"{side}_aux"] + run.roles[f"{side}_val"]
-        scores[side] = -attacks.loss_grid(run.base, run.latents[index], run.text[index]).mean((1, 2)).numpy()
-    bootstrap = roc.Bootstrap(len(scores["member"]), len(scores["nonmember"]), seed=run.settings.seed)
+        scores[side] = (
+            -attacks.loss_grid(run.base, run.latents[index], run.text[index]).mean((1, 2)).numpy()
+        )
+    bootstrap = roc.Bootstrap(
+        len(scores["member"]), len(scores["nonmember"]), seed=run.settings.seed
+    )
     pair = scores["member"], scores["nonmember"]
     return roc.auc(*pair), tuple(bootstrap.interval(bootstrap.auc(*pair)))
 
@@ -96,11 +104,16 @@ def sample_grid(run: Run, name: str) -> None:
     if not columns:
         return
     rng = np.random.default_rng(run.settings.seed)
-    index = [i for r in ("member_test", "nonmember_test") for i in rng.choice(run.roles[r], columns)]
+    index = [
+        i for r in ("member_test", "nonmember_test") for i in rng.choice(run.roles[r], columns)
+    ]
     noise = torch.randn(
-        (len(index), *run.base.latent_shape), generator=torch.Generator().manual_seed(run.settings.seed)
+        (len(index), *run.base.latent_shape),
+        generator=torch.Generator().manual_seed(run.settings.seed),
     )
-    images = sample(run.base, run.text[index], encode_captions(run.base, [""]), noise.to(run.base.device))
+    images = sample(
+        run.base, run.text[index], encode_captions(run.base, [""]), noise.to(run.base.device)
+    )
     plots.image_grid(images, columns, run.out / "samples" / f"{name}.png")
 
 
@@ -137,7 +150,9 @@ def check_images(run: Run) -> None:
     """Before going on: the images must be dealt as they were; raises UserError."""
     was = json.loads((run.out / "splits.json").read_text())
     if was != role_names(run):
-        raise UserError(f"{run.settings.data} no longer holds the images that {run.out} was begun with: put them back")
+        raise UserError(
+            f"{run.settings.data} no longer holds the images that {run.out} was begun with: put them back"
+        )
 
 
 def cut_metrics(out: Path, step: int) -> None:
@@ -149,7 +164,9 @@ def cut_metrics(out: Path, step: int) -> None:
         except json.JSONDecodeError:
             break
     if rows != list(range(step + 1)):
-        raise UserError(f"{path} does not hold every step up to {step}: it cannot be continued, take another --out")
+        raise UserError(
+            f"{path} does not hold every step up to {step}: it cannot be continued, take another --out"
+        )
     write_whole(path, "".join(path.read_text().splitlines(keepends=True)[: step + 1]))
 
 
@@ -169,7 +186,9 @@ class MetricsLog:
             self.flushed = time.monotonic() if flush else self.flushed
             print(json.dumps(row), file=self.file, flush=flush)
         if self.tracker:
-            self.tracker.log({k: v for k, v in row.items() if v is not None and k != "step"}, step=row["step"])
+            self.tracker.log(
+                {k: v for k, v in row.items() if v is not None and k != "step"}, step=row["step"]
+            )
 
     def sync(self) -> None:
         """Everything so far is on the disk when this returns."""
@@ -198,13 +217,21 @@ def tracker(run: Run):
         getattr(found, "start", lambda: None)()  # what older versions of accelerate do at once
         return found
     except ImportError:
-        raise UserError("--track tensorboard needs a package that is missing: pip install tensorboard") from None
+        raise UserError(
+            "--track tensorboard needs a package that is missing: pip install tensorboard"
+        ) from None
 
 
 def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None:
     """The adapter as of now, with the facts that say where it is from."""
     s = run.settings
-    facts = {"base_model": Path(s.model).name, "method": s.method, "lambda": s.lam, "seed": s.seed, "steps": step}
+    facts = {
+        "base_model": Path(s.model).name,
+        "method": s.method,
+        "lambda": s.lam,
+        "seed": s.seed,
+        "steps": step,
+    }
     run.adapter.save(folder, facts | {"git_commit": git_commit()}, kohya)
 
 
@@ -217,7 +244,9 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     if settings.method != "lora":
         (out / "attacker").mkdir(exist_ok=True)
         tensors = {name: t.cpu().contiguous() for name, t in attacker.state_dict().items()}
-        write_whole(out / "attacker" / "attacker.safetensors", serialize(tensors, {"proxy": settings.proxy}))
+        write_whole(
+            out / "attacker" / "attacker.safetensors", serialize(tensors, {"proxy": settings.proxy})
+        )
     sample_grid(run, f"step-{steps:06d}")
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     plots.training_curves(metrics, settings.method, out / "curves.png")
@@ -232,9 +261,13 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
         "validation_auc_interval": [low, high],
         "lambda_effective_mean": float(np.mean(lambdas)),
     }
-    write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"summary": summary})
+    write_json(
+        out / "config.json", json.loads((out / "config.json").read_text()) | {"summary": summary}
+    )
     state.clear(out / "state")
-    print(f"quality:  held-out loss {last['nonmember_val_loss']:.4f}, {initial['nonmember_val_loss']:.4f} before")
+    print(
+        f"quality:  held-out loss {last['nonmember_val_loss']:.4f}, {initial['nonmember_val_loss']:.4f} before"
+    )
     print(
         f"leakage:  loss-attack AUC {auc:.2f} [{low:.2f}, {high:.2f}] on auxiliary and validation images; 0.5 is none"
     )
@@ -249,4 +282,3 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-

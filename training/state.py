@@ -26,7 +26,9 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict,
     """Write the state of `step` atomically, then delete all but the newest `keep` files; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", "state": json.dumps({"step": step} | facts)}
-    content = serialize({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
+    content = serialize(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header
+    )
     path = write_whole(folder / f"step-{step:06d}.safetensors", content)
     for old in files(folder)[:-keep]:
         old.unlink(missing_ok=True)
@@ -35,7 +37,9 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict,
 
 def files(folder: Path) -> list[Path]:
     """The state files of a folder, oldest first."""
-    return sorted(folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-")))
+    return sorted(
+        folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-"))
+    )
 
 
 def load(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict] | None:
@@ -74,7 +78,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

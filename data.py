@@ -29,16 +29,11 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 
-ROLES = (
-    "member_aux",
-    "member_val",
-    "member_test",
-    "nonmember_aux",
-    "nonmember_val",
-    "nonmember_test",
-    "fresh",
-)
-PARTS = {  # the paper's folder -> the roles it is cut into; members first, so that they win over non-member copies
+SIDES = ("member", "nonmember")
+PARTS = ("aux", "val", "test")
+ROLES = (*(f"{side}_{part}" for side in SIDES for part in PARTS), "fresh")
+# the paper's folder -> the roles it is cut into; members first, so that they win over copies
+FOLDERS = {
     "D^m_aux": ("member_aux", "member_val"),
     "D^m_te": ("member_test",),
     "D^nm_aux": ("nonmember_aux", "nonmember_val"),
@@ -53,7 +48,7 @@ FORMATS = (
     "GIF",
     "TIFF",
 )  # whatever the suffix says, PIL tries no other decoder
-SIDES = (8, 20_000)  # pixels; a side outside is taken for a mistake
+PIXELS = (8, 20_000)  # a side outside is taken for a mistake
 
 
 @dataclass
@@ -63,9 +58,18 @@ class Images:
     names: list[str]  # file names, relative to the folder
     captions: list[str]
     pixels: np.ndarray  # (N, size, size, 3) uint8 RGB
-    parts: dict[str, list[int]] | None = (
-        None  # indices per sub-folder (keys of PARTS) if the folder comes split
-    )
+    # indices per sub-folder (keys of FOLDERS) if the folder comes split
+    folders: dict[str, list[int]] | None = None
+
+    def hashes(self) -> list[str]:
+        """Per image the SHA-256 of its pixels, at the size loaded, and its caption; names do not count.
+
+        Test: tests/test_data.py::test_hashes.
+        """
+        return [
+            hashlib.sha256(p.tobytes() + c.encode("utf-8", "surrogatepass")).hexdigest()
+            for p, c in zip(self.pixels, self.captions, strict=True)
+        ]
 
 
 def load_images(data: str, size: int, caption: str | None = None) -> Images:
@@ -98,23 +102,23 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
         raise UserError(f"{folder} is a file: give the folder that holds the images")
     if caption is not None and not caption.strip():
         raise UserError("--caption is empty: give the words that describe the images")
-    present = [part for part in PARTS if (folder / part).is_dir()]
-    if present and len(present) < len(PARTS):
-        missing = ", ".join(part for part in PARTS if part not in present)
+    present = [part for part in FOLDERS if (folder / part).is_dir()]
+    if present and len(present) < len(FOLDERS):
+        missing = ", ".join(part for part in FOLDERS if part not in present)
         raise UserError(
             f"{folder} has {', '.join(present)} but not {missing}: add them, or rename the others"
         )
     found: list[tuple[Path, str]] = []
-    parts: dict[str, list[int]] = {}
+    folders: dict[str, list[int]] = {}
     for part in present or [""]:
         start = len(found)
         found += _captioned(folder / part, caption)
-        parts[part] = list(range(start, len(found)))
+        folders[part] = list(range(start, len(found)))
     return Images(
         names=[path.relative_to(folder).as_posix() for path, _ in found],
         captions=[" ".join(text.split()) for _, text in found],
         pixels=np.stack([_square(path, size) for path, _ in found]),
-        parts=parts if present else None,
+        folders=folders if present else None,
     )
 
 
@@ -239,10 +243,10 @@ def _square(file: Path, size: int) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
         with image:
-            if min(image.size) < SIDES[0] or max(image.size) > SIDES[1]:
+            if min(image.size) < PIXELS[0] or max(image.size) > PIXELS[1]:
                 sides = f"{image.width}x{image.height} pixels"
                 raise UserError(
-                    f"{file} is {sides}: remove it or scale it to sides of {SIDES[0]} to {SIDES[1]:,}"
+                    f"{file} is {sides}: remove it or scale it to sides of {PIXELS[0]} to {PIXELS[1]:,}"
                 )
             if image.mode in ("I", "F"):  # 32-bit TIFF; nothing says which value is white
                 raise UserError(f"{file} has 32 bits per channel: save it with 8 or 16")
@@ -289,14 +293,14 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
         pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233, a tenth of each aux set aside for
                    validation, what is left is fresh (of the paper's 833 images none)
 
-    A folder that comes split keeps its parts, with the same tenth set aside; `members` and `preset` then do nothing.
+    A folder that comes split keeps its sub-folders, with the same tenth set aside; `members` and `preset` then do nothing.
     Of images with identical pixels only the first gets a role, so that no member is also a non-member (in a folder
     that comes split, the member), and a line is printed that says so.
     Raises UserError if there are too few images.  Test: tests/test_data.py.
     """
     order = (
-        [i for part in PARTS for i in images.parts[part]]
-        if images.parts
+        [i for part in FOLDERS for i in images.folders[part]]
+        if images.folders
         else list(range(len(images.names)))
     )
     first = duplicates(images.pixels[order])
@@ -308,10 +312,10 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
         )
     kept = sorted(set(order) - {copy for copy, _ in copies})
     rng = np.random.default_rng(seed)
-    if images.parts:
+    if images.folders:
         roles: dict[str, list[int]] = {"fresh": []}
-        for part, names in PARTS.items():
-            pool = sorted(set(images.parts[part]) & set(kept))
+        for part, names in FOLDERS.items():
+            pool = sorted(set(images.folders[part]) & set(kept))
             val = max(1, round(len(pool) / 10)) if len(names) == 2 else 0
             if len(pool) < val + 2:
                 raise UserError(

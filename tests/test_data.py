@@ -1,5 +1,6 @@
 """data.py: every form of folder, every kind of pixel, every message, and splits that keep members apart."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 import data
 from cli import UserError
-from data import PARTS, ROLES, Images, duplicates, load_images, split
+from data import FOLDERS, PARTS, ROLES, SIDES, Images, duplicates, load_images, split
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -37,10 +38,27 @@ def message(folder: Path | str, caption: str | None = None, *words: str) -> str:
     return text
 
 
-def numbered(n: int, parts: dict[str, list[int]] | None = None) -> Images:
+def numbered(n: int, folders: dict[str, list[int]] | None = None) -> Images:
     """n distinct 1 x 1 images."""
     pixels = np.arange(n, dtype=np.uint32).view(np.uint8).reshape(n, 4)[:, None, None, :3]
-    return Images([f"{i}.png" for i in range(n)], ["x"] * n, pixels, parts)
+    return Images([f"{i}.png" for i in range(n)], ["x"] * n, pixels, folders)
+
+
+def test_roles_are_sides_by_parts():
+    assert set(ROLES) == {f"{side}_{part}" for side in SIDES for part in PARTS} | {"fresh"}
+    assert len(ROLES) == 7 and [r for roles in FOLDERS.values() for r in roles] == list(ROLES[:6])
+
+
+def test_hashes():
+    images = numbered(4)
+    images.pixels[3] = images.pixels[2]
+    images.captions[1] = "xy"
+    hashes = images.hashes()
+    assert hashes[0] == hashlib.sha256(bytes(3) + b"x").hexdigest()
+    assert hashes[1] == hashlib.sha256(bytes([1, 0, 0]) + b"xy").hexdigest()
+    assert hashes[2] == hashes[3] and len(set(hashes)) == 3
+    images.names[0] = "renamed.png"
+    assert images.hashes() == hashes
 
 
 # ---- forms of folder ----
@@ -62,7 +80,7 @@ def test_metadata_jsonl(tmp_path, mark):
     assert images.captions == ["blue", "gr\u00fcn eins"]
     assert images.pixels.shape == (2, 8, 8, 3) and images.pixels.dtype == np.uint8
     assert (images.pixels[0] == BLUE).all() and (images.pixels[1] == GREEN).all()
-    assert images.parts is None
+    assert images.folders is None
 
 
 def test_metadata_csv(tmp_path):
@@ -105,7 +123,7 @@ def test_plain_folder(tmp_path):
 
 
 def test_paper_layout_in_three_forms(tmp_path):
-    for k, part in enumerate(PARTS):
+    for k, part in enumerate(FOLDERS):
         for i in range(k + 1):
             save(tmp_path / part / f"{i}.png", (k, i, 0))
     (tmp_path / "D^m_te" / "metadata.csv").write_text(
@@ -113,7 +131,7 @@ def test_paper_layout_in_three_forms(tmp_path):
     )
     (tmp_path / "D^nm_aux" / "2.txt").write_text("beside")
     images = load_images(str(tmp_path), 8, "flag")
-    assert images.parts == {
+    assert images.folders == {
         "D^m_aux": [0],
         "D^m_te": [1, 2],
         "D^nm_aux": [3, 4, 5],
@@ -121,7 +139,7 @@ def test_paper_layout_in_three_forms(tmp_path):
     }
     assert images.names[1] == "D^m_te/0.png" and images.captions[1] == "listed zero"
     assert images.captions[3:6] == ["flag", "flag", "beside"]
-    for k, indices in enumerate(images.parts.values()):
+    for k, indices in enumerate(images.folders.values()):
         assert (images.pixels[indices][..., 0] == k).all()
 
 
@@ -229,7 +247,7 @@ def test_only_some_of_the_papers_folders(tmp_path):
 
 
 def test_empty_paper_folder(tmp_path):
-    for part in PARTS:
+    for part in FOLDERS:
         save(tmp_path / part / "a.png")
     (tmp_path / "D^m_te" / "a.png").unlink()
     message(tmp_path, "x", "D^m_te holds no images")
@@ -470,47 +488,47 @@ def test_copies_stay_on_one_side(capsys, seed):
     assert capsys.readouterr().out == ""
 
 
-def paper_parts(*sizes: int) -> Images:
+def paper_folders(*sizes: int) -> Images:
     ends = np.cumsum(sizes)
-    parts = {p: list(range(e - s, e)) for p, s, e in zip(PARTS, sizes, ends, strict=True)}
-    return numbered(int(ends[-1]), parts)
+    folders = {p: list(range(e - s, e)) for p, s, e in zip(FOLDERS, sizes, ends, strict=True)}
+    return numbered(int(ends[-1]), folders)
 
 
 def test_split_follows_the_papers_folders():
-    images = paper_parts(40, 5, 30, 6)
+    images = paper_folders(40, 5, 30, 6)
     roles = split(images, 0, 10_000)
     check_disjoint(roles, 81)
-    assert sorted(roles["member_aux"] + roles["member_val"]) == images.parts["D^m_aux"]
-    assert sorted(roles["nonmember_aux"] + roles["nonmember_val"]) == images.parts["D^nm_aux"]
+    assert sorted(roles["member_aux"] + roles["member_val"]) == images.folders["D^m_aux"]
+    assert sorted(roles["nonmember_aux"] + roles["nonmember_val"]) == images.folders["D^nm_aux"]
     assert (
-        roles["member_test"] == images.parts["D^m_te"]
-        and roles["nonmember_test"] == images.parts["D^nm_te"]
+        roles["member_test"] == images.folders["D^m_te"]
+        and roles["nonmember_test"] == images.folders["D^nm_te"]
     )
     assert (len(roles["member_val"]), len(roles["nonmember_val"]), roles["fresh"]) == (4, 3, [])
     assert roles == split(images, 0, 10) != split(images, 1, 10)
 
 
 def test_copy_across_the_papers_folders_stays_a_member(capsys):
-    images = paper_parts(5, 5, 5, 5)
-    images.parts = dict(
-        zip(PARTS, reversed(images.parts.values()), strict=True)
+    images = paper_folders(5, 5, 5, 5)
+    images.folders = dict(
+        zip(FOLDERS, reversed(images.folders.values()), strict=True)
     )  # members have the higher indices
-    member, nonmember = images.parts["D^m_te"][0], images.parts["D^nm_te"][2]
+    member, nonmember = images.folders["D^m_te"][0], images.folders["D^nm_te"][2]
     assert nonmember < member
     images.pixels[nonmember] = images.pixels[member]
     roles = split(images, 0, 10)
     assert member in roles["member_test"]
-    assert roles["nonmember_test"] == [i for i in images.parts["D^nm_te"] if i != nonmember]
+    assert roles["nonmember_test"] == [i for i in images.folders["D^nm_te"] if i != nonmember]
     note = capsys.readouterr().out
     assert "1 of 20 images" in note and f"{nonmember}.png = {member}.png" in note
 
 
 @pytest.mark.parametrize("sizes, part", [((2, 2, 3, 2), "D^m_aux"), ((3, 2, 3, 1), "D^nm_te")])
 def test_too_few_images_in_a_paper_folder(sizes, part):
-    split(paper_parts(3, 2, 3, 2), 0, 10)
+    split(paper_folders(3, 2, 3, 2), 0, 10)
     with pytest.raises(UserError) as caught:
-        split(paper_parts(*sizes), 0, 10)
-    assert f"{part} holds {sizes[list(PARTS).index(part)]} " in str(
+        split(paper_folders(*sizes), 0, 10)
+    assert f"{part} holds {sizes[list(FOLDERS).index(part)]} " in str(
         caught.value
     ) and "--members" in str(caught.value)
 

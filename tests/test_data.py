@@ -1,6 +1,7 @@
 """data.py: every form of folder, every kind of pixel, every message, and splits that keep members apart."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 import data
 from cli import UserError
-from data import FOLDERS, PARTS, ROLES, SIDES, Images, duplicates, load_images, split
+from data import FOLDERS, PARTS, ROLES, SIDES, Images, load_images, near_duplicates, split
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -39,8 +40,8 @@ def message(folder: Path | str, caption: str | None = None, *words: str) -> str:
 
 
 def numbered(n: int, folders: dict[str, list[int]] | None = None) -> Images:
-    """n distinct 1 x 1 images."""
-    pixels = np.arange(n, dtype=np.uint32).view(np.uint8).reshape(n, 4)[:, None, None, :3]
+    """n images of 4 x 4 black and white noise, far from one another."""
+    pixels = 255 * np.random.default_rng(0).integers(0, 2, (n, 4, 4, 3), dtype=np.uint8)
     return Images([f"{i}.png" for i in range(n)], ["x"] * n, pixels, folders)
 
 
@@ -54,8 +55,8 @@ def test_hashes():
     images.pixels[3] = images.pixels[2]
     images.captions[1] = "xy"
     hashes = images.hashes()
-    assert hashes[0] == hashlib.sha256(bytes(3) + b"x").hexdigest()
-    assert hashes[1] == hashlib.sha256(bytes([1, 0, 0]) + b"xy").hexdigest()
+    assert hashes[0] == hashlib.sha256(bytes(images.pixels[0].flat) + b"x").hexdigest()
+    assert hashes[1] == hashlib.sha256(bytes(images.pixels[1].flat) + b"xy").hexdigest()
     assert hashes[2] == hashes[3] and len(set(hashes)) == 3
     images.names[0] = "renamed.png"
     assert images.hashes() == hashes
@@ -310,6 +311,9 @@ def test_unreadable_files(tmp_path, monkeypatch):
     file.symlink_to(tmp_path / "nothing")
     message(tmp_path, "x", "cannot read", "gone.png", "No such file")
 
+    file.unlink()
+    save(file)
+
     def refuse(path, **_):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -384,7 +388,8 @@ def test_metadata_escape_is_refused_from_a_relative_folder(tmp_path, monkeypatch
         ("file,text\na.png,x\n", ["lacks a column", "file_name and text"]),
         ("", ["lacks a column"]),
         ("file_name,text\na.png,x\ngone.png,x\n", ["line 3", "'gone.png'"]),
-        ("file_name,text\na.png\n", ["line 2", "empty caption"]),
+        ("file_name,text\na.png\n", ["line 2", "fewer fields"]),
+        ("file_name,text\na.png,\n", ["line 2", "empty caption"]),
         ("file_name,text\na.png," + "x" * 200_000 + "\n", ["line 2", "not CSV"]),
         ("file_name,text\n", ["no images"]),
     ],
@@ -406,11 +411,61 @@ def check_disjoint(roles: dict[str, list[int]], n: int) -> None:
     assert all(type(i) is int for i in dealt)  # json cannot write numpy's
 
 
-def test_duplicates_against_comparison_of_all_pairs():
-    pixels = np.random.default_rng(0).integers(0, 2, (40, 2, 1, 3), dtype=np.uint8)
-    expected = [min(j for j in range(40) if (pixels[i] == pixels[j]).all()) for i in range(40)]
-    assert duplicates(pixels) == expected
-    assert expected != list(range(40))
+def copied(pixels: np.ndarray, how: str) -> np.ndarray:
+    """A copy as people make them: saved as JPEG, or scaled by a factor and back to its size."""
+    image = Image.fromarray(pixels)
+    if how == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "JPEG")
+        return np.asarray(Image.open(file))
+    side = round(float(how) * len(pixels))
+    small = image.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(small.resize(image.size, Image.Resampling.LANCZOS))
+
+
+def test_near_duplicates_against_all_pairs():
+    rng = np.random.default_rng(0)
+    pixels = 255 * rng.integers(0, 2, (600, 2, 2, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    flat = pixels.reshape(600, -1)
+    expected = [int(np.flatnonzero((flat == row).all(1))[0]) for row in flat]
+    assert near_duplicates(pixels) == expected  # nothing lies between equal and far apart
+    assert 20 < sum(i != j for i, j in enumerate(expected)) < 580
+
+
+@pytest.mark.parametrize("how", ["jpeg", "0.5", "2"])
+def test_copies_of_pictures_are_near_duplicates(how):
+    pixels = load_images("twemoji", 72).pixels[::10]
+    n = len(pixels)
+    copies = np.stack([copied(p, how) for p in pixels])
+    assert (copies != pixels).any((1, 2, 3)).all()
+    assert near_duplicates(np.concatenate([pixels, copies])) == [*range(n), *range(n)]
+
+
+@pytest.mark.parametrize("size", [16, 48, 64])
+def test_pictures_that_differ_are_not_near_duplicates(size, image_folder):
+    for name in ("twemoji", image_folder):
+        pixels = load_images(name, size).pixels
+        assert near_duplicates(pixels) == list(range(len(pixels)))
+
+
+def test_small_differences_count_where_there_is_little_contrast():
+    ground = np.full((2, 32, 32, 3), 128, np.uint8)
+    ground[0, 8:16, 8:16] = 133
+    ground[1, 16:24, 16:24] = 133
+    assert near_duplicates(ground) == [0, 1]
+    ground[1] = ground[0]
+    ground[1, 20:22, 20:22] = 130
+    assert near_duplicates(ground) == [0, 0]
+    ground[1] = ground[0] + (40, 0, 0)  # another colour
+    assert near_duplicates(ground.astype(np.uint8)) == [0, 1]
+
+
+def test_repeats_of_a_repeat_stay():
+    rows = np.full((3, 32, 32, 3), 60, np.uint8)
+    rows[:, :16] = 180
+    rows += np.array([0, 5, 10], np.uint8)[:, None, None, None]  # 7 levels apart is the limit
+    assert near_duplicates(rows) == [0, 0, 2]
+    assert near_duplicates(rows[[1, 0, 2]]) == [0, 0, 0]
 
 
 @settings(max_examples=30, deadline=None)

@@ -177,9 +177,8 @@ class Settings:
     )
     track: str | None = option(None, "also log to a dashboard", ("tensorboard",))
 
-    RETIRED: ClassVar[dict] = {
-        "attacker_every": 1
-    }  # no flag any more; at this value it did nothing
+    # Flags that are gone, each with the value at which it changed nothing.
+    RETIRED: ClassVar[dict] = {"attacker_every": 1}
 
 
 # may change on --resume

@@ -311,7 +311,9 @@ def test_closed_pipe_is_quiet(lines):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=-1, cwd=ROOT)
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=writer, stderr=-1, cwd=ROOT, env=env)
     finally:
         os.close(writer)
     assert done.returncode == 141 and done.stderr == b""

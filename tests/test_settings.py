@@ -189,6 +189,15 @@ def test_stored_settings_and_what_may_change(tmp_path):
         stored(replace(given, steps=6))
 
 
+def test_default_folder_that_holds_another_method(tmp_path, monkeypatch):
+    """The run that was found is the one that is continued."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "smp").mkdir(parents=True)
+    store(tmp_path / "runs" / "smp", method="mp")
+    found, _ = stored(Settings(resume=True))
+    assert (found.method, resolve(found).out) == ("mp", "runs/smp")
+
+
 def test_nothing_stored(tmp_path):
     settings = Settings(out=str(tmp_path / "new"), resume=True)
     assert stored(settings) == (settings, None)

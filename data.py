@@ -53,7 +53,7 @@ class Images:
     folders: dict[str, list[int]] | None = None
 
     def hashes(self) -> list[str]:
-        """Per image the SHA-256 of its pixels, at the size loaded, and its caption; names do not count.
+        """Per image the SHA-256 of its pixels, at the size loaded, and its caption, not its name.
 
         Test: tests/test_data.py::test_hashes.
         """
@@ -107,7 +107,8 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
         pixels = np.empty((len(files), size, size, 3), np.uint8)
     except (MemoryError, ValueError) as error:
         raise UserError(
-            f"{len(files)} images of {size}x{size} pixels do not fit in memory: take fewer or smaller"
+            f"{len(files)} images of {size}x{size} pixels do not fit in memory: "
+            "take fewer or smaller ones"
         ) from error
     for i, file in enumerate(files):
         pixels[i] = _square(file, size)
@@ -120,7 +121,7 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
 
 
 def _find(folder: Path) -> tuple[folders.Found, dict[str, list[int]] | None]:
-    """What a folder holds, and the indices of its images per folder of the paper, if it has those."""
+    """What a folder holds, and the indices of its images per folder of the paper, if any."""
     present = [name for name in FOLDERS if (folder / name).is_dir()]
     if not present:
         return folders.find(folder), None
@@ -169,7 +170,8 @@ def _square(file: Path, size: int) -> np.ndarray:
             image = Image.open(file, formats=FORMATS)
         with image:
             image = _upright(image, shown(file))
-            # fit() scales only what the crop needs: a strip of 8 x 20,000 scaled whole would fill the memory
+            # fit() scales only what the crop needs: a strip of 8 x 20,000 scaled whole would fill
+            # the memory
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
@@ -177,7 +179,8 @@ def _square(file: Path, size: int) -> np.ndarray:
         ) from error
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # a broken file makes Pillow raise anything: SyntaxError, struct.error, IndexError, ...
+    # a broken file makes Pillow raise anything: SyntaxError, struct.error, IndexError, ...
+    except Exception as error:
         # open() was refused; the decoders name no file
         if isinstance(error, OSError) and error.filename:
             raise
@@ -198,11 +201,20 @@ def _upright(image: Image.Image, where: str) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if image.mode == "RGBA":
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image).convert("RGB")
-    return image
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    if image.mode != mode:  # convert() would copy
+        image = image.convert(mode)
+    return image if mode == "RGB" else _on_white(image)
+
+
+def _on_white(image: Image.Image, rows: int = 1000) -> Image.Image:
+    """An RGBA image over white as RGB, some rows at a time: whole copies would take a gigabyte."""
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        ground = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(ground, strip).convert("RGB"), (0, top))
+    return result
 
 
 def near_duplicates(pixels: np.ndarray) -> list[int]:
@@ -245,13 +257,14 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def split(images: Images, seed: int, members: int, preset: str = "default") -> dict[str, list[int]]:
     """Disjoint random roles: {role: sorted indices into `images`} for every role of ROLES.
 
-        default    half of `members` in member_aux, a fifth of the rest in member_val, what is left in member_test;
-                   nonmember_aux = member_aux, nonmember_val = 2 member_val; of what is left then a fifth is fresh,
-                   the rest nonmember_test
-        pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233, a tenth of each aux set aside for
-                   validation, what is left is fresh (of the paper's 833 images none)
+        default    half of `members` in member_aux, a fifth of the rest in member_val, what is left
+                   in member_test; nonmember_aux = member_aux, nonmember_val = 2 member_val; of what
+                   is left then a fifth is fresh, the rest nonmember_test
+        pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233, a tenth of each aux set
+                   aside for validation, what is left is fresh (of the paper's 833 images none)
 
-    A folder that comes split keeps its sub-folders, with the same tenth set aside; `members` and `preset` then do nothing.
+    A folder that comes split keeps its sub-folders, with the same tenth set aside; `members` and
+    `preset` then do nothing.
     Of near-duplicates only the first gets a role, so that no member is also a non-member (in a
     folder that comes split, the member), and a line is printed that says so.
     Raises UserError if there are too few images.  Test: tests/test_data.py.
@@ -278,8 +291,8 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
             val = max(1, round(len(pool) / 10)) if len(names) == 2 else 0
             if len(pool) < val + 2:
                 raise UserError(
-                    f"{part} holds {len(pool)} distinct images but needs {len(names) + 1}: add some "
-                    "(--members cannot help, the folder comes split)"
+                    f"{part} holds {len(pool)} distinct images but needs {len(names) + 1}: add "
+                    "some (--members cannot help, the folder comes split)"
                 )
             roles |= _deal(pool, dict(zip(names, (len(pool) - val, val), strict=False)), rng)
     else:

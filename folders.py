@@ -1,6 +1,8 @@
 """Folders of captioned images, in the forms people have them: which files, with which captions.
 
-    found = find(Path("my_folder"))     # found.images: files and captions; found.left: what is not used
+    found = find(Path("my_folder"))
+    found.images    # [(file, caption or None), ...]
+    found.left      # what is not used, by reason
 
 A folder is one of these, recognised in this order:
 
@@ -87,7 +89,7 @@ def find(folder: Path) -> Found:
             f"into it, or give another folder{unused}"
         )
     for file, _ in found.images:
-        _file_size(file, IMAGE_BYTES)
+        _check_file(file, IMAGE_BYTES)
     return found
 
 
@@ -95,7 +97,8 @@ def caption(text: str, where: str) -> str:
     """`text` on one line; raises UserError, starting with `where`, if it is no usable caption."""
     if len(text) > CHARACTERS:
         raise UserError(
-            f"{where} has a caption of {len(text):,} characters: shorten it to {CHARACTERS:,} at most"
+            f"{where} has a caption of {len(text):,} characters: shorten it to "
+            f"{CHARACTERS:,} at most"
         )
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{where} has a caption with half a character (a lone surrogate): mend it")
@@ -300,8 +303,8 @@ def _normal(name: str) -> str:
 # Reading
 
 
-def _file_size(file: Path, limit: int) -> int:
-    """Bytes of a regular file, links followed; raises UserError for anything else or above `limit`."""
+def _check_file(file: Path, limit: int) -> None:
+    """Raises UserError unless `file` is, links followed, a regular file of at most `limit` bytes."""
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
@@ -311,12 +314,11 @@ def _file_size(file: Path, limit: int) -> int:
             f"{shown(file)} is too large ({status.st_size:,} bytes; {limit:,} at most): "
             "make it smaller or remove it"
         )
-    return status.st_size
 
 
 def _read(file: Path, limit: int) -> str:
     """The text of a file of at most `limit` bytes."""
-    _file_size(file, limit)
+    _check_file(file, limit)
     with open(file, "rb") as opened:
         content = opened.read(limit)  # files of /proc have no size and may have no end
     try:

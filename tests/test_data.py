@@ -1,4 +1,4 @@
-"""data.py: every form of folder, every kind of pixel, every message, and splits that keep members apart."""
+"""data.py: forms of folder, kinds of pixel, messages, and splits that keep members apart."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ def only_pixels(file: Path, size: int = 8) -> np.ndarray:
 
 
 def message(folder: Path | str, caption: str | None = None, *words: str) -> str:
-    """The text of the UserError that loading raises, after checking that it is one line and holds `words`."""
+    """The text of the UserError that loading raises: one line that holds `words`."""
     with pytest.raises(UserError) as caught:
         load_images(str(folder), 8, caption)
     text = str(caught.value)
@@ -176,6 +176,14 @@ def test_transparency_becomes_white(tmp_path, mode):
 def test_half_transparent_over_white(tmp_path):
     Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "a.png")
     assert np.abs(only_pixels(tmp_path / "a.png").astype(int) - (255, 127, 127)).max() <= 1
+
+
+def test_transparency_row_by_row():
+    noise = np.random.default_rng(0).integers(0, 256, (25, 9, 4), dtype=np.uint8)
+    pixels = np.asarray(data._on_white(Image.fromarray(noise), rows=10))
+    alpha = noise[..., 3:] / 255
+    expected = noise[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(pixels - expected).max() <= 1
 
 
 def test_palette(tmp_path):

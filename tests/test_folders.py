@@ -1,4 +1,4 @@
-"""folders.py: folders as people have them, one line on what is not used, and bounds on what is read."""
+"""folders.py: folders as people have them, one line on what is not used, bounds on reading."""
 
 import json
 import os

@@ -1,1 +1,1 @@
-"""The small base model that everything runs on by default: its parts, its pre-training, its public and private images."""
+"""The small base model that everything runs on by default: parts, pre-training and images."""

@@ -1,7 +1,7 @@
-"""The four parts of the embedded base model, and how a pipeline folder is put together from such parts.
+"""The four parts of the embedded base model, and the pipeline folder they make together.
 
-`pretrain.py` trains what is built here.  Sizes are of the embedded model; the folder is one that plain
-`StableDiffusionPipeline.from_pretrained` loads.
+`python -m embedded.pretrain` trains what is built here.  Sizes are of the embedded model.  Plain
+`StableDiffusionPipeline.from_pretrained` loads the folder.
 """
 
 import json
@@ -20,7 +20,7 @@ MAX_TOKENS = 16  # longest emoji name: 14 tokens with both ends
 
 
 def build_vae() -> AutoencoderKL:
-    """The autoencoder: 48 px pictures to latents 6 x 12 x 12."""
+    """The autoencoder: pixels (N, 3, 48, 48) in [-1, 1] to latents (N, 6, 12, 12)."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -33,7 +33,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The denoiser, cross-attention on its lower two levels."""
+    """The denoiser: noise in latents (N, 6, 12, 12), given text (N, 16, 128) and timesteps (N,)."""
     return UNet2DConditionModel(
         sample_size=emojis.SIZE // 4,
         in_channels=LATENT_CHANNELS,
@@ -52,7 +52,7 @@ def build_unet() -> UNet2DConditionModel:
 def build_text_encoder(
     tokenizer: CLIPTokenizer, width: int = 128, layers: int = 2
 ) -> CLIPTextModel:
-    """A small CLIP text encoder for the tokenizer's vocabulary, four heads."""
+    """A small CLIP text encoder, four heads: the tokenizer's ids (N, 16) -> (N, 16, width)."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -70,7 +70,10 @@ def build_text_encoder(
 
 
 def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
-    """A CLIPTokenizer whose byte-pair merges are learned on the captions, saved to `folder`."""
+    """A CLIPTokenizer whose byte-pair merges are learned on the captions, saved to `folder`.
+
+    The vocabulary has at most 2,000 merged tokens, each seen at least three times.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     words = pre_tokenizers.Split(Regex(r"\w+|[^\s\w]+"), behavior="removed", invert=True)
@@ -107,7 +110,10 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
 def pipeline(
     vae, text_encoder, tokenizer, unet, prediction: str = "epsilon"
 ) -> StableDiffusionPipeline:
-    """The parts with Stable Diffusion's noise schedule (DDIM), without a safety checker; save it with `save_pretrained`."""
+    """The parts with Stable Diffusion's noise schedule (DDIM), without a safety checker.
+
+    `prediction` is what the UNet predicts, "epsilon" or "v_prediction".
+    """
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -130,15 +136,15 @@ def pipeline(
 
 
 def export(made: StableDiffusionPipeline, folder: str | Path, vocabulary: str | Path) -> None:
-    """Write the pipeline in half precision, so that plain `from_pretrained(folder)` loads all of it in single.
+    """Write the pipeline in half precision; plain `from_pretrained(folder)` loads it in single.
 
-    `vocabulary` is the folder whose `tokenizer` holds the slow tokenizer's two files, which older tools read.
+    `vocabulary` is the folder whose `tokenizer` holds vocab.json and merges.txt, which older tools
+    read.
     """
     folder = Path(folder)
     made.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    _edit(
-        folder / "text_encoder" / "config.json", dtype="float32"
-    )  # else transformers keeps it in half precision
+    # else transformers keeps it in half precision
+    _edit(folder / "text_encoder" / "config.json", dtype="float32")
     for part in ("unet", "vae"):
         _edit(folder / part / "config.json", _name_or_path=None)
     for name in ("vocab.json", "merges.txt"):

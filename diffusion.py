@@ -1,26 +1,29 @@
-"""The base model as the rest of the project sees it: latents, text embeddings, noise and the error map.
+"""The base model as the rest of the project sees it: latents, text embeddings, noise, error maps.
 
-Any epsilon- or v-prediction `StableDiffusionPipeline` folder (or hub name) in safetensors; the embedded default is one
-such folder, so it takes no path of its own.
+Any epsilon- or v-prediction `StableDiffusionPipeline`; the embedded default is such a folder, so it takes no path
+of its own.
 
-    base = load_base("base")
-    latents = encode_images(base, pixels)          # (N, C, h, w), once per run
-    text = encode_captions(base, captions)         # (N, L, D), once per run
-    e = squared_error(base, latents, text, timesteps, noise)    # (N, C, h, w)
+    base = load_base("base")                                    # base_files.py
+    data = encode(base, images, roles)                          # latents (N, C, h, w), text (N, L, D), once per run
+    e = squared_error(base, latents, text, timesteps, noise)    # (B, C, h, w)
+    grid = loss_grid(base, data.latents, data.text)             # (N, T, K)
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from cli import UserError
-from settings import EMBEDDED
+from data import PARTS, SIDES, Images
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
+LATE_TIMESTEPS = (500, 650, 800, 950)
+ALL_TIMESTEPS = TIMESTEPS + LATE_TIMESTEPS  # where quality is measured
+DRAWS = 4  # noise draws per timestep: the average over draws is what leaks
+GRID_SEED = 20240219  # of the noise of loss grids; unrelated to any training seed
+GRID_BATCH = 64  # small pictures in one forward without gradient
 
 
 @dataclass
@@ -44,127 +47,48 @@ class Base:
         return self.unet.config.in_channels, side, side
 
 
-def load_base(
-    model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", size: int | None = None
-) -> Base:
-    """Load and freeze a pipeline.  Raises UserError for a missing or unusable one; pickled weights are never read."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device} cannot be used here: {str(error).splitlines()[0]}"
-        ) from None
-    dtype = resolve_dtype(dtype, str(device))
-    pipeline = (
-        _single_file(Path(model), dtype) if Path(model).is_file() else _pipeline(model, dtype)
-    )
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{model} predicts '{prediction}'; only epsilon and v_prediction models can be adapted"
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval()
-    channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if channels[0] != channels[1]:
-        raise UserError(
-            f"{model} takes {channels[0]} channels for latents of {channels[1]}: is it an inpainting model?"
-        )
-    size = size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    multiple = max(8, pipeline.vae_scale_factor)  # diffusers samples multiples of 8 only
-    if size % multiple:
-        raise UserError(f"the picture size {size} is not a multiple of {multiple}")
-    abar = pipeline.scheduler.alphas_cumprod.to(device, torch.float32)
-    return Base(model, pipeline, pipeline.unet, abar, prediction, size, torch.device(device))
-
-
-def _pipeline(model: str, dtype: str):
-    """A pipeline folder or hub name; raises UserError unless it is Stable Diffusion 1.x or 2.x in safetensors."""
-    from diffusers import StableDiffusionPipeline
-    from safetensors import SafetensorError
-
-    local = Path(model).exists()
-    if local and not (Path(model) / "model_index.json").is_file():
-        raise UserError(
-            f"{model} is not a StableDiffusionPipeline folder: it has no model_index.json"
-        )
-    try:
-        kind = StableDiffusionPipeline.load_config(model, local_files_only=local).get("_class_name")
-        if kind not in ("StableDiffusionPipeline", "StableDiffusionPipelineSafe"):
-            raise UserError(
-                f"{model} is a {kind}: only a StableDiffusionPipeline (1.x or 2.x) can be adapted"
-            )
-        return StableDiffusionPipeline.from_pretrained(
-            model,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            safety_checker=None,
-            local_files_only=local,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load the base model {model} from safetensors: {_reason(error)}"
-        ) from None
-
-
-def _single_file(path: Path, dtype: str):
-    """A single .safetensors checkpoint, by diffusers' own loader; its configs come from a folder of the same name
-    beside it (any pipeline folder of that architecture, weights not needed), else from the hub."""
-    from diffusers import StableDiffusionPipeline
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({_reason(error)}); pickles are not read"
-        ) from None
-    beside = path.with_suffix("")
-    config = {"config": str(beside)} if (beside / "model_index.json").is_file() else {}
-    try:
-        return StableDiffusionPipeline.from_single_file(
-            str(path), dtype=DTYPES[dtype], safety_checker=None, **config
-        )
-    except (
-        Exception
-    ) as error:  # the converters raise whatever a foreign key layout makes them raise
-        where = (
-            f"with the configs in {beside}"
-            if config
-            else f"(no configs in {beside}/, so they are asked of the hub)"
-        )
-        raise UserError(f"cannot load the checkpoint {path} {where}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def resolve_dtype(dtype: str, device: str) -> str:
-    """ "auto" as the name of a dtype: half precision on a GPU, bfloat16 where it has it, and float32 elsewhere."""
-    if dtype != "auto":
-        return dtype
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# What is cached once per run
+# Images as the base sees them
 
 
 def at_once(base: Base, most: int = 32) -> int:
     """Pictures that go through a network together, so that memory stays bounded: `most` up to 128 px, of 512 px a 16th."""
     return min(most, max(1, most * 128**2 // base.size**2))
+
+
+@dataclass
+class Encoded:
+    """N captioned images as the base sees them, encoded once, and who among them is a member."""
+
+    names: list[str]  # (N,) file names
+    captions: list[str]  # (N,)
+    pixels: np.ndarray  # (N, H, W, 3) uint8
+    latents: torch.Tensor  # (N, C, h, w) float32
+    text: torch.Tensor  # (N, L, D)
+    roles: dict[str, list[int]]  # positions per role (data.ROLES)
+
+    def members(self) -> list[int]:
+        """All images that the adapter is trained on."""
+        return sorted(i for part in PARTS for i in self.roles[f"member_{part}"])
+
+    def known(self) -> list[int]:
+        """The images that the attacker may choose on: auxiliary and validation."""
+        return [
+            i for side in SIDES for part in ("aux", "val") for i in self.roles[f"{side}_{part}"]
+        ]
+
+    def pair(self, score: np.ndarray, *parts: str) -> tuple[np.ndarray, np.ndarray]:
+        """(member scores, non-member scores) of the given parts of the roles, out of (N,) scores."""
+        return tuple(
+            np.concatenate([score[self.roles[f"{side}_{part}"]] for part in parts])
+            for side in SIDES
+        )
+
+
+def encode(base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
+    """The images with their latents and text embeddings; `roles` are positions among them."""
+    latents, text = encode_images(base, images.pixels), encode_captions(base, images.captions)
+    return Encoded(images.names, images.captions, images.pixels, latents, text, roles)
 
 
 @torch.no_grad()
@@ -199,6 +123,16 @@ def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.T
 # The noise process and the error map
 
 
+def draw_noise(base: Base, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Timesteps (count,) uniform in 0..T-1 and Gaussian noise (count, C, h, w).
+
+    Drawn on the CPU, so that every device sees the same.
+    """
+    timesteps = torch.randint(len(base.abar), (count,), generator=generator)
+    noise = torch.randn((count, *base.latent_shape), generator=generator)
+    return timesteps.to(base.device), noise.to(base.device)
+
+
 def add_noise(latents, noise, timesteps, abar) -> torch.Tensor:
     """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4); latents, noise (B, C, h, w)."""
     a = abar[timesteps].view(-1, 1, 1, 1)
@@ -228,6 +162,33 @@ def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
     return (
         prediction_target(latents, noise, timesteps, base.abar, base.prediction) - noise_pred
     ) ** 2
+
+
+def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS):
+    """Yield (slice, T index, draw, e (b, C, h, w)) over images x timesteps x draws.
+
+    One noise per (t, draw) from a fixed stream: the same for members and non-members, for the adapted and the base model.
+    """
+    batch = at_once(base, GRID_BATCH)
+    with torch.no_grad():
+        for j, t in enumerate(timesteps):
+            # the noise of a timestep is the same in any grid
+            generator = torch.Generator().manual_seed(GRID_SEED + t)
+            noise = torch.randn((draws, *base.latent_shape), generator=generator).to(base.device)
+            for k in range(draws):
+                for i in range(0, len(latents), batch):
+                    z, c = latents[i : i + batch], text[i : i + batch]
+                    at = torch.full((len(z),), t, device=base.device)
+                    error = squared_error(base, z, c, at, noise[k].expand_as(z))
+                    yield slice(i, i + len(z)), j, k, error
+
+
+def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:
+    """Adaptation loss per image, timestep and draw: (N, T, K), on the CPU."""
+    grid = torch.empty(len(latents), len(timesteps), draws)
+    for at, j, k, error in error_maps(base, latents, text, timesteps, draws):
+        grid[at, j, k] = error.mean((1, 2, 3)).cpu()
+    return grid
 
 
 @torch.no_grad()

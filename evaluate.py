@@ -54,58 +54,23 @@ class Settings:
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
 
-if (
-    __name__ == "__main__"
-):  # before the heavy imports, so that --help and a mistyped flag are answered at once
+if __name__ == "__main__":
+    # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Settings, __doc__, positional="runs")
 
 import numpy as np
 import torch
 
 import lora
+import lora_files
 import plots
 import roc
-from evaluation import attacks, figures, quality, shadows
-from evaluation.queries import Store, attack_scores, draw, query, threshold
-from evaluation.target import SIDES, SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
+from diffusion import ALL_TIMESTEPS, GRID_SEED
+from evaluation import attacks, figures, quality, shadows, tables
+from evaluation.queries import Model, Store, attack_scores, draw, query, threshold
+from evaluation.target import SUBSET_SEED, Subject, Target, prepare, read_adapter, read_run
 from settings import FREE, LOOKS
-
-
-def leakage(subject: Subject, scores: dict[str, np.ndarray], rounds: int, seed: int) -> dict:
-    """Figures of every attack on the test images, and the worst case."""
-    bootstrap = roc.Bootstrap(*(len(subject.roles[f"{side}_test"]) for side in SIDES), rounds, seed)
-    test = {name: subject.pair(score, "test") for name, score in scores.items()}
-    found = {
-        n: roc.figures(*pair, threshold(subject, n, scores[n]), bootstrap)
-        for n, pair in test.items()
-    }
-    return {"attacks": found, "worst": roc.worst_case(test, bootstrap)}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Quality
-
-
-def real_features(subject: Subject, network) -> dict[str, torch.Tensor]:
-    """Features of the pictures that generated ones are compared with: the members (as in the paper), and held-out."""
-    sets = {"members": subject.pixels[subject.members()], "held_out": subject.held_out}
-    return {name: quality.features(network, pixels) for name, pixels in sets.items()}
-
-
-def picture_quality(real: dict[str, torch.Tensor], generated: torch.Tensor) -> dict:
-    """Frechet distance, KID and distance to the nearest, of the features of generated pictures to those of `real`."""
-    found = {"pictures": len(generated)}
-    for name, features in real.items():
-        found[f"frechet_{name}"] = quality.frechet_distance(features, generated)
-        found[f"kid_{name}"], found[f"kid_{name}_deviation"] = quality.kernel_distance(
-            features, generated
-        )
-        found[f"nearest_{name}"] = float(quality.nearest(features, generated)[0].mean())
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The evaluation
+from train import train
 
 
 @dataclass
@@ -118,136 +83,112 @@ class Measured:
     pictures: np.ndarray | None
 
 
-def measure(
-    subject, network, real, store, adapter, s: Settings, seed: int, label: str, references: dict
-) -> Measured:
-    """Attack the model as it stands, and judge its pictures."""
-    raw = query(subject, network, store, adapter, s.guidance, seed, label)
-    scores = attack_scores(subject, raw, references, seed)
-    record = leakage(subject, scores, s.bootstrap, seed)
-    grid = np.concatenate(
-        [raw["losses"][:, :, 0], raw["late"][:, :, 0]], axis=1
-    )  # (N, 8): one draw per timestep
-    record["held_out_loss"] = float(grid[subject.roles["nonmember_test"]].mean())
-    areas = [roc.auc(*subject.pair(-column, "test")) for column in grid.T]
-    record["auc_by_timestep"] = dict(zip(map(str, attacks.ALL_TIMESTEPS), areas, strict=True))
-    made = None
-    if s.pictures:
-        adapter.merge()
-        index = np.resize(subject.members(), s.pictures)
-        kept = store.get(
+class Examination:
+    """The images of one or several targets, what their models are asked, and the control."""
+
+    def __init__(self, target: Target, s: Settings, network):
+        self.settings, self.seed, self.network = s, target.config["seed"], network
+        self.key = fingerprint(target, s)
+        self.subject: Subject = prepare(target, s.device, s.nonmembers)
+        data, held_out = self.subject.data, self.subject.held_out
+        # the pictures that generated ones are compared with: the members, as in the paper, and held-out ones
+        sets = {"members": data.pixels[data.members()], "held_out": held_out} if s.pictures else {}
+        self.real = {name: quality.features(network, pixels) for name, pixels in sets.items()}
+        self.control: Measured | None = None
+
+    def measure(self, model: Model, references: dict[str, np.ndarray]) -> Measured:
+        """Attack a model as it stands, and judge its pictures."""
+        s, data = self.settings, self.subject.data
+        raw = query(model, self.subject, self.network, s.guidance, self.seed)
+        scores = attack_scores(data, raw, references, self.seed)
+        record = self.leakage(scores)
+        losses = [raw["losses"][:, :, 0], raw["late"][:, :, 0]]
+        grid = np.concatenate(losses, axis=1)  # (N, 8): one draw per timestep
+        record["held_out_loss"] = float(grid[data.roles["nonmember_test"]].mean())
+        areas = [roc.auc(*data.pair(-column, "test")) for column in grid.T]
+        record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
+        pictures = self.draw(model) if s.pictures else None
+        if pictures is not None:
+            made = quality.features(self.network, pictures)
+            record["quality"] = quality.compare(self.real, made)
+        return Measured(record, scores, raw, pictures)
+
+    def leakage(self, scores: dict[str, np.ndarray]) -> dict:
+        """Figures of every attack on the test images, and the worst case."""
+        data, s = self.subject.data, self.settings
+        test = {name: data.pair(score, "test") for name, score in scores.items()}
+        member, nonmember = next(iter(test.values()))
+        bootstrap = roc.Bootstrap(len(member), len(nonmember), s.bootstrap, self.seed)
+        attacked = {
+            name: roc.summary(*pair, threshold(data, name, scores[name]), bootstrap)
+            for name, pair in test.items()
+        }
+        return {"attacks": attacked, "worst": roc.worst_case(test, bootstrap)}
+
+    def draw(self, model: Model) -> np.ndarray:
+        """Pictures from the members' captions, kept with the model's answers: (P, H, W, 3)."""
+        s = self.settings
+        model.adapter.merge()
+        index = np.resize(self.subject.data.members(), s.pictures)
+        return model.store.get(
             f"pictures-{s.pictures}-{s.sampling_steps}",
-            lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)},
-        )
-        made = kept["made"]
-        record["quality"] = picture_quality(real, quality.features(network, made))
-    return Measured(record, scores, raw, made)
+            lambda: {"made": draw(self.subject, index, s.sampling_steps, s.guidance)},
+        )["made"]
 
+    def measure_base(self, target: Target) -> Measured:
+        """The control: an adapter of the same shape before its first step, which is the base with gradients to take.
 
-def calibrate(subject, measured: Measured, answers: tuple, rounds: int, seed: int) -> Measured:
-    """`measured` with the attacks that shadow models calibrate beside the others."""
-    scores = measured.scores | shadows.scores(subject, measured.raw, *answers)
-    return replace(
-        measured, scores=scores, record=measured.record | leakage(subject, scores, rounds, seed)
-    )
+        Its scores are kept beside the runs, so that every run over the same images finds them.
+        """
+        if self.control is None:
+            unet = self.subject.base.unet
+            trained, _ = lora_files.load(unet, target.adapter)
+            lora.remove(unet, trained)
+            layer = next(iter(trained.layers.values()))
+            generator = torch.Generator().manual_seed(self.seed)
+            untrained = lora.inject(unet, trained.target, layer.rank, layer.alpha, generator)
+            digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+            store = Store(target.run.parent / f"control-{digest}", self.key)
+            try:
+                self.control = self.measure(Model("the base model", untrained, store), {})
+            finally:
+                lora.remove(unet, untrained)
+        return self.control
+
+    def measure_adapter(self, target: Target) -> Measured:
+        """The adapter of a target, in the base for as long as it takes."""
+        unet = self.subject.base.unet
+        adapter, _ = lora_files.load(unet, target.adapter)
+        where = str(target.adapter.resolve())
+        key = json.dumps([self.key, where, written(target.adapter)])
+        model = Model(target.name, adapter, Store(target.folder / "scores", key))
+        references = {"difference": self.measure_base(target).raw["losses"]}
+        try:
+            return self.measure(model, references)
+        finally:
+            lora.remove(unet, adapter)
+
+    def with_shadows(self, measured: Measured, answers: dict, out: np.ndarray) -> Measured:
+        """`measured` with the attacks that shadow models calibrate beside the others."""
+        scores = measured.scores | shadows.scores(self.subject.data, measured.raw, answers, out)
+        return replace(measured, scores=scores, record=measured.record | self.leakage(scores))
+
+    def blind(self) -> dict:
+        """The control without any model: a classifier on thumbnails and words, which must be at chance."""
+        data = self.subject.data
+        features = attacks.blind_features(data.pixels, data.captions)
+        train_on = data.roles["member_aux"], data.roles["nonmember_aux"]
+        score = attacks.classifier_score(features, train_on)
+        return self.leakage({"blind": score})["attacks"]["blind"]
 
 
 def fingerprint(target: Target, s: Settings) -> str:
     """What the scores and the pictures of the base model depend on, beside the number and steps of the pictures."""
     c = target.config
     choices = {k: getattr(s, k) for k in ("nonmembers", "guidance", "features")}
-    seeds = [attacks.GRID_SEED, SUBSET_SEED, c["seed"]]
-    return json.dumps(
-        [seeds, c["model"], c["data"], c["caption"], c["dtype"], target.splits, choices]
-    )
-
-
-def measure_base(
-    subject, network, real, folder: Path, key: str, adapter: lora.Adapter, s: Settings, seed: int
-):
-    """The control: an adapter of the same shape before its first step, which is the base model with gradients to take.
-
-    Its scores are kept beside the runs, so that every run over the same images finds them.
-    """
-    layer, unet = next(iter(adapter.layers.values())), subject.base.unet
-    untrained = lora.inject(
-        unet, adapter.target, layer.rank, layer.alpha, torch.Generator().manual_seed(seed)
-    )
-    store = Store(folder / f"control-{hashlib.sha256(key.encode()).hexdigest()[:8]}", key)
-    try:
-        return measure(subject, network, real, store, untrained, s, seed, "the base model", {})
-    finally:
-        lora.remove(unet, untrained)
-
-
-def evaluate(s: Settings) -> list[dict]:
-    """Evaluate every target; writes eval.json and figures, prints the tables, returns the records."""
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    flags = (s.model, s.adapter, s.data, s.splits, s.caption, s.dtype, s.out)
-    targets = [read_run(folder, s.at) for folder in s.runs] if s.runs else [read_adapter(*flags)]
-    network, key, records, test_scores = quality.load_network(s.features), None, [], []
-    kinds = [kind(target) for target in targets]
-    for target in targets:
-        started, seed, folder = time.time(), target.config["seed"], target.folder
-        if (
-            fingerprint(target, s) != key
-        ):  # targets over the same images share the encoding and the control
-            subject, key, control = (
-                prepare(target, s.device, s.nonmembers),
-                fingerprint(target, s),
-                None,
-            )
-            real = real_features(subject, network) if s.pictures else {}
-        unet = subject.base.unet
-        adapter, _ = lora.load(unet, target.adapter)
-        if control is None:
-            lora.remove(unet, adapter)
-            control = measure_base(subject, network, real, target.run.parent, key, adapter, s, seed)
-            adapter, _ = lora.load(unet, target.adapter)
-        planned = (
-            shadows.plan(target, subject.names, subject.base.size, s.shadow) if s.shadow else None
-        )
-        store = Store(
-            folder / "scores",
-            json.dumps([key, str(target.adapter.resolve()), written(target.adapter)]),
-        )
-        references = {"difference": control.raw["losses"]}
-        found = measure(subject, network, real, store, adapter, s, seed, target.name, references)
-        lora.remove(unet, adapter)
-        base = control
-        if planned:
-            answers = shadows.query(subject, *planned, key, s.device)
-            found, base = (
-                calibrate(subject, m, answers, s.bootstrap, seed) for m in (found, control)
-            )
-        record = {
-            "run": target.name,
-            "method": target.config["method"],
-            "lam": target.config.get("lam"),
-            "seed": seed,
-            "step": target.step,
-            "at": target.at,
-            "images": {role: len(index) for role, index in subject.roles.items()},
-            "adapted": found.record,
-            "base": base.record,
-            "blind": blind(subject, s.bootstrap, seed),
-            "seconds": round(time.time() - started, 1),
-        }
-        write_json(folder / "eval.json", record)
-        figures.evaluation(subject, found, base, target.config["method"], folder / "figures")
-        records.append(record)
-        test_scores.append(
-            {name: subject.pair(score, "test") for name, score in found.scores.items()}
-        )
-    print_table(records)
-    print_differences(records, test_scores, s.bootstrap)
-    pooled = print_seeds(records, kinds, test_scores, s.bootstrap)
-    if pooled:
-        write_json(targets[0].run.parent / "seeds.json", pooled)
-    if len(records) > 1:
-        plots.privacy_against_quality(records, targets[0].run.parent / "privacy-quality.png")
-    return records
+    seeds = [GRID_SEED, SUBSET_SEED, c["seed"]]
+    images = [c["model"], c["data"], c["caption"], c["dtype"], target.splits]
+    return json.dumps([seeds, *images, choices])
 
 
 def kind(target: Target) -> str:
@@ -258,143 +199,74 @@ def kind(target: Target) -> str:
 
 def written(adapter: Path) -> list[int]:
     """When the files of an adapter were written: another training into the same folder is another adapter."""
-    return sorted(
-        p.stat().st_mtime_ns for p in ([adapter] if adapter.is_file() else adapter.iterdir())
-    )
+    files = [adapter] if adapter.is_file() else adapter.iterdir()
+    return sorted(p.stat().st_mtime_ns for p in files)
 
 
-def blind(subject: Subject, rounds: int, seed: int) -> dict:
-    """The control without any model: a classifier on thumbnails and words, which must be at chance."""
-    train = tuple(subject.roles[f"{side}_aux"] for side in SIDES)
-    score = attacks.classifier_score(
-        attacks.blind_features(subject.pixels, subject.captions), train
-    )
-    return leakage(subject, {"blind": score}, rounds, seed)["attacks"]["blind"]
+# -----------------------------------------------------------------------------------------------------------------
+# The evaluation
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tables
+def evaluate(s: Settings) -> list[dict]:
+    """Evaluate every target; writes eval.json and figures, prints the tables, returns the records.
 
-
-def cell(figures: dict | None, key: str = "auc") -> str:
-    """0.71 [0.60, 0.80], or a dash."""
-    if figures is None or figures.get(key) is None:
-        return "-"
-    low, high = figures[f"{key}_interval"]
-    return f"{figures[key]:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def titles(records: list[dict]) -> list[str]:
-    """What to call each run: the last part of its path, or all of it where that names two."""
-    short = [Path(r["run"]).name for r in records]
-    return [r["run"] if short.count(s) > 1 else s for r, s in zip(records, short, strict=True)]
-
-
-def print_table(records: list[dict]) -> None:
-    """AUC per attack (rows) and model (columns), then the headline and the quality of each."""
-    columns = [("base", records[0]["base"])] + [
-        (title, r["adapted"]) for title, r in zip(titles(records), records, strict=True)
+    Raises UserError for what the user can mend.
+    """
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    targets = [read_run(folder, s.at) for folder in s.runs] if s.runs else [read_adapter(s)]
+    network, examination, records, models = quality.load_network(s.features), None, [], []
+    for target in targets:
+        if examination is None or fingerprint(target, s) != examination.key:
+            examination = Examination(target, s, network)  # shared by targets over the same images
+        record, measured = examine(target, examination)
+        records.append(record)
+        models.append((target, measured, examination))
+    scores = [
+        {name: e.subject.data.pair(score, "test") for name, score in m.scores.items()}
+        for _, m, e in models
     ]
-    width = max(20, *(len(name) + 2 for name, _ in columns))
-    names = list(dict.fromkeys(a for _, c in reversed(columns) for a in c["attacks"]))
-
-    def line(title, cells):
-        print(f"{title:24}" + "".join(f"{c:>{width}}" for c in cells))
-
-    sizes = records[0]["images"]
-    print(
-        f"\nAUC on {sizes['member_test']} members and {sizes['nonmember_test']} non-members, 95 % intervals; 0.5 is chance"
-    )
-    line("", [name for name, _ in columns])
-    for name in names:
-        line(name, [cell(c["attacks"].get(name)) for _, c in columns])
-    line("worst case", [cell(c["worst"]) for _, c in columns])
-    line("  by", [c["worst"]["attack"] for _, c in columns])
-    line("  chance reaches (95 %)", [f"{c['worst']['null']:.2f}" for _, c in columns])
-    worst = [c["attacks"][c["worst"]["attack"]] for _, c in columns]
-    line("  its balanced ASR", [cell(w, "asr") for w in worst])
-    for percent in ("5", "1", "0.1"):
-        if any(w[f"tpr_at_{percent}_fpr"] is not None for w in worst):
-            line(f"  its TPR at {percent} % FPR", [cell(w, f"tpr_at_{percent}_fpr") for w in worst])
-    line("held-out loss", [f"{c['held_out_loss']:.4f}" for _, c in columns])
-    if columns[0][1].get("quality"):
-        for key, title in (
-            ("frechet", "Frechet distance"),
-            ("kid", "KID"),
-            ("nearest", "nearest picture"),
-        ):
-            for real in ("members", "held_out"):
-                values = [c["quality"][f"{key}_{real}"] for _, c in columns]
-                line(f"{title}, {real.replace('_', ' ')}", [f"{v:.3f}" for v in values])
-    print(f"blind control (no model): {cell(records[0]['blind'])}")
-    for name, model in columns[1:]:
-        low = [a for a, f in model["attacks"].items() if f["auc_interval"][1] < 0.5]
-        if low:
-            print(
-                f"note: {name} is over-corrected for {', '.join(low)}: AUC below 0.5 gives members away as well"
-            )
+    tables.print_table(records)
+    tables.print_differences(records, scores, s.bootstrap)
+    beside = targets[0].run.parent
+    pooled = tables.print_seeds(records, [kind(target) for target in targets], scores, s.bootstrap)
+    if pooled:
+        write_json(beside / "seeds.json", pooled)
+    if len(records) > 1:
+        plots.privacy_against_quality(records, beside / "privacy-quality.png")
+    if s.pictures:
+        titles = tables.titles(records)
+        rows = {t: m.pictures for t, (_, m, _) in zip(titles, models, strict=True)}
+        figures.side_by_side(examination, rows, beside / "pictures.png")
+    return records
 
 
-def print_differences(records: list[dict], test_scores: list[dict], rounds: int) -> None:
-    """Each later model against the first on the same images, at the first one's worst attack."""
-    names = titles(records)
-    for title, record, scores in zip(names[1:], records[1:], test_scores[1:], strict=True):
-        name = records[0]["adapted"]["worst"]["attack"]
-        first, second = test_scores[0][name], scores[name]
-        if record["seed"] != records[0]["seed"] or record["images"] != records[0]["images"]:
-            continue
-        bootstrap = roc.Bootstrap(len(first[0]), len(first[1]), rounds, record["seed"])
-        change, (low, high) = roc.paired_difference(second, first, bootstrap)
-        print(
-            f"{title} minus {names[0]}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
+def examine(target: Target, examination: Examination) -> tuple[dict, Measured]:
+    """One target: its record, written into its folder with figures, and what was measured."""
+    started, s, subject = time.time(), examination.settings, examination.subject
+    planned = shadows.plan(target, subject, s.shadow) if s.shadow else None
+    base, adapted = examination.measure_base(target), examination.measure_adapter(target)
+    if planned:
+        answers = shadows.query(subject, train, planned[0], examination.key, s.device)
+        adapted, base = (
+            examination.with_shadows(measured, answers, planned[1]) for measured in (adapted, base)
         )
-
-
-def print_seeds(
-    records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int
-) -> list[dict]:
-    """What runs that differ by their seed alone say together, and each kind of run against the first; returns it."""
-    groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
-    called = titles(records)
-    for i, (record, same) in enumerate(zip(records, kinds, strict=True)):
-        groups.setdefault(same, {})[record["seed"]] = i
-    groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
-    for group in groups.values():
-        members = [records[i] for i in group.values()]
-        worst = roc.pooled_worst([test_scores[i] for i in group.values()], rounds)
-        losses = [r["adapted"]["held_out_loss"] for r in members]
-        names = [called[i] for i in group.values()]
-        entry = (
-            {"runs": names, "seeds": list(group)}
-            | {k: members[0][k] for k in ("method", "lam")}
-            | {"worst": worst}
-        )
-        entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
-        qualities = [r["adapted"].get("quality") for r in members]
-        if all(qualities):
-            entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
-        text = f"{', '.join(names)}: worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}"
-        for real in ("members", "held_out") if "quality" in entry else ():
-            text += f", Frechet distance {entry['quality'][f'frechet_{real}']:.0f} ({real.replace('_', ' ')})"
-        print(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
-        if first is None:
-            first, name = group, worst["attack"]
-        elif shared := [seed for seed in group if seed in first]:
-            pairs = [
-                (test_scores[group[seed]][name], test_scores[first[seed]][name]) for seed in shared
-            ]
-            change, (low, high) = roc.pooled_difference(pairs, rounds)
-            entry["difference"] = {
-                "attack": name,
-                "auc": change,
-                "interval": [low, high],
-                "seeds": shared,
-            }
-            print(
-                f"    minus the first, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired, {len(shared)} seeds)"
-            )
-        found.append(entry)
-    return found
+    record = {
+        "run": target.name,
+        "method": target.config["method"],
+        "lam": target.config.get("lam"),
+        "seed": examination.seed,
+        "step": target.step,
+        "at": target.at,
+        "images": {role: len(index) for role, index in subject.data.roles.items()},
+        "adapted": adapted.record,
+        "base": base.record,
+        "blind": examination.blind(),
+        "seconds": round(time.time() - started, 1),
+    }
+    write_json(target.folder / "eval.json", record)
+    figures.evaluation(subject, adapted, base, target.config["method"], target.folder / "figures")
+    return record, adapted
 
 
 if __name__ == "__main__":

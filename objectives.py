@@ -23,8 +23,6 @@ from torch import nn
 
 from attacker import MEMBER
 
-METHODS = ("lora", "mp", "smp", "smp-detached")
-
 
 def adaptation_loss(error: torch.Tensor) -> torch.Tensor:
     """Eq. 1-3: the mean of the elementwise squared error (B, C, h, w); a scalar >= 0."""
@@ -55,7 +53,7 @@ def denominator(gain: torch.Tensor, lam: float, delta: float = 1e-5) -> torch.Te
 
 @dataclass
 class Terms:
-    """The value of one outer step: scalars with their graph."""
+    """What one outer step minimises and what it is made of: scalars with their graph."""
 
     loss: torch.Tensor  # L, the adaptation loss
     gain: torch.Tensor | None  # G, None for plain LoRA
@@ -64,24 +62,32 @@ class Terms:
     total: torch.Tensor  # what is minimised
 
 
+METHODS = ("lora", "mp", "smp", "smp-detached")
+
+
 def objective(
-    method: str, error, timesteps, attacker: nn.Module | None, lam: float, delta: float = 1e-5
+    method: str,
+    loss: torch.Tensor,
+    gain: torch.Tensor | None,
+    lam: float,
+    delta: float = 1e-5,
 ) -> Terms:
-    """The objective of `method` on one batch of members: error (B, C, h, w), timesteps (B,).
+    """What `method` minimises, of the scalars L and G (None for plain LoRA).
 
     "smp-detached" is a control: the value of SMP, but D is held, so the step is grad L / D and the gain has no pull.
+    Raises ValueError for another method.
     """
-    loss = adaptation_loss(error)
     if method == "lora":
         return Terms(loss, None, 1.0, 0.0, loss)
-    gain = mi_gain(attacker, error, timesteps)
     if method == "mp":
         return Terms(loss, gain, 1.0, lam, sum_objective(loss, gain, lam))
-    d = denominator(gain, lam, delta)
+    d = denominator(gain.detach(), lam, delta).item()
+    if method == "smp":
+        ratio = ratio_objective(loss, gain, lam, delta)
+        return Terms(loss, gain, d, lam * ratio.item(), ratio)
     if method == "smp-detached":
-        return Terms(loss, gain, d.item(), 0.0, loss / d.detach())
-    total = loss / d
-    return Terms(loss, gain, d.item(), lam * total.item(), total)
+        return Terms(loss, gain, d, 0.0, ratio_objective(loss, gain.detach(), lam, delta))
+    raise ValueError(f"there is no method {method!r}: take one of {', '.join(METHODS)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

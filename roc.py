@@ -79,7 +79,7 @@ def _counts(index: np.ndarray, n: int) -> np.ndarray:
     return counts
 
 
-def figures(
+def summary(
     member: np.ndarray, nonmember: np.ndarray, threshold: float | None, bootstrap: Bootstrap
 ) -> dict:
     """AUC, |AUC - 0.5| / 0.5 as in the paper, balanced ASR at a given threshold, and TPR at 5, 1 and 0.1 % FPR.

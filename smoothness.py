@@ -199,43 +199,27 @@ def measure(
 ) -> dict[str, float | bool | int]:
     """Everything above at the parameters as they are, for one row of metrics.jsonl; nothing is left behind.
 
-    `terms` computes the objective anew on a fixed batch with fixed (t, eps), the attacker in eval mode.  It is called
-    once for each of J, L and G, so that only one double graph is held at a time.  `fixed_*` is of that batch.  For
-    smp-detached the denominator is held, so the Hessian is hess L / D.
+    `terms` computes the objective anew on a fixed batch with fixed (t, eps), the attacker in eval mode.  `fixed_*` is
+    of that batch.  For smp-detached the denominator is held, so the Hessian is hess L / D.
     """
-    parts = ("total",) if method == "lora" else ("total", "loss", "gain")
-    gradients, spectra = {}, {}
-    for part in parts:
-        with plain_attention():
-            now = terms()
-        graph = flat_gradient(getattr(now, part), parameters)
-        gradients[part] = graph.detach()
-        start = gradients[part] if gradients[part].any() else torch.ones_like(gradients[part])
-        spectra[part] = lanczos(
-            lambda v, g=graph: hessian_vector_product(g, parameters, v), start, iterations
-        )
-        del graph
-    if method == "lora":
-        gradients |= {"loss": gradients["total"], "gain": torch.zeros_like(gradients["total"])}
-        spectra["loss"] = spectra["total"]
+    now, gradients, spectra = _spectra(method, terms, parameters, iterations)
     total, coupling = spectra["total"], lam if method == "smp" else 0.0
-    d, weight, norms = (
-        now.denominator,
-        now.lambda_effective,
-        {k: g.norm().item() for k, g in gradients.items()},
-    )
+    d, weight = now.denominator, now.lambda_effective
+    norms = {part: g.norm().item() for part, g in gradients.items()}
     norm_gain = spectra["gain"].norm if "gain" in spectra else 0.0
     constant, slope = bound(spectra["loss"].norm, norm_gain, norms["gain"], weight, coupling, d)
-    along = rank_two_term(gradients["total"], gradients["gain"], total.vector, coupling, d)
+    pair = gradients["total"], gradients["gain"]
+    along = rank_two_term(*pair, total.vector, coupling, d)
+    scales = {part: gradient_scale(g, parameters) for part, g in gradients.items()}
     return {
         "hessian_norm": total.norm,
         "hessian_value": total.values[0],
         "hessian_residual": total.residual,
         "hessian_converged": all(s.converged for s in spectra.values()),
-        "hessian_products": sum(spectra[part].products for part in parts),
+        "hessian_products": sum({id(s): s.products for s in spectra.values()}.values()),
         "hessian_norm_loss": spectra["loss"].norm,
         "hessian_norm_gain": norm_gain,
-        "hessian_rank_two": rank_two_norm(gradients["total"], gradients["gain"], coupling, d),
+        "hessian_rank_two": rank_two_norm(*pair, coupling, d),
         "hessian_rank_two_share": torch.dot(total.vector, along).item() / (total.values[0] or 1.0),
         "hessian_bound": constant + slope * norms["total"],
         "bound_constant": constant,
@@ -245,12 +229,33 @@ def measure(
         "fixed_denominator": d,
         "fixed_lambda_effective": weight,
         "fixed_loss_over_denominator_squared": now.loss.item() / d**2,
-        **{f"fixed_grad_norm{_suffix(k)}": n for k, n in norms.items()},
-        **{
-            f"gradient_scale{_suffix(k)}": gradient_scale(g, parameters)
-            for k, g in gradients.items()
-        },
+        **{f"fixed_grad_norm{_suffix(part)}": n for part, n in norms.items()},
+        **{f"gradient_scale{_suffix(part)}": n for part, n in scales.items()},
     }
+
+
+def _spectra(
+    method: str, terms: Callable[[], Terms], parameters: list[nn.Parameter], iterations: int
+) -> tuple[Terms, dict[str, torch.Tensor], dict[str, Spectrum]]:
+    """Gradients (P,) and Hessian spectra of J, L and G, by part; for plain LoRA J is L, and G is nothing.
+
+    `terms` is called once for each, so that only one double graph is held at a time.
+    """
+    gradients, spectra = {}, {}
+    for part in ("total",) if method == "lora" else ("total", "loss", "gain"):
+        with plain_attention():
+            now = terms()
+        graph = flat_gradient(getattr(now, part), parameters)
+        gradient = gradients[part] = graph.detach()
+        start = gradient if gradient.any() else torch.ones_like(gradient)
+        spectra[part] = lanczos(
+            lambda v, g=graph: hessian_vector_product(g, parameters, v), start, iterations
+        )
+        del graph
+    if method == "lora":
+        gradients |= {"loss": gradients["total"], "gain": torch.zeros_like(gradients["total"])}
+        spectra["loss"] = spectra["total"]
+    return now, gradients, spectra
 
 
 def _suffix(part: str) -> str:

@@ -24,7 +24,8 @@ def attacks_on(args):
 
     import lora
     from attacker import PROXIES
-    from diffusion import encode_captions, load_base, sample
+    from base_files import load_base
+    from diffusion import TIMESTEPS, encode_captions, loss_grid, sample
     from evaluation import attacks, quality
     from settings import Settings, resolve
 
@@ -41,11 +42,11 @@ def attacks_on(args):
     }
     network = quality.load_network("embedded")
     real = np.random.default_rng(0).integers(0, 256, (n, base.size, base.size, 3), np.uint8)
-    few = attacks.TIMESTEPS[1::2]  # as evaluate.py tries crops and captions
+    few = TIMESTEPS[1::2]  # as evaluate.py tries crops and captions
 
     def grids(variants: int):
         for _ in range(variants):
-            attacks.loss_grid(base, latents, text, few, draws=1)
+            loss_grid(base, latents, text, few, draws=1)
 
     def black_box():
         made = sample(base, text, empty, torch.randn_like(latents), steps=8)
@@ -53,8 +54,8 @@ def attacks_on(args):
         attacks.black_box(quality.features(network, real).numpy(), generated)
 
     merged = {
-        "loss": lambda: attacks.loss_grid(base, latents, text),
-        "difference": lambda: [attacks.loss_grid(base, latents, text) for _ in range(2)],
+        "loss": lambda: loss_grid(base, latents, text),
+        "difference": lambda: [loss_grid(base, latents, text) for _ in range(2)],
         "proxy raw": lambda: attacks.sweep(base, latents, text, {"raw": proxies["raw"]}),
         "proxy pooled": lambda: attacks.sweep(base, latents, text, {"pooled": proxies["pooled"]}),
         "SecMI-stat": lambda: attacks.secmi(base, latents, text),

@@ -16,8 +16,9 @@ import torch
 
 import lora
 from attacker import PROXIES
-from diffusion import load_base, squared_error
-from objectives import objective
+from base_files import load_base
+from diffusion import squared_error
+from objectives import adaptation_loss, mi_gain, objective
 from settings import EMBEDDED, FAST
 from smoothness import flat_gradient, hessian_vector_product, lanczos, plain_attention
 
@@ -55,7 +56,8 @@ def main() -> None:
 
     def total():
         error = squared_error(base, latents, text, timesteps, noise)
-        return objective("smp", error, timesteps, attacker, f["lam"]).total
+        gain = mi_gain(attacker, error, timesteps)
+        return objective("smp", adaptation_loss(error), gain, f["lam"]).total
 
     def analysis():
         with plain_attention():

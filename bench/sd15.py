@@ -95,11 +95,21 @@ def check(folder: Path, dtype: str, size: int) -> None:
 
     import lora
     import smoothness
-    import train
-    from diffusion import encode_captions, encode_images, load_base, sample, squared_error
+    from base_files import load_base
+    from diffusion import (
+        Encoded,
+        encode_captions,
+        encode_images,
+        loss_grid,
+        sample,
+        squared_error,
+    )
     from evaluation import attacks
     from settings import Settings, resolve
+    from train import algorithm_1
+    from training.learner import Learner
     from training.processes import Processes
+    from training.run import Run
 
     base = load_base(str(folder), "cpu", dtype, size)
     print(
@@ -116,21 +126,20 @@ def check(folder: Path, dtype: str, size: int) -> None:
             flush=True,
         )
 
+    data = Encoded([], [], None, latents, text, roles)
     for method in ("lora", "mp", "smp"):
         settings = resolve(Settings(method=method, model=str(folder), out="/unused", dtype=dtype))
         adapter = lora.inject(base.unet, settings.target, settings.rank, settings.alpha)
-        run = train.Run(settings, base, adapter, latents, text, roles, [], [], Processes())
-        learner = train.Learner(run)
+        run = Run(settings, base, data, adapter, Processes())
+        learner = Learner(run)
         peak_gib(reset=True)
-        for step in (1, 2, 3):
+        tick = time.time()
+        for i, row in enumerate(algorithm_1(run, learner, (2, 2, 2)), 1):
+            said(f"{method} step {i}: objective", row["objective"], tick)
             tick = time.time()
-            row = {} if method == "lora" else train.attacker_turn(run, learner)
-            row |= train.adapter_turn(run, learner, 2)
-            learner.optimizer.step()
-            said(f"{method} step {step}: objective", row["objective"], tick)
         if method == "smp":
             tick = time.time()
-            grid = attacks.loss_grid(base, latents[:2], text[:2], timesteps=(250,), draws=1)
+            grid = loss_grid(base, latents[:2], text[:2], timesteps=(250,), draws=1)
             said("loss of 2 images at t = 250", grid.mean().item(), tick)
             tick = time.time()
             said("SimA, 2 images", attacks.sima(base, latents[:2], text[:2], (100,)).mean(), tick)

@@ -11,7 +11,6 @@ drift of the machine shows.  Memory is the peak resident set while stepping (Lin
     smp pooled/raw  Algorithm 1: a forward of 2 B for the attacker, one forward of B for L and G
     smp reused      the same with --attacker-members reused: a forward of B / 2 for the attacker (at B = 1, of 1 in those steps
                     that follow an auxiliary member, half of them)
-    smp every-3     --attacker-every 3: the mean of three steps, one of them the attacker's too
     smp released    L and G from two forwards with noise of their own, as in the released code; raw proxy
 """
 
@@ -30,7 +29,6 @@ VARIANTS = (
     "smp pooled",
     "smp raw",
     "smp reused",
-    "smp every-3",
     "smp released",
 )
 
@@ -40,52 +38,53 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     import torch
 
     import lora
-    from diffusion import encode_captions, load_base, resolve_dtype
+    from base_files import load_base, resolve_dtype
+    from diffusion import Encoded, encode_captions
     from settings import Settings, resolve
     from training.learner import Learner
     from training.processes import Processes
-    from training.run_folder import Run
+    from training.run import Run
 
-    settings = Settings(
-        method=method, proxy=proxy, model=args.model, dtype=args.dtype, device=args.device, out="/unused",
+    s = Settings(
+        method=method,
+        proxy=proxy,
+        model=args.model,
+        dtype=resolve_dtype(args.dtype, args.device),
+        device=args.device,
+        out="/unused",
         attacker_members=members,
-    )  # fmt: skip
-    resolve(settings)
-    settings.batch_size = args.batch_size or settings.batch_size
-    settings.dtype, settings.norms_every = resolve_dtype(settings.dtype, settings.device), 10**9
-    settings.gradient_checkpointing = args.gradient_checkpointing
+        batch_size=args.batch_size,
+        norms_every=10**9,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    s = resolve(s)
     torch.manual_seed(0)
-    base = load_base(settings.model, settings.device, settings.dtype)
+    base = load_base(s.model, s.device, s.dtype)
     text = encode_captions(base, ["a picture"]).expand(8, -1, -1)
     latents = torch.randn(8, *base.latent_shape, device=base.device)
     # half of the members are auxiliary
     roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
-    adapter = (
-        lora.inject(base.unet, settings.target, settings.rank, settings.alpha)
-        if adapted
-        else lora.Adapter({}, "")
-    )
-    if settings.gradient_checkpointing:
+    data = Encoded([], [], None, latents, text, roles)
+    adapter = lora.Adapter({}, "")
+    if adapted:
+        adapter = lora.inject(base.unet, s.target, s.rank, s.alpha)
+    if s.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    run = Run(settings, base, adapter, latents, text, roles, [], [], Processes())
+    run = Run(s, base, data, adapter, Processes())
     return run, Learner(run) if adapted else None
 
 
 def ours(args, method: str, proxy: str, kind: str = ""):
-    """(a function that takes steps as train.py does, how many): a whole round of what differs between steps."""
-    import train
+    """(a function that takes steps of Algorithm 1, how many): a whole round of what differs between steps."""
+    from train import algorithm_1
 
     run, learner = build(args, method, proxy, members="reused" if kind == "reused" else "drawn")
-    every = 3 if kind == "every-3" else 1
-    # with batches below the members, half of whom are auxiliary, a step of "reused" depends on who is in it
-    count = max(1, len(run.members) // run.batch) if kind == "reused" else every
+    # with batches below the members, half of whom are auxiliary, "reused" depends on who is in it
+    count = max(1, len(run.data.members()) // run.batch) if kind == "reused" else 1
 
     def step():
-        for i in range(count):
-            if method != "lora" and i % every == 0:
-                train.attacker_turn(run, learner)
-            train.adapter_turn(run, learner, 2)
-            learner.optimizer.step()
+        for _ in algorithm_1(run, learner, [2] * count):
+            pass
 
     return step, count
 
@@ -117,7 +116,8 @@ def peft(args):
         index = torch.randint(8, (s.batch_size,))
         timesteps = torch.randint(1000, (s.batch_size,), device=base.device)
         noise = torch.randn(s.batch_size, *base.latent_shape, device=base.device)
-        squared_error(base, run.latents[index], run.text[index], timesteps, noise).mean().backward()
+        error = squared_error(base, run.data.latents[index], run.data.text[index], timesteps, noise)
+        error.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, s.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -127,31 +127,25 @@ def peft(args):
 
 def released(args):
     """L and G of one batch from two forwards, each with its own timesteps and noise."""
-    import train
-    from diffusion import squared_error
+    from attacker import attacker_step
+    from diffusion import draw_noise
     from objectives import adaptation_loss, clip_, gradients, mi_gain, ratio_objective
-    from training.learner import draw_noise
+    from train import auxiliary_batch
+    from training.run import Batch
 
     run, learner = build(args, "smp", "raw")
-    s, base = run.settings, run.base
+    s, h = run.settings, learner.attacker
 
     def step():
-        train.attacker_turn(run, learner)
-        index, errors, times = learner.private.draw(), [], []
-        for _ in range(2):
-            timesteps, noise = draw_noise(base, len(index), learner.outer)
-            errors.append(
-                squared_error(base, run.latents[index], run.text[index], timesteps, noise)
-            )
-            times.append(timesteps)
-        value = ratio_objective(
-            adaptation_loss(errors[0]), mi_gain(learner.attacker, errors[1], times[1]), s.lam
+        attacker_step(h, learner.attacker_optimizer, *auxiliary_batch(run, learner))
+        index = learner.private.draw()
+        first, second = (
+            Batch(index, *draw_noise(run.base, len(index), learner.outer)) for _ in range(2)
         )
-        grads = gradients(value, learner.parameters)
+        loss, gain = adaptation_loss(run.errors(first)), mi_gain(h, run.errors(second), second.timesteps)
+        grads = gradients(ratio_objective(loss, gain, s.lam), learner.parameters)
         clip_(grads, s.clip)
-        for p, g in zip(learner.parameters, grads, strict=True):
-            p.grad = g
-        learner.optimizer.step()
+        learner.descend(grads)
 
     return step
 

@@ -13,54 +13,28 @@ import numpy as np
 import torch
 
 from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
-from diffusion import Base, at_once, squared_error
+from diffusion import (
+    DRAWS,
+    GRID_BATCH,
+    GRID_SEED,
+    TIMESTEPS,
+    Base,
+    at_once,
+    error_maps,
+    squared_error,
+)
 
-TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
-LATE_TIMESTEPS = (500, 650, 800, 950)
-ALL_TIMESTEPS = TIMESTEPS + LATE_TIMESTEPS  # where quality is measured
-DRAWS = 4  # noise draws per timestep: the average over draws is what leaks
-GRID_SEED = 20240219  # of the attacks' noise; unrelated to any training seed
-BATCH = 64  # small pictures in one forward without gradient
-GRADIENT_BATCH = 16  # and with one
+GRADIENT_BATCH = 16  # pictures in one forward with gradient
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Queries
 
 
-def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS):
-    """Yield (slice, T index, draw, e (b, C, h, w)) over images x timesteps x draws, one noise per (t, draw)."""
-    batch = at_once(base, BATCH)
-    with torch.no_grad():
-        for j, t in enumerate(timesteps):
-            generator = torch.Generator().manual_seed(
-                GRID_SEED + t
-            )  # the noise of a timestep is the same in any grid
-            noise = torch.randn((draws, *base.latent_shape), generator=generator).to(base.device)
-            for k in range(draws):
-                for i in range(0, len(latents), batch):
-                    z, c = latents[i : i + batch], text[i : i + batch]
-                    at = torch.full((len(z),), t, device=base.device)
-                    yield (
-                        slice(i, i + len(z)),
-                        j,
-                        k,
-                        squared_error(base, z, c, at, noise[k].expand_as(z)),
-                    )
-
-
-def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:
-    """Adaptation loss per image, timestep and draw: (N, T, K), on the CPU."""
-    grid = torch.empty(len(latents), len(timesteps), draws)
-    for at, j, k, error in error_maps(base, latents, text, timesteps, draws):
-        grid[at, j, k] = error.mean((1, 2, 3)).cpu()
-    return grid
-
-
 @torch.no_grad()
 def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
     """eps(z_t, t, tau(y)), (N, C, h, w), of an epsilon- or v-prediction UNet."""
-    parts, batch = [], at_once(base, BATCH)
+    parts, batch = [], at_once(base, GRID_BATCH)
     for i in range(0, len(noisy_latents), batch):
         z, c = noisy_latents[i : i + batch], text[i : i + batch]
         at = torch.full((len(z),), t, device=base.device)
@@ -197,7 +171,7 @@ def train_proxy(
             )
             errors = [
                 squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
-                for i in torch.arange(len(index)).split(at_once(base, BATCH))
+                for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH))
             ]
             return torch.cat(errors), timesteps
 

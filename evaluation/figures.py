@@ -1,5 +1,6 @@
 """The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it copied."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ def evaluation(subject, found, control, method: str, folder: Path) -> None:
     roc_curves(subject, found, folder / "roc.png", colour)
     name = worst if worst in control.scores else "loss"
     pairs = {
-        n: subject.pair(m.scores[name], "test")
+        n: subject.data.pair(m.scores[name], "test")
         for n, m in (("base model", control), ("adapted", found))
     }
     score_histograms(pairs, name, folder / "scores.png")
@@ -28,8 +29,8 @@ def evaluation(subject, found, control, method: str, folder: Path) -> None:
         colour,
     )
     if found.pictures is not None:
-        members = subject.members()
-        nearest_members(found.pictures, subject.pixels[members], folder / "nearest.png")
+        members = subject.data.members()
+        nearest_members(found.pictures, subject.data.pixels[members], folder / "nearest.png")
 
 
 def roc_curves(subject, found, path: Path, colour: str) -> None:
@@ -37,7 +38,7 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
     figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")
     worst = found.record["worst"]["attack"]
     for name, score in found.scores.items():
-        member, nonmember = subject.pair(score, "test")
+        member, nonmember = subject.data.pair(score, "test")
         rates = np.arange(1, len(nonmember) + 1) / len(nonmember)
         cuts = np.sort(nonmember)[::-1]  # just below the i-th highest non-member: FPR i / N
         if name != worst:
@@ -135,3 +136,32 @@ def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: 
     plots.image_grid(
         np.concatenate([made[order], members[distance[order].argmin(1)]]), columns, path
     )
+
+
+def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: int = 8) -> None:
+    """Rows of pictures from the same captions and noise: private images, base, and each run {name: (P, H, W, 3)}.
+
+    Captions stand above.  Images are spread over the members, the same for every call.
+    """
+    data = examination.subject.data
+    made = next(iter(runs.values()))
+    members = np.resize(
+        data.members(), len(made)
+    )  # picture i was drawn from the caption of members[i]
+    distinct = min(len(made), len(data.members()))
+    chosen = np.linspace(0, distinct - 1, min(columns, distinct)).round().astype(int)
+    rows = {"private image": data.pixels[members], "base": examination.control.pictures} | runs
+    captions = [data.captions[members[i]] for i in chosen]
+    size = (1.1 * columns + 1.2, 1.1 * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), len(chosen), figsize=size, squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for axis, picture in zip(line, pictures[chosen], strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    for axis, caption in zip(axes[0], captions, strict=True):
+        axis.set_title("\n".join(textwrap.wrap(caption, 18)), fontsize=7)
+    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.01, top=0.9, wspace=0.04, hspace=0.04)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -143,3 +143,13 @@ def nearest(real: torch.Tensor, generated: torch.Tensor) -> tuple[np.ndarray, np
     similarity = F.normalize(generated, dim=1) @ F.normalize(real, dim=1).T
     best = similarity.max(1)
     return (1 - best.values).numpy(), best.indices.numpy()
+
+
+def compare(real: dict[str, torch.Tensor], generated: torch.Tensor) -> dict[str, float]:
+    """Frechet distance, KID and distance to the nearest, of features (P, F) to each set (N, F) of `real`."""
+    found = {"pictures": len(generated)}
+    for name, features in real.items():
+        found[f"frechet_{name}"] = frechet_distance(features, generated)
+        found[f"kid_{name}"], found[f"kid_{name}_deviation"] = kernel_distance(features, generated)
+        found[f"nearest_{name}"] = float(nearest(features, generated)[0].mean())
+    return found

@@ -14,20 +14,22 @@ Held by tests/test_shadow.py to the formula and to a planted case that the raw s
 
 import hashlib
 import json
-from dataclasses import asdict, fields, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
 import lora
-import settings
-import train
-from cli import UserError, read_json
-from data import load_images, split
+import lora_files
+from cli import UserError, checked
+from data import PARTS, load_images, split
+from diffusion import Encoded, loss_grid
 from evaluation import attacks
 from evaluation.queries import Store, choose
 from evaluation.target import Subject, Target
+from settings import FREE, Settings
+from training.run_folder import RunFolder
 
 FIRST_SEED = 1001  # of the shadows; the run's own is left out
 LEAST = 2  # out-shadows that every image needs
@@ -49,90 +51,86 @@ def statistics(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"LiRA-loss": -np.log(raw["losses"]).mean((1, 2))[:, None], "LiRA-SimA": raw["SimA"]}
 
 
-def plan(
-    target: Target, names: list[str], size: int, count: int
-) -> tuple[list[settings.Settings], np.ndarray]:
+def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], np.ndarray]:
     """Settings of `count` shadows of a run, and out (S, N): which images (by name) each does not train on.
 
     Raises UserError, before anything is trained, for what has no shadows.
     """
     if count < 1:
         raise UserError(f"--shadow must be 0 or more, not {count}")
-    path = target.run / "config.json"
-    if target.splits is None or target.step is None or not path.is_file():
+    if target.splits is None or target.step is None:
         raise UserError(
             f"--shadow needs a run of train.py: nothing says how {target.name} was trained"
         )
-    config = read_json(path)
-    known = {
-        f.name: config["settings"][f.name]
-        for f in fields(settings.Settings)
-        if f.name in config["settings"]
-    }
-    s = settings.Settings(**known)
-    s = replace(
-        s, steps=target.step, accumulate=s.accumulate * config.get("processes", 1)
-    )  # the same whole batch
-    s = replace(s, save_every=s.steps, samples=0, sample_every=None, hessian_every=0, resume=True)
-    s = replace(s, norms_every=10**9, track=None, format="diffusers", dry_run=False)
-    images = load_images(s.data, size, s.caption)
-    if images.parts is not None:
+    s = as_trained(target)
+    images = load_images(s.data, subject.base.size, s.caption)
+    if images.folders is not None:
         raise UserError(
-            f"--shadow needs a random split: {s.data} comes split, so all shadows would share its members"
+            f"--shadow needs a random split: {s.data} comes split, "
+            "so all shadows would share its members"
         )
-    free = {"seed", *settings.FREE}
+    free = {"seed", *FREE}
     matters = [{k: v for k, v in asdict(s).items() if k not in free}, images.names]
-    home = (
-        target.run.parent
-        / f"shadows-{hashlib.sha256(json.dumps(matters).encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(json.dumps(matters).encode()).hexdigest()[:8]
     shadows, out = [], []
     for seed in [k for k in range(FIRST_SEED, FIRST_SEED + count + 1) if k != s.seed][:count]:
         roles = split(images, seed, s.members, s.split)
-        members = {
-            images.names[i] for r, found in roles.items() if r.startswith("member_") for i in found
-        }
-        shadows.append(replace(s, seed=seed, out=str(home / f"seed-{seed}")))
-        out.append([name not in members for name in names])
+        members = {images.names[i] for part in PARTS for i in roles[f"member_{part}"]}
+        folder = target.run.parent / f"shadows-{digest}" / f"seed-{seed}"
+        shadows.append(replace(s, seed=seed, out=str(folder)))
+        out.append([name not in members for name in subject.data.names])
     bare = (np.array(out).sum(0) < LEAST).sum()
     if bare:
         raise UserError(
-            f"--shadow {count} leaves {bare} images with fewer than {LEAST} shadows without them: take more"
+            f"--shadow {count} leaves {bare} images with fewer than {LEAST} shadows without them: "
+            "take more"
         )
     return shadows, np.array(out)
 
 
+def as_trained(target: Target) -> Settings:
+    """The settings of a run up to the target's step, without what was only looked at on the way."""
+    config = RunFolder(target.run).config()
+    s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
+    whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
+    s = replace(s, steps=target.step, accumulate=whole, save_every=target.step)
+    s = replace(s, samples=0, sample_every=None, hessian_every=0, norms_every=10**9)
+    return replace(s, track=None, format="diffusers", dry_run=False, resume=True)
+
+
 def query(
     subject: Subject,
-    shadows: list[settings.Settings],
-    out: np.ndarray,
+    train: Callable[[Settings], object],
+    shadows: list[Settings],
     key: str,
     device: str = "cpu",
-):
-    """Train what `plan` names and is not there yet, and ask each what the run was asked: ({attack: (S, N, C)}, out)."""
-    base, found = subject.base, []
+) -> dict[str, np.ndarray]:
+    """Ask every shadow what the run was asked: {attack: (S, N, C)}.  `train` makes those that are not there yet."""
+    base, data, answers = subject.base, subject.data, []
     for s in shadows:
-        folder = Path(s.out)
-        train.train(replace(s, device=device, threads=torch.get_num_threads()))
-        adapter, _ = lora.load(base.unet, folder / "adapter")
+        folder = RunFolder(s.out)
+        train(replace(s, device=device, threads=torch.get_num_threads()))
+        adapter, _ = lora_files.load(base.unet, folder.adapter()[0])
         adapter.merge()
 
         def ask():
-            losses = attacks.loss_grid(base, subject.latents, subject.text).numpy()
-            return {"losses": losses, "SimA": attacks.sima(base, subject.latents, subject.text)}
+            losses = loss_grid(base, data.latents, data.text).numpy()
+            return {"losses": losses, "SimA": attacks.sima(base, data.latents, data.text)}
 
-        started = read_json(folder / "config.json")["started"]
-        found.append(
-            statistics(Store(folder / "scores", json.dumps([key, started])).get("shadow", ask))
-        )
+        store = Store(folder.path / "scores", json.dumps([key, folder.config()["started"]]))
+        answers.append(statistics(store.get("shadow", ask)))
         lora.remove(base.unet, adapter)
-    return {name: np.stack([f[name] for f in found]) for name in found[0]}, out
+    return {name: np.stack([answer[name] for answer in answers]) for name in answers[0]}
 
 
 def scores(
-    subject: Subject, raw: dict[str, np.ndarray], shadows: dict[str, np.ndarray], out: np.ndarray
-) -> dict:
-    """The calibrated attacks on the model that answered `raw`: {attack: (N,)}, columns chosen on known images."""
+    data: Encoded, raw: dict[str, np.ndarray], shadows: dict[str, np.ndarray], out: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The calibrated attacks on the model that answered `raw`: {attack: (N,)}.
+
+    Columns are chosen on known images.
+    """
     return {
-        n: choose(subject, calibrated(phi, shadows[n], out)) for n, phi in statistics(raw).items()
+        name: choose(data, calibrated(phi, shadows[name], out))
+        for name, phi in statistics(raw).items()
     }

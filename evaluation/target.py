@@ -4,18 +4,18 @@ A target comes from a run folder of train.py, or from flags for an adapter train
 with a role are encoded; `roles` are positions among them.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from base_files import load_base
 from cli import UserError, read_json
-from data import PARTS, load_images, split
-from diffusion import Base, encode_captions, encode_images, load_base
+from data import FOLDERS, PARTS, SIDES, Images, load_images, split
+from diffusion import Base, Encoded, encode, encode_captions, encode_images
+from training.run_folder import RunFolder
 
-SIDES = ("member", "nonmember")
 SUBSET_SEED = 0  # of the choice of test non-members
 
 
@@ -35,67 +35,26 @@ class Target:
 
 def read_run(folder: str, at: str = "last") -> Target:
     """The adapter of a run folder `at` last, best or a saved step; raises UserError."""
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{folder} is not a run folder: it has no config.json (train.py writes one)"
-        )
-    config, splits = read_json(path / "config.json")["settings"], read_json(path / "splits.json")
-    try:
-        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a complete run: {error}") from None
-    adapter, step = adapter_folder(path, at, metrics)
-    results = path if at == "last" else path / f"at-{at}"
-    return Target(f"{path} @{step}", path, results, adapter, step, at, config, splits)
+    run = RunFolder(folder)
+    config, splits = run.config()["settings"], run.splits()
+    adapter, step = run.adapter(at)
+    results = run.path if at == "last" else run.path / f"at-{at}"
+    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, splits)
 
 
-def adapter_folder(folder: Path, at: str, metrics: list[dict]) -> tuple[Path, int]:
-    """(folder of the adapter, its step); raises UserError."""
-    saved = {
-        m["step"]: m["nonmember_val_loss"]
-        for m in metrics
-        if m["step"] and "nonmember_val_loss" in m
-    }
-    if not saved or (at == "last" and not (folder / "adapter").is_dir()):
-        raise UserError(f"{folder} has no adapter yet: its training did not finish")
-    if at == "last":
-        return folder / "adapter", max(saved)
-    step = min(saved, key=saved.get) if at == "best" else int(at) if at.isdigit() else -1
-    path = folder / "checkpoints" / f"step-{step:06d}"
-    if step not in saved or not path.is_dir():
-        raise UserError(
-            f"{folder} has no adapter of step {at}: take last, best or one of {', '.join(map(str, saved))}"
-        )
-    return path, step
-
-
-def read_adapter(
-    model: str | None,
-    adapter: str | None,
-    data: str | None,
-    splits: str | None,
-    caption: str | None,
-    dtype: str,
-    out: str | None,
-) -> Target:
-    """An adapter trained elsewhere, named by flags; raises UserError."""
-    for flag, value in (("--model", model), ("--adapter", adapter), ("--data", data)):
-        if value is None:
+def read_adapter(s) -> Target:
+    """An adapter trained elsewhere, named by evaluate.py's flags; raises UserError."""
+    for flag in ("model", "adapter", "data"):
+        if getattr(s, flag) is None:
             raise UserError(
-                f"name run folders, such as runs/smp, or --model, --adapter and --data: {flag} is missing"
+                "name run folders, such as runs/smp, or --model, --adapter and --data: "
+                f"--{flag} is missing"
             )
-    config = {
-        "model": model,
-        "data": data,
-        "caption": caption,
-        "dtype": dtype,
-        "method": "adapter",
-        "seed": 0,
-    }
-    roles = read_json(Path(splits)) if splits else None
-    folder = Path(out or "runs/evaluation")
-    return Target(adapter, folder, folder, Path(adapter), None, "file", config, roles)
+    config = {name: getattr(s, name) for name in ("model", "data", "caption", "dtype")}
+    config |= {"method": "adapter", "seed": 0}
+    splits = read_json(Path(s.splits)) if s.splits else None
+    folder = Path(s.out or "runs/evaluation")
+    return Target(s.adapter, folder, folder, Path(s.adapter), None, "file", config, splits)
 
 
 @dataclass
@@ -103,33 +62,12 @@ class Subject:
     """The images of a target with the base model, encoded once."""
 
     base: Base
-    captions: list[str]
-    pixels: np.ndarray  # (N, H, W, 3)
-    latents: torch.Tensor  # (N, C, h, w)
-    text: torch.Tensor  # (N, L, D)
-    roles: dict[str, list[int]]
+    data: Encoded
     held_out: (
         np.ndarray
     )  # (M, H, W, 3): fresh pictures, or the test non-members where there are none
     crops: torch.Tensor  # (2, N, C, h, w): latents of the central 90 % and 80 %
     cuts: torch.Tensor  # (2, N, L, D): embeddings of the first half of the caption, and of none
-    names: list[str]  # (N,) file names
-
-    def known(self) -> list[int]:
-        """The images that the attacker may choose on: auxiliary and validation."""
-        return [
-            i for side in SIDES for part in ("aux", "val") for i in self.roles[f"{side}_{part}"]
-        ]
-
-    def members(self) -> list[int]:
-        """All images that the adapter was trained on."""
-        return [i for part in ("aux", "val", "test") for i in self.roles[f"member_{part}"]]
-
-    def pair(self, score: np.ndarray, *parts: str) -> tuple[np.ndarray, np.ndarray]:
-        """(member scores, non-member scores) of the given parts of the roles."""
-        return tuple(
-            np.concatenate([score[self.roles[f"{side}_{p}"]] for p in parts]) for side in SIDES
-        )
 
 
 def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject:
@@ -140,60 +78,69 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
     c = target.config
     base = load_base(c["model"], device, c["dtype"], c.get("size"))
     images = load_images(c["data"], base.size, c["caption"])
-    if target.splits is not None:
-        position = {name: i for i, name in enumerate(images.names)}
-        missing = [n for found in target.splits.values() for n in found if n not in position]
-        if missing:
-            raise UserError(
-                f"{c['data']} no longer holds {missing[0]} ({len(missing)} images of the run are gone)"
-            )
-        every = {role: [position[n] for n in found] for role, found in target.splits.items()}
-    elif images.parts is not None:
-        every = split(images, c["seed"], 0)
-    else:
-        raise UserError(
-            f"{c['data']} does not say who is a member: give --splits, or sub-folders {', '.join(PARTS)}"
-        )
+    every = dealt(target, images)
     roles, chosen = {}, []
-    for role in (f"{side}_{part}" for side in SIDES for part in ("aux", "val", "test")):
+    for role in (f"{side}_{part}" for side in SIDES for part in PARTS):
         if not every.get(role):
             raise UserError(f"the split has no images for the role {role}")
-        found = subset(every[role], nonmembers) if role == "nonmember_test" else every[role]
-        roles[role] = list(range(len(chosen), len(chosen) + len(found)))
-        chosen += found
+        index = subset(every[role], nonmembers) if role == "nonmember_test" else every[role]
+        roles[role] = list(range(len(chosen), len(chosen) + len(index)))
+        chosen += index
     fresh = every.get("fresh", [])
     held_out = images.pixels[fresh if len(fresh) > 1 else every["nonmember_test"]]
-    pixels, captions = images.pixels[chosen], [images.captions[i] for i in chosen]
+    names, captions = ([given[i] for i in chosen] for given in (images.names, images.captions))
+    data = encode(base, Images(names, captions, images.pixels[chosen]), roles)
     halves = [" ".join(words[: len(words) // 2]) for words in map(str.split, captions)]
-    return Subject(
-        base,
-        captions,
-        pixels,
-        encode_images(base, pixels),
-        encode_captions(base, captions),
-        roles,
-        held_out,
-        torch.stack([encode_images(base, crop(pixels, share)) for share in (0.9, 0.8)]),
-        torch.stack([encode_captions(base, cut) for cut in (halves, [""] * len(captions))]),
-        [images.names[i] for i in chosen],
-    )
+    crops = [encode_images(base, crop(data.pixels, share)) for share in (0.9, 0.8)]
+    cuts = [encode_captions(base, cut) for cut in (halves, [""] * len(captions))]
+    return Subject(base, data, held_out, torch.stack(crops), torch.stack(cuts))
 
 
-def subset(found: list[int], count: int) -> list[int]:
-    """`count` of `found` at random, the same for every run (0: all); the first ones by name would be all of a kind."""
-    if not 0 < count < len(found):
-        return found
-    return sorted(np.random.default_rng(SUBSET_SEED).permutation(found)[:count].tolist())
+def dealt(target: Target, images: Images) -> dict[str, list[int]]:
+    """Positions per role among `images`, as the run dealt them or as the folder comes split.
+
+    Raises UserError.
+    """
+    source = target.config["data"]
+    if target.splits is None and images.folders is None:
+        raise UserError(
+            f"{source} does not say who is a member: give --splits, or sub-folders "
+            f"{', '.join(FOLDERS)}"
+        )
+    if target.splits is None:
+        return split(images, target.config["seed"], 0)
+    roles = target.splits
+    if not isinstance(roles, dict) or not all(isinstance(names, list) for names in roles.values()):
+        raise UserError("the splits are not an object of role -> list of file names")
+    every = [name for names in roles.values() for name in names]
+    twice = sorted({name for name in every if every.count(name) > 1}, key=str)
+    if twice:
+        raise UserError(f"the splits name {twice[0]} twice: an image has one role")
+    position = {name: i for i, name in enumerate(images.names)}
+    missing = [name for name in every if name not in position]
+    if missing:
+        raise UserError(
+            f"{source} no longer holds {missing[0]} ({len(missing)} images of the run are gone)"
+        )
+    return {role: [position[name] for name in names] for role, names in roles.items()}
+
+
+def subset(positions: list[int], count: int) -> list[int]:
+    """`count` of `positions` at random, the same for every run (0: all).
+
+    The first ones by name would be all of a kind.
+    """
+    if not 0 < count < len(positions):
+        return positions
+    rng = np.random.default_rng(SUBSET_SEED)
+    return sorted(rng.permutation(positions)[:count].tolist())
 
 
 def crop(pixels: np.ndarray, share: float) -> np.ndarray:
     """The central `share` of each side of (N, H, W, 3), enlarged to the full picture."""
     size = pixels.shape[1]
     edge = round(size * (1 - share) / 2)
-    x = (
-        torch.from_numpy(pixels[:, edge : size - edge, edge : size - edge])
-        .permute(0, 3, 1, 2)
-        .float()
-    )
+    inner = pixels[:, edge : size - edge, edge : size - edge]
+    x = torch.from_numpy(inner).permute(0, 3, 1, 2).float()
     x = torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
     return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

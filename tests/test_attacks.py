@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import diffusion
 import lora
 import roc
-from diffusion import Base, load_base
+from base_files import load_base
+from diffusion import GRID_SEED, TIMESTEPS, Base, loss_grid
 from evaluation import attacks
 
 
@@ -42,7 +44,8 @@ def leaky(monkeypatch):
         base.unet.truth = noise
         return real(base, latents, text, timesteps, noise)
 
-    monkeypatch.setattr(attacks, "squared_error", told)
+    for module in (attacks, diffusion):
+        monkeypatch.setattr(module, "squared_error", told)
     return base
 
 
@@ -50,7 +53,7 @@ def test_loss_grid_and_attacks_on_known_errors(leaky):
     """The grid holds h; the loss attack is -h; the difference attack is log of the ratio."""
     h = torch.tensor([0.1, 0.2, 0.4])
     latents = torch.zeros(3, 4, 8, 8)
-    grid = attacks.loss_grid(leaky, latents, h.view(3, 1, 1), (5, 100), draws=3)
+    grid = loss_grid(leaky, latents, h.view(3, 1, 1), (5, 100), draws=3)
     assert grid.shape == (3, 2, 3)
     torch.testing.assert_close(grid, h.view(3, 1, 1).expand(3, 2, 3))
     np.testing.assert_allclose(attacks.loss_attack(grid), -h, rtol=1e-5)
@@ -61,11 +64,11 @@ def test_large_pictures_go_through_in_small_batches(leaky, monkeypatch):
     """Of 512 px four at a time where small ones go in one batch; the figures are the same."""
     h, sizes, real = torch.rand(6) + 0.1, [], attacks.squared_error
     monkeypatch.setattr(
-        attacks, "squared_error", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest)
+        diffusion, "squared_error", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest)
     )
     for pixels, expected in ((32, [6]), (512, [4, 2]), (4096, [1] * 6)):
         leaky.size = pixels
-        grid = attacks.loss_grid(
+        grid = loss_grid(
             leaky, torch.zeros(6, *leaky.latent_shape), h.view(6, 1, 1), (5,), draws=1
         )
         assert sizes == expected
@@ -206,8 +209,8 @@ def test_gradient_features_equal_autograd_image_by_image(model, request, monkeyp
     )
     monkeypatch.setattr(attacks, "GRADIENT_BATCH", 3)
     found = attacks.gradient_features(base, adapter, latents, text)
-    timesteps = torch.tensor(attacks.TIMESTEPS[::2])
-    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(attacks.GRID_SEED))
+    timesteps = torch.tensor(TIMESTEPS[::2])
+    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(GRID_SEED))
     for i in range(5):
         z, c = latents[i].expand(2, -1, -1, -1), text[i].expand(2, -1, -1)
         loss = attacks.squared_error(base, z, c, timesteps, noise).mean()

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from base_files import load_base
 from cli import UserError
+from data import load_images
+from diffusion import encode
 from settings import Settings, stored
-from training import run_folder, state
+from training import monitor, state
+from training import run as prepared
 
 STEPS, KILLS = 30, 20
 
@@ -56,14 +61,11 @@ def until(step, out, pid):
 def lives(model, images, tmp):
     """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both signals."""
     torch.set_num_threads(1)
-    rng, base, found = random.Random(0), train.load_base(model), train.load_images(images, 32)
-    latents, text = (
-        train.encode_images(base, found.pixels),
-        train.encode_captions(base, found.captions),
-    )
-    train.load_base, train.load_images = lambda *_: base, lambda *_: found
-    train.encode_images, train.encode_captions = lambda *_: latents, lambda *_: text
-    run_folder.sample_grid = run_folder.plots.training_curves = lambda *_: None
+    rng, base, images_once = random.Random(0), load_base(model), load_images(images, 32)
+    encoded = encode(base, images_once, {})
+    prepared.load_base, prepared.load_images = lambda *_: base, lambda *_: images_once
+    prepared.encode = lambda *args: replace(encoded, roles=args[2])
+    monitor.sample_grid = monitor.plots.training_curves = lambda *_: None
 
     def settings(out, resume=False):
         return Settings(

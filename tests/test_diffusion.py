@@ -11,12 +11,12 @@ from conftest import CAPTIONS
 from safetensors.torch import load_file
 
 import diffusion
+from base_files import load_base
 from cli import UserError
 from diffusion import (
     add_noise,
     encode_captions,
     encode_images,
-    load_base,
     prediction_target,
     sample,
     squared_error,

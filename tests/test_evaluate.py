@@ -10,9 +10,10 @@ import pytest
 import evaluate
 import train
 from cli import UserError
-from data import PARTS
-from evaluation import queries
-from evaluation.target import SIDES, Subject, prepare, read_adapter, read_run, subset
+from data import FOLDERS, PARTS, SIDES
+from diffusion import Encoded
+from evaluation import queries, tables
+from evaluation.target import prepare, read_adapter, read_run, subset
 from settings import Settings
 
 
@@ -51,6 +52,7 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
     assert "worst case" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(queries, "loss_grid", None)
     monkeypatch.setattr(queries.attacks, "error_maps", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
@@ -85,16 +87,16 @@ def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, ca
 def test_choice_is_made_on_known_images():
     """A signal planted in auxiliary and validation images alone decides the column; test images have no say."""
     rng = np.random.default_rng(0)
-    roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in SIDES for p in ("aux", "val", "test"))}  # fmt: skip
-    subject = Subject(*[None] * 5, roles, *[None] * 4)
+    roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in SIDES for p in PARTS)}  # fmt: skip
+    data = Encoded(*[None] * 5, roles)
     score = rng.normal(size=(60, 3))
     score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
     score[roles["member_aux"] + roles["member_val"], 2] += 3
-    chosen = queries.choose(subject, score)
+    chosen = queries.choose(data, score)
     np.testing.assert_array_equal(chosen, score[:, 2])
-    before = queries.threshold(subject, "loss", chosen)
+    before = queries.threshold(data, "loss", chosen)
     chosen[roles["member_test"]] += 100
-    assert queries.threshold(subject, "loss", chosen) == before
+    assert queries.threshold(data, "loss", chosen) == before
 
 
 def test_refusals(run, tmp_path):
@@ -119,35 +121,31 @@ def test_test_non_members_are_a_random_subset():
 def test_adapter_with_a_folder_in_four_parts(run, tiny_base, image_folder, tmp_path):
     """An adapter from elsewhere on the paper's four sub-folders, without a run folder or splits."""
     pictures = sorted(Path(image_folder).glob("*.png"))
-    for k, part in enumerate(PARTS):
-        (tmp_path / "data" / part).mkdir(parents=True)
+    for k, folder in enumerate(FOLDERS):
+        (tmp_path / "data" / folder).mkdir(parents=True)
         for picture in pictures[10 * k : 10 * k + 10]:
             for file in (picture, picture.with_suffix(".txt")):
-                shutil.copy(file, tmp_path / "data" / part)
-    data, out = str(tmp_path / "data"), str(tmp_path / "out")
-    settings = {"pictures": 0, "bootstrap": 50, "adapter": f"{run}/adapter", "model": tiny_base}
-    (record,) = evaluate.evaluate(evaluate.Settings(data=data, out=out, **settings))
-    assert record["images"] == {
-        f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))
-    }
-    assert (
-        json.loads((tmp_path / "out" / "eval.json").read_text())["base"]["attacks"]
-        == record["base"]["attacks"]
-    )
-    subject = prepare(read_adapter(tiny_base, f"{run}/adapter", data, None, None, "float32", out))
+                shutil.copy(file, tmp_path / "data" / folder)
+    flags = {"pictures": 0, "bootstrap": 50, "adapter": f"{run}/adapter", "model": tiny_base}
+    flags |= {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
+    (record,) = evaluate.evaluate(evaluate.Settings(**flags))
+    sizes = {f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))}
+    assert record["images"] == sizes
+    saved = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert saved["base"]["attacks"] == record["base"]["attacks"]
+    data = prepare(read_adapter(evaluate.Settings(**flags))).data
     for k, roles in enumerate(
-        PARTS.values()
-    ):  # whoever lies in a folder has its roles, whatever the names
-        captions = {subject.captions[i] for role in roles for i in subject.roles[role]}
-        assert captions == {
-            p.with_suffix(".txt").read_text().strip() for p in pictures[10 * k : 10 * k + 10]
-        }
+        FOLDERS.values()
+    ):  # who lies in a folder has its roles, whatever the names
+        captions = {data.captions[i] for role in roles for i in data.roles[role]}
+        files = (p.with_suffix(".txt") for p in pictures[10 * k : 10 * k + 10])
+        assert captions == {file.read_text().strip() for file in files}
 
 
 def test_runs_are_called_by_their_last_name_unless_two_share_it():
     """Seeds of one method live in folders of one name."""
     records = [{"run": name} for name in ("runs/0/smp @4", "runs/1/smp @4", "runs/0/mp @4")]
-    assert evaluate.titles(records) == ["runs/0/smp @4", "runs/1/smp @4", "mp @4"]
+    assert tables.titles(records) == ["runs/0/smp @4", "runs/1/smp @4", "mp @4"]
 
 
 def test_another_choice_of_images_is_another_evaluation(run, monkeypatch):

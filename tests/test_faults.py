@@ -1,6 +1,5 @@
 """What users and machines do to a run: bad models, bad adapters, full disks, numbers that blow up; and reuse elsewhere."""
 
-import contextlib
 import importlib
 import json
 import re
@@ -17,13 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cli
-import lora
+import lora_files
 import train
+from base_files import load_base
 from cli import UserError, one_line_errors
 from data import load_images
-from diffusion import encode_captions, load_base
+from diffusion import encode_captions
 from settings import Settings, resolve
-from training import run_folder
+from training import monitor
+from training import run as prepared
 from training.processes import Processes
 
 ROOT = Path(train.__file__).parent
@@ -35,8 +36,8 @@ few = hypothesis_settings(
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of a tiny run's time."""
-    monkeypatch.setattr(run_folder, "sample_grid", lambda *_: None)
-    monkeypatch.setattr(run_folder.plots, "training_curves", lambda *_: None)
+    monkeypatch.setattr(monitor, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(monitor.plots, "training_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -138,13 +139,13 @@ def nan_gradient(error):
 @pytest.mark.parametrize("poison", [nan_loss, nan_gradient])
 def test_numbers_that_blow_up_stop_the_run(capsys, small, tmp_path, monkeypatch, poison):
     """The step is named, no weight has taken the bad step, and the state before it is whole."""
-    calls, honest = [], train.squared_error
+    calls, honest = [], prepared.squared_error
 
     def poisoned(*inputs):
         calls.append(1)
         return poison(honest(*inputs)) if len(calls) == 5 else honest(*inputs)
 
-    monkeypatch.setattr(train, "squared_error", poisoned)
+    monkeypatch.setattr(prepared, "squared_error", poisoned)
     refused(capsys, small(steps=8, state_every=1), "no longer finite at step 5", "--lr")
     assert not (tmp_path / "run" / "adapter").exists()
     files = list((tmp_path / "run" / "state").iterdir())
@@ -201,7 +202,7 @@ def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_resume_refuses_other_images(capsys, small, image_folder, tmp_path, monkeypatch):
     """An image gone or new would deal the roles anew, and members would become non-members."""
     folder = Path(shutil.copytree(image_folder, tmp_path / "images"))
-    monkeypatch.setattr(run_folder, "finish", lambda *_: {})  # as if killed before it
+    monkeypatch.setattr(monitor, "finish", lambda *_: {})  # as if killed before it
     train.train(small(data=str(folder)))
     (folder / "00.png").unlink()
     refused(capsys, small(data=str(folder), resume=True), "no longer holds the images")
@@ -220,95 +221,7 @@ def test_resume_refuses_a_torn_config(capsys, small, tmp_path):
     refused(capsys, small(resume=True), "config.json", "not a run's config")
 
 
-# ---- adapters from elsewhere ----
-
-
-def adapter_file(path, metadata=None, extra=None, rank=2):
-    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    tensors = {
-        f"unet.{name}.lora_A.weight": torch.ones(rank, 32),
-        f"unet.{name}.lora_B.weight": torch.ones(32, rank),
-    }
-    save_file(
-        tensors | (extra or {}),
-        path,
-        {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None,
-    )
-    return path, name
-
-
-@pytest.mark.parametrize(
-    "pattern, alpha",
-    [("to_q", 7.0), ("attn1.to_q", 7.0), (".*attn1.to_q", 7.0), ("attn2.to_q", 3.0), ("o_q", 3.0)],
-)
-def test_alpha_pattern_is_honoured(tmp_path, pattern, alpha):
-    """As peft matches it (checked against its own function)."""
-    from peft.utils.other import get_pattern_key
-
-    path, name = adapter_file(
-        tmp_path / "a.safetensors", {"unet.lora_alpha": 3, "unet.alpha_pattern": {pattern: 7}}
-    )
-    found, _ = lora.read(path)
-    assert found[name][2] == alpha
-    assert {pattern: 7}.get(get_pattern_key([pattern], name), 3) == alpha
-
-
-def test_rank_comes_from_the_factors(tmp_path):
-    path, name = adapter_file(tmp_path / "a.safetensors", {"unet.r": 64, "unet.rank_pattern": {"to_q": 5}, "unet.lora_alpha": 2}, rank=5)  # fmt: skip
-    assert lora.read(path)[0][name][0].shape[0] == 5
-
-
-@pytest.mark.parametrize("name", ["use_rslora", "use_dora"])
-def test_refuses_another_formula(tmp_path, name):
-    path, _ = adapter_file(tmp_path / "a.safetensors", {f"unet.{name}": True})
-    with pytest.raises(UserError, match=name):
-        lora.read(path)
-
-
-def test_names_what_is_not_the_unet(tmp_path, capsys):
-    path, _ = adapter_file(
-        tmp_path / "a.safetensors", extra={"text_encoder.layer.lora_A.weight": torch.ones(2, 4)}
-    )
-    lora.read(path)
-    assert "text_encoder.layer.lora_A.weight" in capsys.readouterr().out
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@few
-@given(
-    config=json_values
-    | st.dictionaries(
-        st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.r"]), json_values
-    )
-)
-def test_fuzz_adapter_settings(tmp_path, config):
-    """Whatever the header says, the adapter is read with a finite scale or refused in one line."""
-    path, name = adapter_file(tmp_path / "a.safetensors", config)
-    try:
-        found, _ = lora.read(path)
-        assert abs(found[name][2]) < float("inf")
-    except UserError as error:
-        assert "\n" not in str(error)
-
-
-@few
-@given(start=st.integers(0, 400), junk=st.binary(max_size=40), end=st.integers(0, 600))
-def test_fuzz_adapter_bytes(tmp_path, start, junk, end):
-    """The same for damaged and cut files."""
-    path, _ = adapter_file(tmp_path / "a.safetensors", {"unet.lora_alpha": 3})
-    content = bytearray(path.read_bytes())
-    content[start : start + len(junk)] = junk
-    path.write_bytes(content[: len(content) - end])
-    with contextlib.suppress(UserError):
-        lora.read(path)
+# ---- captions ----
 
 
 @few
@@ -348,13 +261,13 @@ def kohya_run(small, tmp_path):
 
 def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
     """--format kohya adds a file that says the same; --init starts at exactly that adapter, with its rank and alpha."""
-    one = lora.read(kohya_run / "adapter")[0]
-    two = lora.read(kohya_run / "kohya" / lora.KOHYA_NAME)[0]
+    one = lora_files.read(kohya_run / "adapter")[0]
+    two = lora_files.read(kohya_run / "kohya" / lora_files.KOHYA_NAME)[0]
     assert {k.replace(".", "_") for k in one} == set(two)
     for name, (a, b, alpha) in one.items():
         x, y, scale = two[name.replace(".", "_")]
         assert torch.equal(a, x) and torch.equal(b, y) and alpha == scale == 4.0
-    for path in (kohya_run / "adapter", kohya_run / "kohya" / lora.KOHYA_NAME):
+    for path in (kohya_run / "adapter", kohya_run / "kohya" / lora_files.KOHYA_NAME):
         settings = small(init=str(path), rank=16, alpha=1.0, target="all")
         run = train.prepare(settings, Processes())
         assert (settings.rank, settings.alpha, settings.target) == (2, 4.0, "attention")
@@ -363,7 +276,7 @@ def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
         )
     train.train(small(init=str(kohya_run / "adapter"), rank=16, steps=1))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["rank"] == 2
-    moved = lora.read(tmp_path / "run" / "adapter")[0]
+    moved = lora_files.read(tmp_path / "run" / "adapter")[0]
     assert moved.keys() == one.keys() and not torch.equal(moved[name][1], one[name][1])
 
 
@@ -393,7 +306,7 @@ def test_readme_snippet_loads_the_adapter(tiny_base, kohya_run, monkeypatch):
     x, t, c = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 32)
     with torch.no_grad():
         got, plain = pipe.unet(x, t, c)[0], before(x, t, c)[0]
-        lora.load(before, kohya_run / "adapter")
+        lora_files.load(before, kohya_run / "adapter")
         torch.testing.assert_close(got, before(x, t, c)[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(got, plain, atol=1e-6)
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import settings
 from attacker import MEMBER, PROXIES, attacker_step
-from diffusion import load_base, squared_error
+from base_files import load_base
+from diffusion import squared_error
 from lora import inject
 from objectives import (
+    METHODS,
     adaptation_loss,
     clip_,
     denominator,
@@ -39,6 +42,12 @@ class Setting:
 
     def gain(self):
         return mi_gain(self.attacker, self.error(), self.timesteps)
+
+    def terms(self, method, lam=LAM):
+        """The objective on one forward, as an outer step computes it."""
+        e = self.error()
+        gain = None if method == "lora" else mi_gain(self.attacker, e, self.timesteps)
+        return objective(method, adaptation_loss(e), gain, lam, DELTA)
 
 
 @pytest.fixture(scope="module", params=PROXIES)
@@ -85,8 +94,8 @@ def test_values_equal_numpy(setting):
     e = setting.error().detach()
     h = setting.attacker(e, setting.timesteps).detach().exp().numpy()[:, MEMBER]
     loss, gain = np.mean(e.numpy()), 0.5 * np.mean(np.log(h))
-    mp = objective("mp", e, setting.timesteps, setting.attacker, LAM, DELTA)
-    smp = objective("smp", e, setting.timesteps, setting.attacker, LAM, DELTA)
+    mp = setting.terms("mp")
+    smp = setting.terms("smp")
     assert mp.total.item() == pytest.approx(loss + LAM * gain, rel=1e-12)
     assert smp.total.item() == pytest.approx(loss / (1 - LAM * gain + DELTA), rel=1e-12)
     assert (mp.denominator, mp.lambda_effective) == (1.0, LAM)
@@ -100,10 +109,11 @@ def test_values_equal_numpy(setting):
 def test_lambda_zero_is_lora(setting):
     """SMP at lambda = 0 is L / (1 + delta), MP is L."""
     e, t = setting.error().detach(), setting.timesteps
-    lora = objective("lora", e, t, None, LAM)
+    loss, gain = adaptation_loss(e), mi_gain(setting.attacker, e, t)
+    lora = objective("lora", loss, None, LAM)
     assert lora.gain is None and lora.total.item() == e.mean().item()
-    assert objective("mp", e, t, setting.attacker, 0.0).total.item() == lora.total.item()
-    smp = objective("smp", e, t, setting.attacker, 0.0, DELTA)
+    assert objective("mp", loss, gain, 0.0).total.item() == lora.total.item()
+    smp = objective("smp", loss, gain, 0.0, DELTA)
     assert smp.total.item() == pytest.approx(lora.total.item() / (1 + DELTA), rel=1e-14)
     assert smp.lambda_effective == 0
 
@@ -132,7 +142,7 @@ def test_gradients_equal_the_closed_forms(setting):
         ("mp", grad_loss + LAM * grad_gain),
         ("smp", (grad_loss + LAM * j * grad_gain) / d),
     ):
-        terms = objective(method, setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
+        terms = setting.terms(method)
         got = flat(gradients(terms.total, setting.parameters))
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-8 * np.abs(want).max())
 
@@ -183,13 +193,11 @@ def test_detached_denominator_is_a_shorter_plain_step(setting):
     got = gradient(setting, ratio_objective(setting.loss(), gain, LAM, DELTA))
     want = gradient(setting, setting.loss()) / denominator(gain, LAM, DELTA).item()
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
-    terms = objective(
-        "smp-detached", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA
-    )
+    terms = setting.terms("smp-detached")
     np.testing.assert_allclose(
         flat(gradients(terms.total, setting.parameters)), want, rtol=1e-10, atol=1e-14
     )
-    smp = objective("smp", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
+    smp = setting.terms("smp")
     assert (terms.total.item(), terms.denominator) == (smp.total.item(), smp.denominator)
     assert terms.lambda_effective == 0
 
@@ -197,7 +205,7 @@ def test_detached_denominator_is_a_shorter_plain_step(setting):
 def test_outer_step_leaves_the_attacker_alone(setting):
     """Algorithm 1, outer step: no attacker weight moves, and no `.grad` is left there or in A and B."""
     before = [p.detach().clone() for p in setting.attacker.parameters()]
-    terms = objective("smp", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
+    terms = setting.terms("smp")
     gradient_norms(terms, lambda value: gradients(value, setting.parameters, keep_graph=True))
     optimizer = torch.optim.SGD(setting.parameters, lr=0.0)
     for p, grad in zip(setting.parameters, gradients(terms.total, setting.parameters), strict=True):
@@ -213,7 +221,7 @@ def test_outer_step_leaves_the_attacker_alone(setting):
 
 def test_gradient_norms_equal_separate_calls(setting):
     """||grad L||, ||grad G|| and their cosine; the graph is still there for the step itself."""
-    terms = objective("smp", setting.error(), setting.timesteps, setting.attacker, LAM, DELTA)
+    terms = setting.terms("smp")
     got = gradient_norms(terms, lambda value: gradients(value, setting.parameters, keep_graph=True))
     grad_loss, grad_gain = gradient(setting, setting.loss()), gradient(setting, setting.gain())
     assert got["grad_norm_loss"] == pytest.approx(np.linalg.norm(grad_loss), rel=1e-8)
@@ -221,7 +229,7 @@ def test_gradient_norms_equal_separate_calls(setting):
     assert got["grad_cosine"] == pytest.approx(cosine(grad_loss, grad_gain), rel=1e-8)
     assert -1 <= got["grad_cosine"] <= 1
     assert norm(gradients(terms.total, setting.parameters)) > 0
-    lora = objective("lora", setting.error(), setting.timesteps, None, LAM)
+    lora = setting.terms("lora")
     only = gradient_norms(lora, lambda value: gradients(value, setting.parameters))
     assert only == {"grad_norm_loss": pytest.approx(got["grad_norm_loss"])}
 
@@ -243,3 +251,11 @@ def test_clip_equals_torch(limit):
     for p, t in zip(theirs, ours, strict=True):
         assert torch.allclose(t, p.grad, rtol=1e-5)  # torch divides by the norm + 1e-6
     assert norm(ours) == pytest.approx(min(limit, want), rel=1e-12)
+
+
+def test_an_unknown_method_is_refused():
+    """A typo must not train something else; the flag offers exactly these methods."""
+    loss, gain = torch.tensor(0.3), torch.tensor(-0.5)
+    with pytest.raises(ValueError, match="no method 'smp-detatched'"):
+        objective("smp-detatched", loss, gain, LAM)
+    assert METHODS == settings.METHODS

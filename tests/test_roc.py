@@ -15,7 +15,7 @@ def scores(seed=0, shift=1.0, n=250):
 def test_figures_agree_with_scikit_learn():
     """AUC, balanced ASR and TPR at 5 % FPR by another route; intervals hold the point and narrow with data."""
     member, nonmember = scores()
-    found = roc.figures(member, nonmember, 0.4, roc.Bootstrap(80, 250))
+    found = roc.summary(member, nonmember, 0.4, roc.Bootstrap(80, 250))
     labels, values = np.r_[np.ones(80), np.zeros(250)], np.r_[member, nonmember]
     assert found["auc"] == pytest.approx(roc_auc_score(labels, values))
     assert found["asr"] == pytest.approx(balanced_accuracy_score(labels, values >= 0.4))
@@ -24,7 +24,7 @@ def test_figures_agree_with_scikit_learn():
     assert found["tpr_at_1_fpr"] is None  # wants 1,000 non-members
     low, high = found["auc_interval"]
     assert low < found["auc"] < high and high - low < 0.2
-    wide = roc.figures(member[:8], nonmember[:20], None, roc.Bootstrap(8, 20))["auc_interval"]
+    wide = roc.summary(member[:8], nonmember[:20], None, roc.Bootstrap(8, 20))["auc_interval"]
     assert wide[1] - wide[0] > high - low
 
 
@@ -54,7 +54,7 @@ def test_interval_covers_chance():
 def test_auc_is_unfolded():
     """Scores that point the wrong way read below 0.5, and the folded figure says how far."""
     member, nonmember = scores(shift=-1)
-    found = roc.figures(member, nonmember, None, roc.Bootstrap(80, 250))
+    found = roc.summary(member, nonmember, None, roc.Bootstrap(80, 250))
     assert found["auc"] < 0.4 and found["auc_folded"] == pytest.approx(1 - 2 * found["auc"])
 
 

@@ -68,7 +68,7 @@ def test_evaluation_with_shadows(run, monkeypatch):
         for f in [*folders, Path(run)]
     }
     assert len(folders) == 7 and len(members) == 8
-    monkeypatch.setattr(shadows.attacks, "loss_grid", None)
+    monkeypatch.setattr(shadows, "loss_grid", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 

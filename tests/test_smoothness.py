@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 import train
 from attacker import PROXIES, attacker_step
-from diffusion import load_base, squared_error
+from base_files import load_base
+from diffusion import squared_error
 from lora import inject
-from objectives import METHODS, objective
+from objectives import METHODS, adaptation_loss, mi_gain, objective
 from settings import EMBEDDED
 from smoothness import (
     bound,
@@ -63,7 +64,9 @@ def setting(model, dtype, proxy="pooled", rank=2, batch=4):
 
     def terms(method):
         with plain_attention():
-            return objective(method, error(), timesteps, attacker, LAM, DELTA)
+            e = error()
+            gain = None if method == "lora" else mi_gain(attacker, e, timesteps)
+            return objective(method, adaptation_loss(e), gain, LAM, DELTA)
 
     return terms, adapter.parameters()
 

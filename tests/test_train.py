@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from cli import one_line_errors, parse
+from training.learner import Batches, Learner
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--save-every", 1000, "--members", 20, "--rank", 2, "--alpha", 4, "--batch-size", 4, "--target", "attention", "--lr", 0.01, "--attacker-lr", 0.01]  # fmt: skip
@@ -158,49 +159,33 @@ def test_separate_norms_do_not_change_the_run(tiny_base, image_folder, tmp_path)
     assert losses[0] == losses[1]
 
 
-def test_attacker_every_third_step(tiny_base, image_folder, tmp_path):
-    """The attacker moves in steps 1, 4, ...; up to its second step the run is as without the flag."""
-    runs = [
-        small_run(tiny_base, image_folder, tmp_path / n, "--steps", 5, "--attacker-every", n)
-        for n in "13"
-    ]
-    every, third = (rows(run)[1:] for run in runs)
-    assert [r["step"] for r in third if "attacker_loss" in r] == [1, 4]
-    assert (
-        every[0]["objective"] == third[0]["objective"]
-        and every[0]["attacker_loss"] == third[0]["attacker_loss"]
-    )
-    assert every[1]["mi_gain"] != third[1]["mi_gain"]  # its attacker is one step older
-
-
-def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
-    """The attacker sees exactly the auxiliary members of the batch before, with their errors, beside fresh non-members;
+def test_reused_members_are_those_of_the_last_outer_step(
+    tiny_base, image_folder, tmp_path, monkeypatch
+):
+    """--attacker-members reused: the attacker steps on errors that are there already and on half as many non-members;
     the adapter's batches and noise are those of any other run."""
-    seen, shown, real = [], [], train.attacker_step
+    seen, shown, real, keep = [], [], train.attacker_step, Learner.keep
 
     def step(attacker, optimizer, member, nonmember):
         seen.append((*member, *nonmember))
         return real(attacker, optimizer, member, nonmember)
 
-    def turn(run, learner, number, turn=train.adapter_turn):
-        row = turn(run, learner, number)
-        assert (
-            learner.reused[0].shape[1:] == run.base.latent_shape
-            and not learner.reused[0].requires_grad
-        )
+    def kept(learner, batch, error):
+        keep(learner, batch, error)
+        shape = learner.base.latent_shape
+        assert learner.reused[0].shape[1:] == shape and not learner.reused[0].requires_grad
         shown.append(learner.reused)
-        return row
 
     monkeypatch.setattr(train, "attacker_step", step)
-    monkeypatch.setattr(train, "adapter_turn", turn)
+    monkeypatch.setattr(Learner, "keep", kept)
     reused = small_run(
         tiny_base, image_folder, tmp_path / "r", "--steps", 6, "--attacker-members", "reused"
     )
-    found = [kept for kept in shown[:-1] if len(kept[0])]
-    assert len(seen) == len(found) > 2
+    with_members = [pair for pair in shown[:-1] if len(pair[0])]
+    assert len(seen) == len(with_members) > 2
     assert {len(errors) for errors, _ in shown} != {4}  # not all of a batch are auxiliary
-    for (errors, timesteps, others, _), (kept, at) in zip(seen, found, strict=True):
-        assert torch.equal(errors, kept) and torch.equal(timesteps, at) and len(others) == 2
+    for (errors, timesteps, others, _), (before, at) in zip(seen, with_members, strict=True):
+        assert torch.equal(errors, before) and torch.equal(timesteps, at) and len(others) == 2
     monkeypatch.undo()
     drawn = small_run(tiny_base, image_folder, tmp_path / "d", "--steps", 6)
     assert rows(reused)[1]["adaptation_loss"] == rows(drawn)[1]["adaptation_loss"]
@@ -208,32 +193,24 @@ def test_reused_members(tiny_base, image_folder, tmp_path, monkeypatch):
 
 def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
     """They are part of the training state: the attacker of a resumed run steps on the same errors."""
-    out = tmp_path / "r"
-    argv = [
-        "--model",
-        tiny_base,
-        "--data",
-        image_folder,
-        "--out",
-        out,
-        *SMALL,
-        "--attacker-members",
-        "reused",
-    ]
-    settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in argv]))
-    settings.dtype = "float32"
+    flags = ["--model", tiny_base, "--data", image_folder, "--out", tmp_path / "r", *SMALL]
+    flags += ["--attacker-members", "reused", "--dtype", "float32", "--steps", 9]
+    settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in flags]))
     run = train.prepare(settings, train.Processes("cpu"))
-    first, second = train.Learner(run), train.Learner(run)
-    train.adapter_turn(run, first, 1)
+    first, second = Learner(run), Learner(run)
+    next(train.algorithm_1(run, first, [1]))
     kept = {name: tensor.clone() for name, tensor in first.tensors().items()}
-    alone = train.attacker_turn(run, first)
+    batch = train.auxiliary_batch(run, first)
     second.restore(kept)
-    assert len(second.reused[0]) and train.attacker_turn(run, second) == alone
+    again = train.auxiliary_batch(run, second)
+    assert len(second.reused[0])
+    for one, two in zip((*batch[0], *batch[1]), (*again[0], *again[1]), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_batches_cover_every_index_once_per_pass():
     """Whatever the batch size, each pass visits every index exactly once."""
-    batches = train.Batches(list(range(10)), 4, torch.Generator().manual_seed(0))
+    batches = Batches(list(range(10)), 4, torch.Generator().manual_seed(0))
     drawn = torch.cat([batches.draw() for _ in range(5)])
     assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
     assert drawn[:10].tolist() != drawn[10:].tolist()

@@ -3,13 +3,16 @@
 import torch
 
 from attacker import PROXIES
-from diffusion import Base
+from diffusion import draw_noise
 from training import state
-from training.run_folder import Run
+from training.run import Batch, Run
 
 
 class Batches:
-    """Endless shuffled batches of `size` from `indices`: every index once per pass, a pass may end inside a batch."""
+    """Endless shuffled batches of `size` from `indices`.
+
+    Every index comes once per pass; a pass may end inside a batch.
+    """
 
     def __init__(self, indices: list[int], size: int, generator: torch.Generator):
         self.indices, self.size, self.generator = torch.tensor(indices), size, generator
@@ -24,63 +27,78 @@ class Batches:
         return batch
 
 
-def draw_noise(
-    base: Base, count: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps (count,) uniform in 0..T-1 and Gaussian noise (count, C, h, w), drawn on the CPU for every device."""
-    timesteps = torch.randint(len(base.abar), (count,), generator=generator)
-    noise = torch.randn((count, *base.latent_shape), generator=generator)
-    return timesteps.to(base.device), noise.to(base.device)
-
-
 class Learner:
-    """All that changes while a run trains, and so what a training state holds: weights, optimisers, orders, noise."""
+    """All that changes while a run trains, and so what a training state holds."""
 
     def __init__(self, run: Run):
-        settings = run.settings
+        settings, self.base = run.settings, run.base
         # separate streams, so that every method sees the same batches and noise in its outer steps
         self.outer, self.inner = (
             torch.Generator().manual_seed(settings.seed * 2 + k) for k in (1, 2)
         )
-        self.private = Batches(run.members, run.batch, self.outer)
+        self.private = Batches(run.data.members(), run.batch, self.outer)
         half = max(1, settings.batch_size // 2) * (run.batch // settings.batch_size)
-        sizes = run.batch, run.batch if settings.attacker_members == "drawn" else half
-        aux = run.roles["member_aux"], run.roles["nonmember_aux"]
+        self.reuses = settings.attacker_members == "reused"
+        sizes = run.batch, half if self.reuses else run.batch
         self.aux = [
-            Batches(found, size, self.inner) for found, size in zip(aux, sizes, strict=True)
+            Batches(run.data.roles[f"{side}_aux"], size, self.inner)
+            for side, size in zip(("member", "nonmember"), sizes, strict=True)
         ]
-        # (errors, timesteps) of the auxiliary members in the last outer batch, for --attacker-members reused
+        # (errors, timesteps) of the auxiliary members in the last outer batch, where they are reused
         self.reused: tuple[torch.Tensor, ...] = ()
-        self.adapter, self.parameters, self.device = (
-            run.adapter,
-            run.adapter.parameters(),
-            run.base.device,
-        )
+        self.adapter, self.parameters = run.adapter, run.adapter.parameters()
         self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
         self.attacker_optimizer = torch.optim.Adam(
             self.attacker.parameters(), lr=settings.attacker_lr
         )
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr)
 
+    def member_batch(self) -> Batch:
+        """A fresh batch of D_tr, the members."""
+        index = self.private.draw()
+        return Batch(index, *draw_noise(self.base, len(index), self.outer))
+
+    def auxiliary_batch(self) -> Batch:
+        """A fresh batch of D_aux: as many members as non-members, the members first.
+
+        With --attacker-members reused, only the non-members: the members are those of the last outer step.
+        """
+        index = torch.cat(
+            [batches.draw() for batches in (self.aux[1:] if self.reuses else self.aux)]
+        )
+        return Batch(index, *draw_noise(self.base, len(index), self.inner))
+
+    def keep(self, batch: Batch, error: torch.Tensor) -> None:
+        """Remember what the outer step saw of auxiliary members, where the attacker is to reuse it."""
+        if self.reuses:
+            known = torch.isin(batch.index, self.aux[0].indices).to(error.device)
+            self.reused = error.detach()[known], batch.timesteps[known]
+
+    def descend(self, gradients: list[torch.Tensor]) -> None:
+        """One step of AdamW on A and B along `gradients`, which stay in their `.grad`."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything as named tensors; random streams as the bytes of their state."""
+        streams = {"outer": self.outer, "inner": self.inner}
         groups = {
             "adapter": self.adapter.state_dict(),
             "optimizer": state.optimizer_tensors(self.optimizer),
             "attacker": self.attacker.state_dict(),
             "attacker_optimizer": state.optimizer_tensors(self.attacker_optimizer),
-            "random": {
-                "outer": self.outer.get_state(),
-                "inner": self.inner.get_state(),
-                "cpu": torch.get_rng_state(),
-            },
-            "queue": {str(i): batches.queue for i, batches in enumerate([self.private, *self.aux])},
+            "random": {name: g.get_state() for name, g in streams.items()},
+            "queue": {str(i): b.queue for i, b in enumerate([self.private, *self.aux])},
             "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
         }
-        if self.device.type != "cpu":
-            groups["random"]["device"] = getattr(torch, self.device.type).get_rng_state()
+        groups["random"]["cpu"] = torch.get_rng_state()
+        if (kind := self.base.device.type) != "cpu":
+            groups["random"]["device"] = getattr(torch, kind).get_rng_state()
         return {
-            f"{group}/{name}": t for group, found in groups.items() for name, t in found.items()
+            f"{group}/{name}": tensor
+            for group, named in groups.items()
+            for name, tensor in named.items()
         }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -98,10 +116,11 @@ class Learner:
         self.outer.set_state(groups["random"]["outer"])
         self.inner.set_state(groups["random"]["inner"])
         torch.set_rng_state(groups["random"]["cpu"])
-        if "device" in groups["random"] and self.device.type != "cpu":
-            getattr(torch, self.device.type).set_rng_state(groups["random"]["device"])
+        device = self.base.device
+        if "device" in groups["random"] and device.type != "cpu":
+            getattr(torch, device.type).set_rng_state(groups["random"]["device"])
         for i, batches in enumerate([self.private, *self.aux]):
             batches.queue = groups["queue"][str(i)]
-        self.reused = tuple(
-            tensor.to(self.device) for _, tensor in sorted(groups.get("reused", {}).items())
-        )
+        # cloned: a view into the file may lie where the processor sums in another order
+        kept = sorted(groups.get("reused", {}).items())
+        self.reused = tuple(tensor.clone().to(device) for _, tensor in kept)

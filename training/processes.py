@@ -8,15 +8,19 @@ so the mean of the parts' gradients is not its gradient.  But J is a function of
 
 The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each part's slice of dJ/de
 is pulled back through the UNet.  Micro-batches cost one more forward without gradient, since dJ/de wants all of e first;
-means over images (LoRA, MP) are spared it.  Held by tests/test_parallel.py to one big batch in one process.
+means over images (LoRA, MP) could be spared it, which was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process.
 """
 
 import os
 from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather, reduce
 from torch import distributed
 from torch.nn import Parameter
+
+from cli import UserError
 
 Forward = Callable[[slice], torch.Tensor]  # error maps e (b, C, h, w) of a part of the batch
 
@@ -27,14 +31,15 @@ class Processes:
     def __init__(self, device: str = "cpu"):
         self.count, self.rank, self.device = int(os.environ.get("WORLD_SIZE", 1)), 0, device
         if self.count > 1:
-            from accelerate import PartialState
-
-            state = PartialState(cpu=device == "cpu")
-            self.count, self.rank, self.device = (
-                state.num_processes,
-                state.process_index,
-                str(state.device),
-            )
+            try:
+                group = PartialState(cpu=device == "cpu")
+            except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
+                raise UserError(
+                    f"WORLD_SIZE is {self.count} but no launcher has set the rest ({error}): "
+                    "unset it, or start with accelerate launch or torchrun"
+                ) from None
+            self.count, self.rank = group.num_processes, group.process_index
+            self.device = str(group.device)
 
     @property
     def main(self) -> bool:
@@ -51,34 +56,25 @@ class Processes:
         """The shares of all processes, joined along the first axis in the order of `parts`."""
         if self.count == 1:
             return mine
-        shares = [torch.empty_like(mine) for _ in range(self.count)]
-        distributed.all_gather(shares, mine.contiguous())
-        return torch.cat(shares)
+        return gather(mine.contiguous())
 
     def sum(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Sums over processes, in one exchange."""
         if self.count == 1:
             return tensors
-        flat = torch.cat([t.flatten() for t in tensors])
-        distributed.all_reduce(flat)
-        return [
-            part.view_as(t)
-            for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
-        ]
+        flat = reduce(torch.cat([t.flatten() for t in tensors]), "sum")
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
     def same(self, module: torch.nn.Module) -> None:
-        """Give every process the first one's weights; without it, rounding on several GPUs would drift apart."""
+        """Give every process the first one's weights; rounding on several GPUs would drift apart."""
         if self.count > 1:
             with torch.no_grad():
-                for tensor in module.state_dict().values():
-                    distributed.broadcast(tensor, 0)
+                broadcast(list(module.state_dict().values()))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is raised in any process."""
-        if self.count == 1:
-            return flag
-        raised = torch.tensor(int(flag), device=self.device)
-        distributed.all_reduce(raised)
+        raised = self.sum([torch.tensor([float(flag)], device=self.device)])[0]
         return bool(raised)
 
     def close(self) -> None:
@@ -92,7 +88,7 @@ class WholeBatch:
 
     batch = WholeBatch(forward, parts, parameters, processes)
     value = objective(batch.error, ...)            # any scalar function of e (B, C, h, w)
-    grads = batch.gradients(value)                 # d value / d parameters, over all parts and processes
+    grads = batch.gradients(value, last=True)      # d value / d parameters, over all parts and processes
     """
 
     def __init__(
@@ -115,7 +111,7 @@ class WholeBatch:
                 self.mine = torch.cat([forward(part) for part in parts])
         self.error = processes.gather(self.mine.detach()).requires_grad_()
 
-    def gradients(self, value: torch.Tensor, last: bool = True) -> list[torch.Tensor]:
+    def gradients(self, value: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
         """d value / d parameters; `last` frees the graph."""
         slope = torch.autograd.grad(value, self.error, retain_graph=not last)[
             0
@@ -130,24 +126,6 @@ class WholeBatch:
             for p, s in zip(self.parts, slopes, strict=True)
         )
         return self.processes.sum(total(pulled))
-
-
-def gradients_of_mean(
-    forward: Forward, parts: list[slice], parameters, processes: Processes, value: Callable
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(gradients, e of the whole batch) for a `value(error, part)` that is a mean over images: one forward per part."""
-    count, errors = len(parts) * processes.count, []
-
-    def pulled():
-        for part in parts:
-            error = forward(part)
-            errors.append(error.detach())
-            leaf = error.detach().requires_grad_()
-            slope = torch.autograd.grad(value(leaf, part) / count, leaf)[0]
-            yield pull_back(error, slope, parameters)
-
-    grads = processes.sum(total(pulled()))
-    return grads, processes.gather(torch.cat(errors))
 
 
 def pull_back(

@@ -8,6 +8,7 @@ The file is written aside, flushed to the disk and renamed, so a file of that na
 Held by tests/test_checkpoint.py, which kills a run twenty times.
 """
 
+import hashlib
 import json
 import signal
 import threading
@@ -23,16 +24,24 @@ from cli import write_whole
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
-    """Write the state of `step` atomically, then delete all but the newest `keep` files; returns the file."""
+    """Write the state of `step` whole, then delete all but the newest `keep` files; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", "state": json.dumps({"step": step} | facts)}
-    content = serialize(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header
-    )
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    facts = {"step": step, "checksum": checksum(tensors)} | facts
+    content = serialize(tensors, {"format": "pt", "state": json.dumps(facts)})
     path = write_whole(folder / f"step-{step:06d}.safetensors", content)
     for old in files(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes: a disk that flips a bit does not change a run."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def files(folder: Path) -> list[Path]:
@@ -43,20 +52,27 @@ def files(folder: Path) -> list[Path]:
 
 
 def load(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict] | None:
-    """(step, tensors, facts) of the newest readable state, None without one; a damaged file is passed over, aloud."""
+    """(step, tensors, facts) of the newest whole state, None without one.
+
+    A damaged one is passed over, aloud.
+    """
     for path in reversed(files(folder)):
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["state"])
-                return facts.pop("step"), {k: file.get_tensor(k) for k in file.keys()}, facts  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+                tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+            step, stated = facts.pop("step"), facts.pop("checksum")
+            if stated != checksum(tensors):
+                raise ValueError("its checksum does not fit")
+            return step, tensors, facts
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             print(f"note: {path} is damaged ({error}); going back to the state before it")
     return None
 
 
 def clear(folder: Path) -> None:
     """Delete the state of a finished run, and what a killed one left aside."""
-    for path in [*files(folder), *folder.glob("step-*.safetensors.tmp")]:
+    for path in [*files(folder), *folder.glob("step-*.tmp")]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,0 +1,249 @@
+"""What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the plan of --dry-run, the end."""
+
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import tqdm
+
+import lora_files
+import plots
+import roc
+import smoothness
+from cli import UserError
+from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
+from objectives import Terms, adaptation_loss, mi_gain, objective
+from training.learner import Batches
+from training.run import Batch, Run
+from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
+
+HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
+
+# ---------------------------------------------------------------------------------------------------------------
+# Every step
+
+
+def metrics(terms: Terms, grad_norm: float) -> dict[str, float | None]:
+    """The values of an outer step, for its row of metrics.jsonl."""
+    return {
+        "grad_norm": grad_norm,
+        "adaptation_loss": terms.loss.item(),
+        "mi_gain": None if terms.gain is None else terms.gain.item(),
+        "objective": terms.total.item(),
+        "denominator": terms.denominator,
+        "lambda_effective": terms.lambda_effective,
+    }
+
+
+def require_finite(row: dict, out: str) -> None:
+    """Raise UserError if the objective or its gradient has blown up; no weight has moved by it yet."""
+    if not all(abs(row[name]) < float("inf") for name in ("objective", "grad_norm")):
+        raise UserError(
+            f"the objective or its gradient is no longer finite at step {row['step']}: "
+            f"lower --lr or --lam; adapters saved before it are in {out}/checkpoints"
+        )
+
+
+def log(run: Run) -> MetricsLog:
+    """The log of the run's rows; only the main process writes."""
+    if not run.processes.main:
+        return MetricsLog(None)
+    return MetricsLog(run.folder, tensorboard(run.folder) if run.settings.track else None)
+
+
+def progress(run: Run, first: int) -> tqdm.tqdm:
+    """The steps still to do, from `first`, with a bar."""
+    return tqdm.trange(
+        first,
+        run.settings.steps + 1,
+        initial=first - 1,
+        total=run.settings.steps,
+        desc=run.settings.method,
+        disable=not run.processes.main,
+    )
+
+
+def show(bar: tqdm.tqdm, row: dict) -> None:
+    """The main values of a row behind the bar."""
+    names = {
+        "loss": "adaptation_loss",
+        "G": "mi_gain",
+        "grad": "grad_norm",
+        "attacker": "attacker_accuracy",
+    }
+    shown = {k: f"{row[name]:.3f}" for k, name in names.items() if row.get(name) is not None}
+    bar.set_postfix(shown, refresh=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On the way
+
+
+def held_out(run: Run) -> dict[str, float]:
+    """Adaptation loss of validation members and non-members on a fixed grid of (t, noise).
+
+    The non-members' is the held-out loss: what early stopping goes by.
+    """
+    loss = {}
+    for side in ("member", "nonmember"):
+        index = run.data.roles[f"{side}_val"]
+        latents, text = run.data.latents[index], run.data.text[index]
+        grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
+        loss[f"{side}_val_loss"] = grid.mean().item()
+    return loss
+
+
+def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str, float]:
+    """Hessian norm, its parts and its bound at the adapter as it is, on a batch of members that never changes.
+
+    Nothing in steps that --hessian-every leaves out.
+    """
+    s, members = run.settings, run.data.members()
+    if not s.hessian_every or (step % s.hessian_every and step != 1):
+        return {}
+    generator = torch.Generator().manual_seed(HESSIAN_SEED)  # no stream of the run's own
+    index = Batches(members, min(s.batch_size, len(members)), generator).draw()
+    batch = Batch(index, *draw_noise(run.base, len(index), generator))
+
+    def terms() -> Terms:
+        error = run.errors(batch)
+        gain = None if s.method == "lora" else mi_gain(attacker, error, batch.timesteps)
+        return objective(s.method, adaptation_loss(error), gain, s.lam, s.delta)
+
+    return smoothness.measure(s.method, terms, run.adapter.parameters(), s.lam)
+
+
+def sample_grid(run: Run, step: int) -> None:
+    """Pictures from fixed captions and noise: members' captions in the upper row, others' in the lower."""
+    columns, seed = run.settings.samples, run.settings.seed
+    if not columns:
+        return
+    rng = np.random.default_rng(seed)
+    roles = ("member_test", "nonmember_test")
+    index = [i for role in roles for i in rng.choice(run.data.roles[role], columns)]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((len(index), *run.base.latent_shape), generator=generator)
+    empty = encode_captions(run.base, [""])
+    images = sample(run.base, run.data.text[index], empty, noise.to(run.base.device))
+    plots.image_grid(images, columns, run.folder.path / "samples" / f"step-{step:06d}.png")
+
+
+def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None:
+    """The adapter as it is, with the facts that say where it is from."""
+    s = run.settings
+    facts = {
+        "base_model": Path(s.model).name,
+        "method": s.method,
+        "lambda": s.lam,
+        "seed": s.seed,
+        "steps": step,
+        "git_commit": git_commit(),
+    }
+    lora_files.save(run.adapter, folder, facts, kohya)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before and after
+
+
+def begin(run: Run) -> None:
+    """Make the run folder."""
+    s, roles = run.settings, run.data.roles
+    config = {
+        "settings": asdict(s) | {"resume": False},
+        "processes": run.processes.count,
+        "roles": {role: len(index) for role, index in roles.items()},
+        "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
+    }
+    splits = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
+    run.folder.begin(config | provenance(), splits, {"step": 0, **held_out(run)})
+
+
+def require_same(run: Run) -> None:
+    """Before going on: images and processes must be those the run was begun with; raises UserError."""
+    roles = run.data.roles
+    dealt = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
+    if run.folder.splits() != dealt:
+        raise UserError(
+            f"{run.settings.data} no longer holds the images that {run.folder} was begun with: "
+            "put them back"
+        )
+
+
+def verdict(run: Run) -> tuple[float, tuple[float, float]]:
+    """AUC of the loss attack and its 95 % interval on auxiliary and validation images.
+
+    The test images are left to evaluate.py.
+    """
+    data, scores = run.data, {}
+    for side in ("member", "nonmember"):
+        index = data.roles[f"{side}_aux"] + data.roles[f"{side}_val"]
+        grid = loss_grid(run.base, data.latents[index], data.text[index])
+        scores[side] = -grid.mean((1, 2)).numpy()
+    pair = scores["member"], scores["nonmember"]
+    bootstrap = roc.Bootstrap(len(pair[0]), len(pair[1]), seed=run.settings.seed)
+    return roc.auc(*pair), tuple(bootstrap.interval(bootstrap.auc(*pair)))
+
+
+def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
+    """Adapter, attacker, samples, curves and the three-line verdict; returns the summary, also in config.json."""
+    s, folder = run.settings, run.folder
+    save_adapter(run, folder.path / "adapter", s.steps)
+    if s.format == "kohya":
+        save_adapter(run, folder.path / "kohya", s.steps, kohya=True)
+    if s.method != "lora":
+        folder.save_attacker(attacker, s.proxy)
+    sample_grid(run, s.steps)
+    rows = folder.rows()
+    plots.training_curves(rows, s.method, folder.path / "curves.png")
+    auc, (low, high) = verdict(run)
+    before = rows[0]["nonmember_val_loss"]
+    after = next(r["nonmember_val_loss"] for r in reversed(rows) if "nonmember_val_loss" in r)
+    weights = [r["lambda_effective"] for r in rows if "lambda_effective" in r]
+    summary = {
+        "seconds": round(seconds, 1),
+        "held_out_loss": after,
+        "held_out_loss_base": before,
+        "validation_auc": auc,
+        "validation_auc_interval": [low, high],
+        "lambda_effective_mean": float(np.mean(weights)),
+    }
+    folder.finish(summary)
+    interval = f"[{low:.2f}, {high:.2f}]"
+    print(f"quality:  held-out loss {after:.4f}, {before:.4f} before")
+    print(
+        f"leakage:  loss-attack AUC {auc:.2f} {interval} on auxiliary and validation images; "
+        "0.5 is none"
+    )
+    print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
+    return summary
+
+
+def plan(run: Run, seconds: float) -> dict[str, str]:
+    """What a run would do, at `seconds` a step; printed by the main process."""
+    s, data = run.settings, run.data
+    if run.base.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.base.device) / 2**30
+    else:  # kilobytes on Linux, bytes on macOS
+        scale = 2 ** (20 if sys.platform == "linux" else 30)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    count = sum(p.numel() for p in run.adapter.parameters())
+    passes = s.steps * run.batch / len(data.members())
+    minutes = s.steps * seconds / 60
+    found = {
+        "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device}"
+        f" x {run.processes.count}",
+        "images": ", ".join(f"{role} {len(index)}" for role, index in data.roles.items()),
+        "adapter": f"{count:,} parameters in {len(run.adapter.layers)} layers",
+        "steps": f"{s.steps} of {run.batch} images, {passes:.1f} passes",
+        "time": f"{seconds:.2f} s a step, {minutes:.0f} min without pictures and held-out losses",
+        "memory": f"{memory:.1f} GiB at its peak",
+    }
+    if run.processes.main:
+        for name, text in found.items():
+            print(f"{name + ':':9} {text}")
+        print(f"dry run: nothing was written to {run.folder}")
+    return found

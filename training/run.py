@@ -1,0 +1,97 @@
+"""What one run works on and does not change: settings, base, images, adapter, processes, folder."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+import lora
+import lora_files
+from base_files import load_base
+from cli import UserError
+from data import load_images, split
+from diffusion import Base, Encoded, encode, squared_error
+from settings import Settings
+from training.processes import Processes, WholeBatch
+from training.run_folder import RunFolder
+
+
+@dataclass
+class Batch:
+    """Images with the noise that they get in one step."""
+
+    index: torch.Tensor  # (B,) positions among the run's images
+    timesteps: torch.Tensor  # (B,) in 0..T-1
+    noise: torch.Tensor  # (B, C, h, w)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass
+class Run:
+    """One run: nothing in it moves but the weights inside `adapter`."""
+
+    settings: Settings  # complete: `steps`, and rank, alpha and target of --init, are filled in
+    base: Base
+    data: Encoded
+    adapter: lora.Adapter
+    processes: Processes
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is written."""
+        return RunFolder(self.settings.out)
+
+    @property
+    def batch(self) -> int:
+        """Members per step, over all forwards and processes."""
+        return self.settings.batch_size * self.settings.accumulate * self.processes.count
+
+    def errors(self, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
+        """Error maps e (b, C, h, w) of a part of a batch: one UNet forward."""
+        index = batch.index[part]
+        latents, text = self.data.latents[index], self.data.text[index]
+        return squared_error(self.base, latents, text, batch.timesteps[part], batch.noise[part])
+
+    def through(self, batch: Batch) -> WholeBatch:
+        """The error maps of a batch, and gradients of functions of them in the adapter."""
+        parts = self.processes.parts(len(batch), self.settings.batch_size)
+        return WholeBatch(
+            partial(self.errors, batch), parts, self.adapter.parameters(), self.processes
+        )
+
+    @torch.no_grad()
+    def errors_alone(self, batch: Batch) -> torch.Tensor:
+        """Error maps (B, C, h, w) of a batch over all processes, without gradient."""
+        parts = self.processes.parts(len(batch), 2 * self.settings.batch_size)
+        return self.processes.gather(torch.cat([self.errors(batch, part) for part in parts]))
+
+
+def prepare(settings: Settings, processes: Processes) -> Run:
+    """Load the model and the images, split them, encode them, inject the adapter.
+
+    Raises UserError for a model, images or adapter that cannot be used.
+    """
+    torch.manual_seed(settings.seed)  # attacker initialisation and dropout
+    base = load_base(settings.model, processes.device, settings.dtype, settings.size)
+    images = load_images(settings.data, base.size, settings.caption)
+    roles = split(images, settings.seed, settings.members, settings.split)
+    data = encode(base, images, roles)
+    if settings.init:
+        adapter, _ = lora_files.load(base.unet, settings.init)
+        rank, alpha = adapter.rank_and_alpha()
+        settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
+    else:
+        generator = torch.Generator().manual_seed(settings.seed)
+        try:
+            adapter = lora.inject(
+                base.unet, settings.target, settings.rank, settings.alpha, generator
+            )
+        except ValueError as error:
+            raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
+    if settings.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    run = Run(settings, base, data, adapter, processes)
+    steps = settings.steps or -(-settings.epochs * len(data.members()) // run.batch)
+    return replace(run, settings=replace(settings, steps=steps))

@@ -1,15 +1,16 @@
 """The proxy attacker h: tells members from non-members by the elementwise denoising error.
 
-    e = (eps - f(z_t, t, tau(y)))^2     (B, C, h, w), not reduced            Luo et al. 2025, "MI attack on LDMs"
+    e = (eps - f(z_t, t, tau(y)))^2     (B, C, h, w), not reduced    Luo et al. 2025
     h(e) = P(member | e)                a two-way softmax
 
-During training h is the opponent (Algorithm 1); a fresh h' trained from scratch afterwards is a measurement
-(evaluate.py).  Two architectures behind one call, `attacker(error, timesteps) -> log-probabilities (B, 2)`, column
-`MEMBER` being log h and the other log(1 - h):
+During training h is the opponent (Algorithm 1); a fresh h' trained from scratch afterwards is a
+measurement (evaluate.py).  Two architectures behind one call, `attacker(error, timesteps) ->
+log-probabilities (B, 2)`, column `MEMBER` being log h and the other log(1 - h):
 
-- `RawProxy`, the paper's: an MLP on all C*h*w errors of one draw.  It overfits a small auxiliary set.
-- `PooledProxy`: a few statistics of the error map and the timestep, into a small MLP.  It does not, and it knows
-  that an error of 0.1 means one thing at t = 50 and another at t = 900.
+- `RawProxy`, the paper's: an MLP on all C*h*w errors of one draw.  It overfits a small auxiliary
+  set.
+- `PooledProxy`: a few statistics of the error map and the timestep, into a small MLP.  It does
+  not, and it knows that an error of 0.1 means one thing at t = 50 and another at t = 900.
 
 Held by tests/test_attacker.py.
 """
@@ -24,7 +25,8 @@ NONMEMBER, MEMBER = 0, 1
 
 
 class RawProxy(nn.Module):
-    """MLP d -> 512 -> 256 -> 2 with ReLU and dropout 0.5 on the flattened error map (the paper's h_omega)."""
+    """MLP d -> 512 -> 256 -> 2 with ReLU and dropout 0.5 on the flattened error map (the paper's
+    h_omega)."""
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__()
@@ -46,7 +48,8 @@ class RawProxy(nn.Module):
 
 
 class PooledProxy(nn.Module):
-    """Log mean, log channel means and log quantiles of the error map, with sines of t, into an MLP 64 -> 64 -> 2."""
+    """Log mean, log channel means and log quantiles of the error map, with sines of t, into an MLP
+    64 -> 64 -> 2."""
 
     QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
     FREQUENCIES = 4
@@ -81,7 +84,8 @@ PROXIES = {"raw": RawProxy, "pooled": PooledProxy}
 def attacker_gain(
     attacker: nn.Module, member: tuple, nonmember: tuple
 ) -> tuple[torch.Tensor, float]:
-    """Eq. 5 on one balanced batch: (G, accuracy) of (errors, timesteps) of members and of non-members.
+    """Eq. 5 on one balanced batch: (G, accuracy) of (errors, timesteps) of members and of
+    non-members.
 
     G = (1/2) mean log h(e_m) + (1/2) mean log(1 - h(e_n)) <= 0; a clueless attacker has G = -log 2.
     """
@@ -96,7 +100,8 @@ def attacker_gain(
 def attacker_step(
     attacker: nn.Module, optimizer: torch.optim.Optimizer, member: tuple, nonmember: tuple
 ):
-    """Algorithm 1, inner step: one ascent on G in the attacker's weights; returns (-G, accuracy) before it.
+    """Algorithm 1, inner step: one ascent on G in the attacker's weights; returns (-G, accuracy)
+    before it.
 
     The errors are taken without their graph: the adapter does not move here.
     """

@@ -1,7 +1,8 @@
-"""Loading a frozen base model: a pipeline folder, a hub name, or one .safetensors checkpoint; pickles are never read.
+"""Loading a frozen base model: a pipeline folder, a hub name, or one .safetensors checkpoint;
+pickles are never read.
 
-Every fault of a base that a user can have is one sentence.  Held by tests/test_diffusion.py and tests/test_faults.py.
-"""
+Every fault of a base that a user can have is one sentence.  Held by tests/test_diffusion.py and
+tests/test_faults.py."""
 
 from pathlib import Path
 
@@ -16,7 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_base(
     model: str, device: str = "cpu", dtype: str = "float32", size: int | None = None
 ) -> Base:
-    """Load and freeze a pipeline.  Raises UserError for a missing or unusable one; pickled weights are never read."""
+    """Load and freeze a pipeline.  Raises UserError for a missing or unusable one; pickled weights
+    are never read."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -45,7 +47,8 @@ def load_base(
     channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if channels[0] != channels[1]:
         raise UserError(
-            f"{model} takes {channels[0]} channels for latents of {channels[1]}: is it an inpainting model?"
+            f"{model} takes {channels[0]} channels for latents of {channels[1]}: "
+            "is it an inpainting model?"
         )
     size = size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     multiple = max(8, pipeline.vae_scale_factor)  # diffusers samples multiples of 8 only
@@ -56,7 +59,8 @@ def load_base(
 
 
 def _pipeline(model: str, dtype: str):
-    """A pipeline folder or hub name; raises UserError unless it is Stable Diffusion 1.x or 2.x in safetensors."""
+    """A pipeline folder or hub name; raises UserError unless it is Stable Diffusion 1.x or 2.x in
+    safetensors."""
     from diffusers import StableDiffusionPipeline
     from safetensors import SafetensorError
 
@@ -85,8 +89,9 @@ def _pipeline(model: str, dtype: str):
 
 
 def _single_file(path: Path, dtype: str):
-    """A single .safetensors checkpoint, by diffusers' own loader; its configs come from a folder of the same name
-    beside it (any pipeline folder of that architecture, weights not needed), else from the hub."""
+    """A single .safetensors checkpoint, by diffusers' own loader; its configs come from a folder of
+    the same name beside it (any pipeline folder of that architecture, weights not needed), else
+    from the hub."""
     from diffusers import StableDiffusionPipeline
     from safetensors import SafetensorError, safe_open
 
@@ -119,7 +124,8 @@ def _reason(error: Exception) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """ "auto" as the name of a dtype: half precision on a GPU, bfloat16 where it has it, and float32 elsewhere."""
+    """ "auto" as the name of a dtype: half precision on a GPU, bfloat16 where it has it, and
+    float32 elsewhere."""
     if dtype != "auto":
         return dtype
     if not device.startswith("cuda") or not torch.cuda.is_available():

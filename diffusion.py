@@ -1,10 +1,10 @@
 """The base model as the rest of the project sees it: latents, text embeddings, noise, error maps.
 
-Any epsilon- or v-prediction `StableDiffusionPipeline`; the embedded default is such a folder, so it takes no path
-of its own.
+Any epsilon- or v-prediction `StableDiffusionPipeline`; the embedded default is such a folder, so it
+takes no path of its own.
 
     base = load_base("base")                                    # base_files.py
-    data = encode(base, images, roles)                          # latents (N, C, h, w), text (N, L, D), once per run
+    data = encode(base, images, roles)            # latents (N, C, h, w), text (N, L, D), once
     e = squared_error(base, latents, text, timesteps, noise)    # (B, C, h, w)
     grid = loss_grid(base, data.latents, data.text)             # (N, T, K)
 """
@@ -47,12 +47,13 @@ class Base:
         return self.unet.config.in_channels, side, side
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images as the base sees them
 
 
 def at_once(base: Base, most: int = 32) -> int:
-    """Pictures that go through a network together, so that memory stays bounded: `most` up to 128 px, of 512 px a 16th."""
+    """Pictures that go through a network together, so that memory stays bounded: `most` up to 128
+    px, of 512 px a 16th."""
     return min(most, max(1, most * 128**2 // base.size**2))
 
 
@@ -78,7 +79,8 @@ class Encoded:
         ]
 
     def pair(self, score: np.ndarray, *parts: str) -> tuple[np.ndarray, np.ndarray]:
-        """(member scores, non-member scores) of the given parts of the roles, out of (N,) scores."""
+        """(member scores, non-member scores) of the given parts of the roles, out of (N,)
+        scores."""
         return tuple(
             np.concatenate([score[self.roles[f"{side}_{part}"]] for part in parts])
             for side in SIDES
@@ -93,7 +95,8 @@ def encode(base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
 
 @torch.no_grad()
 def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> scaled latents z0 (N, C, h, w), float32: the mode of the VAE's posterior."""
+    """uint8 (N, H, W, 3) -> scaled latents z0 (N, C, h, w), float32: the mode of the VAE's
+    posterior."""
     vae, parts, batch = base.pipeline.vae, [], at_once(base)
     for i in range(0, len(pixels), batch):
         x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
@@ -104,12 +107,14 @@ def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
-    """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut, with one warning."""
+    """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut, with one
+    warning."""
     tokenizer, parts = base.pipeline.tokenizer, []
     long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
     if long:
         print(
-            f"note: {long} of {len(captions)} captions are cut to {tokenizer.model_max_length} tokens"
+            f"note: {long} of {len(captions)} captions are cut to "
+            f"{tokenizer.model_max_length} tokens"
         )
     for i in range(0, len(captions), batch):
         ids = tokenizer(
@@ -119,7 +124,7 @@ def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.T
     return torch.cat(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The noise process and the error map
 
 
@@ -134,13 +139,15 @@ def draw_noise(base: Base, count: int, generator: torch.Generator) -> tuple[torc
 
 
 def add_noise(latents, noise, timesteps, abar) -> torch.Tensor:
-    """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4); latents, noise (B, C, h, w)."""
+    """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4); latents, noise (B, C,
+    h, w)."""
     a = abar[timesteps].view(-1, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
 def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch.Tensor:
-    """eps, or v = sqrt(abar) eps - sqrt(1 - abar) z0 (Salimans & Ho 2022) for v-prediction models."""
+    """eps, or v = sqrt(abar) eps - sqrt(1 - abar) z0 (Salimans & Ho 2022) for v-prediction
+    models."""
     if prediction == "epsilon":
         return noise
     a = abar[timesteps].view(-1, 1, 1, 1)
@@ -148,7 +155,8 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
 
 
 def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
-    """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), in the dtype of eps; the adapter's gradient flows."""
+    """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), in the dtype of eps; the adapter's
+    gradient flows."""
     noisy_latents, dtype = add_noise(latents, noise, timesteps, base.abar), base.unet.dtype
     half = dtype in (
         torch.bfloat16,
@@ -167,8 +175,8 @@ def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
 def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS):
     """Yield (slice, T index, draw, e (b, C, h, w)) over images x timesteps x draws.
 
-    One noise per (t, draw) from a fixed stream: the same for members and non-members, for the adapted and the base model.
-    """
+    One noise per (t, draw) from a fixed stream: the same for members and non-members, for the
+    adapted and the base model."""
     batch = at_once(base, GRID_BATCH)
     with torch.no_grad():
         for j, t in enumerate(timesteps):
@@ -193,10 +201,11 @@ def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS
 
 @torch.no_grad()
 def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.0) -> np.ndarray:
-    """Pictures uint8 (N, H, W, 3) from text embeddings (N, L, D) by DDIM with classifier-free guidance.
+    """Pictures uint8 (N, H, W, 3) from text embeddings (N, L, D) by DDIM with classifier-free
+    guidance.
 
-    `empty` (1, L, D) embeds "" and `noise` (N, C, h, w) is z_T, so two models can be drawn from the same noise.
-    """
+    `empty` (1, L, D) embeds "" and `noise` (N, C, h, w) is z_T, so two models can be drawn from the
+    same noise."""
     from diffusers import DDIMScheduler
 
     base.pipeline.scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config)

@@ -1,14 +1,15 @@
-"""What an adapter leaks, and how good its pictures are: twelve attacks on any model, a thirteenth on adapters, controls and intervals.
+"""What an adapter leaks, and how good its pictures are: twelve attacks on any model, a thirteenth
+on adapters, controls and intervals.
 
-    python evaluate.py runs/lora runs/mp runs/smp     # a table, figures, and eval.json in each run folder
-    python evaluate.py runs/lora --at best            # the adapter of the step with the lowest held-out loss
-    python evaluate.py runs/smp --shadow 8            # beside them an attacker who trains adapters of its own
-    python evaluate.py --model SD15 --adapter my.safetensors --data FOLDER   # trained elsewhere; FOLDER in four parts
+    python evaluate.py runs/lora runs/mp runs/smp  # a table, figures, eval.json in each run folder
+    python evaluate.py runs/lora --at best         # the adapter with the lowest held-out loss
+    python evaluate.py runs/smp --shadow 8         # and an attacker who trains adapters too
+    python evaluate.py --model SD15 --adapter my.safetensors --data FOLDER   # trained elsewhere
 
-Figures are of test images that no choice was made on.  The hyper-parameters that an attack leaves open are chosen on
-the images that the attacker knows (auxiliary and validation), thresholds and checkpoints of trained attacks on
-validation images.  Scores are kept per attack, so a stopped evaluation goes on where it was.
-"""
+Figures are of test images that no choice was made on.  The hyper-parameters that an attack leaves
+open are chosen on the images that the attacker knows (auxiliary and validation), thresholds and
+checkpoints of trained attacks on validation images.  Scores are kept per attack, so a stopped
+evaluation goes on where it was."""
 
 import hashlib
 import json
@@ -47,7 +48,7 @@ class Settings:
     bootstrap: int = option(1000, "bootstrap rounds for the intervals")
     shadow: int = option(
         0,
-        "adapters to train as each run was, on other splits, to calibrate scores with (LiRA); 0: none",
+        "adapters to train as each run was, on other splits, to calibrate with (LiRA); 0: none",
     )
     device: str = option("cpu", "cpu, cuda, cuda:1, mps")
     dtype: str = option("float32", "of the base of --adapter", ("float32", "bfloat16", "float16"))
@@ -91,7 +92,7 @@ class Examination:
         self.key = fingerprint(target, s)
         self.subject: Subject = prepare(target, s.device, s.nonmembers)
         data, held_out = self.subject.data, self.subject.held_out
-        # the pictures that generated ones are compared with: the members, as in the paper, and held-out ones
+        # what generated pictures are compared with: the members, as in the paper, and held-out ones
         sets = {"members": data.pixels[data.members()], "held_out": held_out} if s.pictures else {}
         self.real = {name: quality.features(network, pixels) for name, pixels in sets.items()}
         self.control: Measured | None = None
@@ -136,7 +137,8 @@ class Examination:
         )["made"]
 
     def measure_base(self, target: Target) -> Measured:
-        """The control: an adapter of the same shape before its first step, which is the base with gradients to take.
+        """The control: an adapter of the same shape before its first step, which is the base with
+        gradients to take.
 
         Its scores are kept beside the runs, so that every run over the same images finds them.
         """
@@ -174,7 +176,8 @@ class Examination:
         return replace(measured, scores=scores, record=measured.record | self.leakage(scores))
 
     def blind(self) -> dict:
-        """The control without any model: a classifier on thumbnails and words, which must be at chance."""
+        """The control without any model: a classifier on thumbnails and words, which must be at
+        chance."""
         data = self.subject.data
         features = attacks.blind_features(data.pixels, data.captions)
         train_on = data.roles["member_aux"], data.roles["nonmember_aux"]
@@ -183,7 +186,8 @@ class Examination:
 
 
 def fingerprint(target: Target, s: Settings) -> str:
-    """What the scores and the pictures of the base model depend on, beside the number and steps of the pictures."""
+    """What the scores and the pictures of the base model depend on, beside the number and steps of
+    the pictures."""
     c = target.config
     choices = {k: getattr(s, k) for k in ("nonmembers", "guidance", "features")}
     seeds = [GRID_SEED, SUBSET_SEED, c["seed"]]
@@ -192,18 +196,20 @@ def fingerprint(target: Target, s: Settings) -> str:
 
 
 def kind(target: Target) -> str:
-    """All that was decided about an adapter but its seed; what is only looked at on the way decides nothing."""
+    """All that was decided about an adapter but its seed; what is only looked at on the way decides
+    nothing."""
     chosen = {k: v for k, v in target.config.items() if k not in ("seed", *FREE, *LOOKS)}
     return json.dumps([chosen, "best" if target.at == "best" else target.step], sort_keys=True)
 
 
 def written(adapter: Path) -> list[int]:
-    """When the files of an adapter were written: another training into the same folder is another adapter."""
+    """When the files of an adapter were written: another training into the same folder is another
+    adapter."""
     files = [adapter] if adapter.is_file() else adapter.iterdir()
     return sorted(p.stat().st_mtime_ns for p in files)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The evaluation
 
 

@@ -33,7 +33,7 @@ TARGETS = {
 }
 
 
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
 
 
@@ -82,7 +82,8 @@ class LoRALinear(nn.Module):
 
 
 class LoRAConv2d(LoRALinear):
-    """The same for a frozen `nn.Conv2d`: A is a convolution of its geometry, B a 1x1 convolution."""
+    """The same for a frozen `nn.Conv2d`: A is a convolution of its geometry, B a 1x1
+    convolution."""
 
     @staticmethod
     def factors(base: nn.Conv2d, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -102,7 +103,7 @@ def layer_class(base: nn.Module) -> type[LoRALinear]:
     return LoRAConv2d if isinstance(base, nn.Conv2d) else LoRALinear
 
 
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The adapter: all such layers of one UNet
 
 
@@ -110,15 +111,15 @@ class Adapter:
     """The LoRA layers of one model by module name, in the model's order.
 
     `target` is the smallest of `TARGETS` that holds them all.  `modules` are the endings that name
-    these layers and no others of the model: those of the target, or, for an adapter that covers only
-    a part of it, the layers' full names.
-    """
+    these layers and no others of the model: those of the target, or, for an adapter that covers
+    only a part of it, the layers' full names."""
 
     def __init__(self, layers: dict[str, LoRALinear], target: str, modules: tuple[str, ...] = ()):
         self.layers, self.target, self.modules = layers, target, modules
 
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of every layer; a list, as clipping would find an iterator empty the second time."""
+        """A and B of every layer; a list, as clipping would find an iterator empty the second
+        time."""
         layers = self.layers.values()
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
@@ -167,7 +168,7 @@ class Adapter:
                 layer.merged = False
 
 
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Into a UNet and out of it
 
 

@@ -1,13 +1,14 @@
-"""The objectives: adaptation loss, MI gain, their sum (MP-LoRA) and their ratio (SMP-LoRA), with their gradients.
+"""The objectives: adaptation loss, MI gain, their sum (MP-LoRA) and their ratio (SMP-LoRA), with
+their gradients.
 
     L   = mean e                                              Eq. 1-3   `adaptation_loss`
     G   = (1/2) mean log h(e_m) + (1/2) mean log(1 - h(e_n))  Eq. 5     `mi_gain` (its member half)
     MP  = L + lambda G                                        Eq. 6     `sum_objective`
     SMP = L / (1 - lambda G + delta) = L / D                  Eq. 10    `ratio_objective`
 
-The outer step minimises over the adapter on members alone, so only the member half of G is there.  L and G are
-functions of the same error map e, so one UNet forward serves both, and the gradient of G runs through the attacker
-and through the UNet into A and B.  With J = L / D,
+The outer step minimises over the adapter on members alone, so only the member half of G is there.
+L and G are functions of the same error map e, so one UNet forward serves both, and the gradient of
+G runs through the attacker and through the UNet into A and B.  With J = L / D,
 
     grad J = (grad L + lambda J grad G) / D
 
@@ -42,7 +43,8 @@ def sum_objective(loss: torch.Tensor, gain: torch.Tensor, lam: float) -> torch.T
 def ratio_objective(
     loss: torch.Tensor, gain: torch.Tensor, lam: float, delta: float = 1e-5
 ) -> torch.Tensor:
-    """Eq. 10, SMP-LoRA: L / (1 - lambda G + delta).  At least 0, since L is and the denominator is above 1."""
+    """Eq. 10, SMP-LoRA: L / (1 - lambda G + delta).  At least 0, since L is and the denominator is
+    above 1."""
     return loss / denominator(gain, lam, delta)
 
 
@@ -74,9 +76,8 @@ def objective(
 ) -> Terms:
     """What `method` minimises, of the scalars L and G (None for plain LoRA).
 
-    "smp-detached" is a control: the value of SMP, but D is held, so the step is grad L / D and the gain has no pull.
-    Raises ValueError for another method.
-    """
+    "smp-detached" is a control: the value of SMP, but D is held, so the step is grad L / D and the
+    gain has no pull. Raises ValueError for another method."""
     if method == "lora":
         return Terms(loss, None, 1.0, 0.0, loss)
     if method == "mp":
@@ -90,7 +91,7 @@ def objective(
     raise ValueError(f"there is no method {method!r}: take one of {', '.join(METHODS)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Gradients
 
 
@@ -109,7 +110,8 @@ def norm(tensors: list[torch.Tensor]) -> float:
 def gradient_norms(
     terms: Terms, gradient: Callable[[torch.Tensor], list[torch.Tensor]]
 ) -> dict[str, float]:
-    """L2 norms of grad L and grad G apart, and their cosine; `gradient(value)` keeps the graph for the step after it.
+    """L2 norms of grad L and grad G apart, and their cosine; `gradient(value)` keeps the graph for
+    the step after it.
 
     A cosine of -1 says that privacy and adaptation pull straight against each other.
     """
@@ -124,7 +126,8 @@ def gradient_norms(
 
 
 def clip_(tensors: list[torch.Tensor], limit: float) -> float:
-    """Scale gradients in place so that their joint L2 norm is at most `limit`; returns the norm before."""
+    """Scale gradients in place so that their joint L2 norm is at most `limit`; returns the norm
+    before."""
     before = norm(tensors)
     if before > limit:
         for t in tensors:

@@ -105,7 +105,7 @@ def training_curves(metrics: list[dict], method: str, path: Path) -> None:
     plt.close(figure)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several evaluations
 
 
@@ -149,7 +149,7 @@ def _point(model: dict) -> tuple[float, float, list]:
     return model["held_out_loss"], y, [[max(0, y - low)], [max(0, high - y)]]
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The notebooks' figures: each returns a closed Figure, which a notebook shows
 
 

@@ -1,8 +1,10 @@
-"""Local smoothness: the Hessian norm of an objective in the adapter, what it is made of, and the bound on it.
+"""Local smoothness: the Hessian norm of an objective in the adapter, what it is made of, and the
+bound on it.
 
-The claim under study (Luo et al. 2025, Propositions 1 and 2): an objective trains well if its curvature is bounded by
-its gradient, ||hess|| <= L0 + L1 ||grad|| (Zhang et al. 2020), and the ratio has L1 > 0 where the sum has L1 = 0.
-With D = 1 - lambda G + delta and J = L / D, both of these are identities:
+The claim under study (Luo et al. 2025, Propositions 1 and 2): an objective trains well if its
+curvature is bounded by its gradient, ||hess|| <= L0 + L1 ||grad|| (Zhang et al. 2020), and the
+ratio has L1 > 0 where the sum has L1 = 0. With D = 1 - lambda G + delta and J = L / D, both of
+these are identities:
 
     grad J = (grad L + lambda J grad G) / D
     hess J = (hess L + lambda J hess G) / D + (lambda / D) (grad J grad G^T + grad G grad J^T)
@@ -10,14 +12,15 @@ With D = 1 - lambda G + delta and J = L / D, both of these are identities:
 so   ||hess J|| <= (||hess L|| + lambda J ||hess G||) / D + (2 lambda ||grad G|| / D) ||grad J||
                  =               L0'                     +             L1'           ||grad J||.
 
-Vectors are flat, (P,) for P adapter parameters.  Nothing here forms a Hessian: it is known by its products H v.
+Vectors are flat, (P,) for P adapter parameters.  Nothing here forms a Hessian: it is known by its
+products H v.
 
-    with plain_attention():                                   # fused attention has no double backward
-        gradient = flat_gradient(terms().total, parameters)   # on a FIXED batch with FIXED (t, eps), dropout off
+    with plain_attention():  # fused attention has no double backward
+        gradient = flat_gradient(terms().total, parameters)  # fixed batch, t, eps; no dropout
     spectrum = lanczos(lambda v: hessian_vector_product(gradient, parameters, v), gradient.detach())
 
-Held by tests/test_smoothness.py: products to a dense Hessian, spectra to known ones, the identities to autograd.
-"""
+Held by tests/test_smoothness.py: products to a dense Hessian, spectra to known ones, the identities
+to autograd."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,12 +35,13 @@ from objectives import Terms
 Product = Callable[[torch.Tensor], torch.Tensor]  # v (P,) -> H v (P,)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hessian-vector products
 
 
 def plain_attention() -> AbstractContextManager:
-    """Attention of plain matrix products inside; the fused kernels can be differentiated only once."""
+    """Attention of plain matrix products inside; the fused kernels can be differentiated only
+    once."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -51,14 +55,15 @@ def flat_gradient(value: torch.Tensor, parameters: list[nn.Parameter]) -> torch.
 def hessian_vector_product(
     gradient: torch.Tensor, parameters: list[nn.Parameter], vector: torch.Tensor
 ) -> torch.Tensor:
-    """H v = d (gradient . v) / d parameters (Pearlmutter 1994): (P,); one backward pass through `flat_gradient`."""
+    """H v = d (gradient . v) / d parameters (Pearlmutter 1994): (P,); one backward pass through
+    `flat_gradient`."""
     product = torch.autograd.grad(
         gradient, parameters, vector, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return torch.cat([p.flatten() for p in product])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Spectra of a symmetric operator known by its products
 
 
@@ -81,9 +86,9 @@ def power_iteration(
 ) -> Spectrum:
     """The spectral norm by v <- H v / ||H v||, the paper's way (50 iterations, tolerance 1e-6).
 
-    The estimate is ||H v||, which rises to the largest |eigenvalue| whatever its sign, also where +a and -a tie (there
-    the Rayleigh quotient v.Hv says nothing).  Converged: its relative change is at most `tolerance`.
-    """
+    The estimate is ||H v||, which rises to the largest |eigenvalue| whatever its sign, also where
+    +a and -a tie (there the Rayleigh quotient v.Hv says nothing).  Converged: its relative change
+    is at most `tolerance`."""
     vector, norm, products, converged = start / start.norm().clamp_min(1e-30), 0.0, 0, False
     while True:
         image, products = product(vector), products + 1
@@ -105,10 +110,10 @@ def lanczos(
 ) -> Spectrum:
     """The `count` eigenvalues of largest magnitude by Lanczos (1950) with full reorthogonalisation.
 
-    After k products its estimate is the best in the space that power iteration has walked through, so it needs fewer.
-    Converged: the residual bound is at most `tolerance` of the largest |eigenvalue|.  The error of an isolated
-    eigenvalue is of the order of residual^2 / gap, so 1e-3 here stands for about 1e-6 in the value.
-    """
+    After k products its estimate is the best in the space that power iteration has walked through,
+    so it needs fewer.  Converged: the residual bound is at most `tolerance` of the largest
+    |eigenvalue|.  The error of an isolated eigenvalue is of the order of residual^2 / gap, so 1e-3
+    here stands for about 1e-6 in the value."""
     basis, alphas, betas = [start / start.norm().clamp_min(1e-30)], [], []
     while True:
         image = product(basis[-1])
@@ -140,7 +145,7 @@ def lanczos(
     return Spectrum(abs(found[0]), found, residual, converged, len(alphas), vector)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The exact decomposition
 
 
@@ -152,13 +157,14 @@ def ratio_gradient(grad_loss, grad_gain, weight: float, denominator: float) -> t
 def curvature_term(hess_loss_v, hess_gain_v, weight: float, denominator: float) -> torch.Tensor:
     """(hess L + weight hess G) v / D from hess L v and hess G v: (P,).
 
-    All of hess v for the sum (weight = lambda, D = 1); for the ratio (weight = lambda J) the part without ||grad J||.
-    """
+    All of hess v for the sum (weight = lambda, D = 1); for the ratio (weight = lambda J) the part
+    without ||grad J||."""
     return (hess_loss_v + weight * hess_gain_v) / denominator
 
 
 def rank_two_term(grad_total, grad_gain, vector, lam: float, denominator: float) -> torch.Tensor:
-    """(lambda / D) (grad J grad G^T + grad G grad J^T) v: (P,); the part of hess J v that carries ||grad J||."""
+    """(lambda / D) (grad J grad G^T + grad G grad J^T) v: (P,); the part of hess J v that carries
+    ||grad J||."""
     return (
         lam
         / denominator
@@ -167,26 +173,28 @@ def rank_two_term(grad_total, grad_gain, vector, lam: float, denominator: float)
 
 
 def rank_two_norm(grad_total, grad_gain, lam: float, denominator: float) -> float:
-    """Spectral norm of that term, (lambda / D) (|a.b| + ||a|| ||b||): a b^T + b a^T has eigenvalues a.b +- ||a|| ||b||."""
+    """Spectral norm of that term, (lambda / D) (|a.b| + ||a|| ||b||): a b^T + b a^T has eigenvalues
+    a.b +- ||a|| ||b||."""
     dot = torch.dot(grad_total, grad_gain).abs()
     return (lam / denominator * (dot + grad_total.norm() * grad_gain.norm())).item()
 
 
 def bound(norm_loss, norm_gain, grad_norm_gain, weight, lam, denominator) -> tuple[float, float]:
-    """(L0', L1') of ||hess J|| <= L0' + L1' ||grad J|| (Proposition 2), from Hessian norms of L and G and ||grad G||.
+    """(L0', L1') of ||hess J|| <= L0' + L1' ||grad J|| (Proposition 2), from Hessian norms of L and
+    G and ||grad G||.
 
-    With lam = 0, weight = lambda and D = 1 it is Proposition 1's bound on the sum: L0' = ||hess L|| + lambda ||hess G||
-    and L1' = 0.
-    """
+    With lam = 0, weight = lambda and D = 1 it is Proposition 1's bound on the sum: L0' = ||hess L||
+    + lambda ||hess G|| and L1' = 0."""
     return (norm_loss + weight * norm_gain) / denominator, 2 * lam * grad_norm_gain / denominator
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One point of a run
 
 
 def gradient_scale(gradient: torch.Tensor, parameters: list[nn.Parameter]) -> float:
-    """The paper's "gradient scale": the SUM over tensors of their L2 norms (the gradient norm is the root of squares)."""
+    """The paper's "gradient scale": the SUM over tensors of their L2 norms (the gradient norm is
+    the root of squares)."""
     return sum(g.norm() for g in gradient.split([p.numel() for p in parameters])).item()
 
 
@@ -197,11 +205,12 @@ def measure(
     lam: float,
     iterations: int = 20,
 ) -> dict[str, float | bool | int]:
-    """Everything above at the parameters as they are, for one row of metrics.jsonl; nothing is left behind.
+    """Everything above at the parameters as they are, for one row of metrics.jsonl; nothing is left
+    behind.
 
-    `terms` computes the objective anew on a fixed batch with fixed (t, eps), the attacker in eval mode.  `fixed_*` is
-    of that batch.  For smp-detached the denominator is held, so the Hessian is hess L / D.
-    """
+    `terms` computes the objective anew on a fixed batch with fixed (t, eps), the attacker in eval
+    mode.  `fixed_*` is of that batch.  For smp-detached the denominator is held, so the Hessian is
+    hess L / D."""
     now, gradients, spectra = _spectra(method, terms, parameters, iterations)
     total, coupling = spectra["total"], lam if method == "smp" else 0.0
     d, weight = now.denominator, now.lambda_effective
@@ -237,7 +246,8 @@ def measure(
 def _spectra(
     method: str, terms: Callable[[], Terms], parameters: list[nn.Parameter], iterations: int
 ) -> tuple[Terms, dict[str, torch.Tensor], dict[str, Spectrum]]:
-    """Gradients (P,) and Hessian spectra of J, L and G, by part; for plain LoRA J is L, and G is nothing.
+    """Gradients (P,) and Hessian spectra of J, L and G, by part; for plain LoRA J is L, and G is
+    nothing.
 
     `terms` is called once for each, so that only one double graph is held at a time.
     """
@@ -262,7 +272,7 @@ def _suffix(part: str) -> str:
     return "" if part == "total" else f"_{part}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Along a run
 
 
@@ -279,11 +289,12 @@ class Correlation:
 
 
 def correlation(x, y, enough: int = 30) -> Correlation:
-    """Pearson correlation with p-value, interval and a warning where the points are too few to say much.
+    """Pearson correlation with p-value, interval and a warning where the points are too few to say
+    much.
 
-    Neighbouring points of a run are alike, so n points count for n (1 - a b) / (1 + a b), a and b being the lag-one
-    autocorrelations (Bretherton et al. 1999).  The interval is Fisher's; with 30 points it is about +-0.36 wide at r = 0.
-    """
+    Neighbouring points of a run are alike, so n points count for n (1 - a b) / (1 + a b), a and b
+    being the lag-one autocorrelations (Bretherton et al. 1999).  The interval is Fisher's; with 30
+    points it is about +-0.36 wide at r = 0."""
     import numpy as np
     from scipy.stats import pearsonr
 

@@ -1,15 +1,16 @@
-"""Adapt a latent diffusion model to private images, with or without a defence against membership inference.
+"""Adapt a latent diffusion model to private images, with or without a defence against membership
+inference.
 
-    python train.py --method smp                      # embedded model and images, minutes on a laptop CPU
-    python train.py --method lora                     # the same without a defence; mp is the paper's unstable sum
+    python train.py --method smp                      # embedded model and images, minutes on a CPU
+    python train.py --method lora                     # without a defence; mp is the unstable sum
     python train.py --method smp --model SD15_FOLDER --data MY_IMAGES --device cuda
-    python train.py --out runs/smp --resume           # go on after a kill, to the same numbers bit for bit
+    python train.py --out runs/smp --resume           # go on after a kill, to the same bits
     accelerate launch --num_processes 4 train.py ...  # several GPUs
     python evaluate.py runs/smp runs/lora             # what leaks, and at what quality
 
-`algorithm_1` is Algorithm 1 of Luo et al. 2025 (arXiv 2402.11989); everything else here sets it up and keeps what it
-does.  Held by tests/test_train.py, tests/test_parallel.py and tests/test_checkpoint.py.
-"""
+`algorithm_1` is Algorithm 1 of Luo et al. 2025 (arXiv 2402.11989); everything else here sets it up
+and keeps what it does.  Held by tests/test_train.py, tests/test_parallel.py and
+tests/test_checkpoint.py."""
 
 from cli import one_line_errors, parse
 from settings import Settings, resolve, stored
@@ -36,12 +37,13 @@ from training.run import Run, prepare
 
 
 def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[dict]:
-    """Algorithm 1: the attacker h and the adapter A, B in turn.  Yields a row of metrics.jsonl per step.
+    """Algorithm 1: the attacker h and the adapter A, B in turn.  Yields a row of metrics.jsonl per
+    step.
 
-    Members D_tr = D_aux^m + D_te^m are what the adapter trains on; D_aux, half members and half not, is what the
-    attacker trains on.  e (B, C, h, w) are the elementwise squared errors of one UNet forward, over all micro-batches
-    and processes.  Raises UserError when a number is no longer finite, before any weight has moved by it.
-    """
+    Members D_tr = D_aux^m + D_te^m are what the adapter trains on; D_aux, half members and half
+    not, is what the attacker trains on.  e (B, C, h, w) are the elementwise squared errors of one
+    UNet forward, over all micro-batches and processes.  Raises UserError when a number is no longer
+    finite, before any weight has moved by it."""
     s, h = run.settings, learner.attacker
     for step in steps:
         began, row = time.time(), {"step": step}
@@ -75,11 +77,11 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
 
 
 def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
-    """(errors, timesteps) of auxiliary members and of as many non-members; no gradient through the UNet.
+    """(errors, timesteps) of auxiliary members and of as many non-members; no gradient through the
+    UNet.
 
-    With --attacker-members reused the members are those that the last outer step has sent through the UNet already, and
-    there is no batch where there are none.
-    """
+    With --attacker-members reused the members are those that the last outer step has sent through
+    the UNet already, and there is no batch where there are none."""
     if learner.reuses and (not learner.reused or not len(learner.reused[0])):
         return None
     batch = learner.auxiliary_batch()
@@ -89,12 +91,13 @@ def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
     return tuple(zip(error.chunk(2), batch.timesteps.chunk(2), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Around it: a run from its settings to its summary
 
 
 def train(settings: Settings) -> dict:
-    """Run Algorithm 1.  Writes the run folder `settings.out` and returns its summary (also in config.json).
+    """Run Algorithm 1.  Writes the run folder `settings.out` and returns its summary (also in
+    config.json).
 
     Raises UserError for what the user can mend, SystemExit when asked to stop.
     """
@@ -133,7 +136,8 @@ def train(settings: Settings) -> dict:
 
 
 def start(run: Run, learner: Learner) -> tuple[int, float]:
-    """Begin the run folder, or put `learner` where its newest state was: (first step, seconds before)."""
+    """Begin the run folder, or put `learner` where its newest state was: (first step, seconds
+    before)."""
     kept = state.load(run.folder.state) if run.settings.resume else None
     if kept is None:
         if run.processes.main:
@@ -150,7 +154,8 @@ def start(run: Run, learner: Learner) -> tuple[int, float]:
 
 
 def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: bool) -> None:
-    """After a step: adapter with its held-out loss, pictures, the row, and the state, each when it is due."""
+    """After a step: adapter with its held-out loss, pictures, the row, and the state, each when it
+    is due."""
     s, step = run.settings, row["step"]
     last = step == s.steps
     if step % (s.save_every or max(1, s.steps // 8)) == 0 or last:

@@ -1,6 +1,7 @@
-"""Cost of a Hessian-vector product in gradient evaluations (one forward and one backward pass of the SMP objective).
+"""Cost of a Hessian-vector product in gradient evaluations (one forward and one backward pass of
+the SMP objective).
 
-python bench/hessian.py                # embedded model, default adapter and batch; about a minute on two cores
+python bench/hessian.py                # embedded model, defaults; about a minute on two cores
 python bench/hessian.py --model DIR    # any other base
 """
 
@@ -34,7 +35,8 @@ def seconds(call, times: int) -> float:
 
 
 def main() -> None:
-    """Three rounds in turn, so that drift of the machine shows; random latents, since time does not depend on them."""
+    """Three rounds in turn, so that drift of the machine shows; random latents, since time does not
+    depend on them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +73,8 @@ def main() -> None:
     vector = graph.detach()
     print(f"{len(vector):,} parameters, batch {args.batch_size}, {torch.get_num_threads()} threads")
     print(
-        f"{'gradient [s]':>13}{'H v [s]':>10}{'H v / gradient':>17}{'Lanczos / gradient':>21}  (products)"
+        f"{'gradient [s]':>13}{'H v [s]':>10}{'H v / gradient':>17}"
+        f"{'Lanczos / gradient':>21}  (products)"
     )
     for _ in range(args.rounds):
         gradient = seconds(lambda: torch.autograd.grad(total(), parameters), args.times)
@@ -80,7 +83,8 @@ def main() -> None:
         used = analysis()[1].products
         whole = time.perf_counter() - tick
         print(
-            f"{gradient:13.3f}{product:10.3f}{product / gradient:17.2f}{whole / gradient:21.1f}  ({used})",
+            f"{gradient:13.3f}{product:10.3f}{product / gradient:17.2f}"
+            f"{whole / gradient:21.1f}  ({used})",
             flush=True,
         )
 

@@ -1,12 +1,13 @@
-"""Stable Diffusion v1.5 in full size with random weights, for machines that cannot download it; and a check on it.
+"""Stable Diffusion v1.5 in full size with random weights, for machines that cannot download it; and
+a check on it.
 
-    pip install --no-deps open-clip-torch        # for CLIP's real vocabulary, which it carries as a text file
-    python bench/sd15.py FOLDER                  # a StableDiffusionPipeline of 860 M + 123 M + 84 M parameters, float16
-    python bench/sd15.py FOLDER --check          # three steps of each method, an evaluation, a Hessian norm; minutes
+    pip install --no-deps open-clip-torch    # for CLIP's real vocabulary, a text file in it
+    python bench/sd15.py FOLDER              # 860 M + 123 M + 84 M parameters, float16
+    python bench/sd15.py FOLDER --check      # three steps of each method, attacks, a Hessian norm
     python bench/step.py --model FOLDER --steps 3 --warm-up 1 --rounds 1
 
-Shapes, memory and time are those of the real model; what it draws is noise.  Not part of the test suite.
-"""
+Shapes, memory and time are those of the real model; what it draws is noise.  Not part of the test
+suite."""
 
 import argparse
 import gzip
@@ -20,19 +21,38 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 UNET = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": (320, 640, 1280, 1280),
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "cross_attention_dim": 768, "attention_head_dim": 8,
-}  # fmt: skip
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
 VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2,
-    "block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "sample_size": 512, "scaling_factor": 0.18215,
-}  # fmt: skip
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 512, 512),
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
 TEXT = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407,
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
     "pad_token_id": 1,
-}  # fmt: skip
+}
 
 
 def clip_tokenizer(folder: Path):
@@ -89,7 +109,8 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path, dtype: str, size: int) -> None:
-    """Three steps of each method, what an evaluation asks of a few images, and a Hessian norm at half the size."""
+    """Three steps of each method, what an evaluation asks of a few images, and a Hessian norm at
+    half the size."""
     import torch
     from step import peak_gib
 
@@ -113,7 +134,8 @@ def check(folder: Path, dtype: str, size: int) -> None:
 
     base = load_base(str(folder), "cpu", dtype, size)
     print(
-        f"UNet {sum(p.numel() for p in base.unet.parameters()):,} parameters, latents {base.latent_shape}, {dtype}"
+        f"UNet {sum(p.numel() for p in base.unet.parameters()):,} parameters, "
+        f"latents {base.latent_shape}, {dtype}"
     )
     text = encode_captions(base, ["a photo of a cat", "a drawing of a house"] * 3)
     pixels = torch.randint(256, (1, size, size, 3), dtype=torch.uint8).numpy()

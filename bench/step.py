@@ -1,17 +1,19 @@
-"""Seconds and peak memory of a training step: ours, diffusers + peft's, and the arrangement of the paper's released code.
+"""Seconds and peak memory of a training step: ours, diffusers + peft's, and the arrangement of the
+paper's released code.
 
     python bench/step.py                          # embedded model, default settings
     python bench/step.py --model SD15_FOLDER      # full size: bench/sd15.py writes one
 
-Every figure is of a process of its own that does nothing but steps on random latents; ratios are per round, so that
-drift of the machine shows.  Memory is the peak resident set while stepping (Linux), weights included.
+Every figure is of a process of its own that does nothing but steps on random latents; ratios are
+per round, so that drift of the machine shows.  Memory is the peak resident set while stepping
+(Linux), weights included.
 
     lora            this project, the reference of the ratios
     lora peft       the same layers, rank and batch by `unet.add_adapter` of diffusers + peft
     smp pooled/raw  Algorithm 1: a forward of 2 B for the attacker, one forward of B for L and G
-    smp reused      the same with --attacker-members reused: a forward of B / 2 for the attacker (at B = 1, of 1 in those steps
-                    that follow an auxiliary member, half of them)
-    smp released    L and G from two forwards with noise of their own, as in the released code; raw proxy
+    smp reused      with --attacker-members reused: a forward of B / 2 for the attacker (at B = 1,
+                    of 1 in those steps that follow an auxiliary member, half of them)
+    smp released    L and G from two forwards with noise of their own, as released; raw proxy
 """
 
 import argparse
@@ -75,7 +77,8 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
 
 
 def ours(args, method: str, proxy: str, kind: str = ""):
-    """(a function that takes steps of Algorithm 1, how many): a whole round of what differs between steps."""
+    """(a function that takes steps of Algorithm 1, how many): a whole round of what differs between
+    steps."""
     from train import algorithm_1
 
     run, learner = build(args, method, proxy, members="reused" if kind == "reused" else "drawn")
@@ -142,7 +145,10 @@ def released(args):
         first, second = (
             Batch(index, *draw_noise(run.base, len(index), learner.outer)) for _ in range(2)
         )
-        loss, gain = adaptation_loss(run.errors(first)), mi_gain(h, run.errors(second), second.timesteps)
+        loss, gain = (
+            adaptation_loss(run.errors(first)),
+            mi_gain(h, run.errors(second), second.timesteps),
+        )
         grads = gradients(ratio_objective(loss, gain, s.lam), learner.parameters)
         clip_(grads, s.clip)
         learner.descend(grads)
@@ -151,7 +157,8 @@ def released(args):
 
 
 def peak_gib(reset: bool = False) -> float:
-    """The peak resident set since the last reset, in GiB; not a number where the kernel does not say."""
+    """The peak resident set since the last reset, in GiB; not a number where the kernel does not
+    say."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -221,7 +228,8 @@ def main() -> None:
             f"{s / a:.2f}/{g / b:.2f}" for (s, g), (a, b) in zip(rounds, found[first], strict=True)
         )
         print(
-            f"{variant:14}{median(s for s, _ in rounds):9.3f}{median(g for _, g in rounds):7.2f}   {ratios}"
+            f"{variant:14}{median(s for s, _ in rounds):9.3f}"
+            f"{median(g for _, g in rounds):7.2f}   {ratios}"
         )
 
 

@@ -1,1 +1,2 @@
-"""What one adapter leaks and how good its pictures are: targets, queries, attacks, shadows, quality, figures, tables."""
+"""What one adapter leaks and how good its pictures are: targets, queries, attacks, shadows,
+quality, figures, tables."""

@@ -1,11 +1,11 @@
 """Membership-inference attacks on a latent diffusion model: one score per image, higher = member.
 
-Each function states its formula and its paper.  Attacks that leave a hyper-parameter open return one column per
-candidate, (N, candidates); `evaluate.py` picks the column on images that the attacker knows, never on test images.
-All draws of noise come from one fixed stream: the same for members and non-members, for the adapted and the base model.
-The functions of tensors alone can be read without the rest; those that take `base` query its UNet without gradient.
-Held by tests/test_attacks.py to models whose answers can be written down, and shown there to work.
-"""
+Each function states its formula and its paper.  Attacks that leave a hyper-parameter open return
+one column per candidate, (N, candidates); `evaluate.py` picks the column on images that the
+attacker knows, never on test images.  All draws of noise come from one fixed stream: the same for
+members and non-members, for the adapted and the base model.  The functions of tensors alone can be
+read without the rest; those that take `base` query its UNet without gradient.  Held by
+tests/test_attacks.py to models whose answers can be written down, and shown there to work."""
 
 import copy
 
@@ -27,7 +27,7 @@ from diffusion import (
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Queries
 
 
@@ -51,39 +51,42 @@ def _l4(x: torch.Tensor) -> np.ndarray:
     return x.flatten(1).norm(p=4, dim=1).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attacks on the loss
 
 
 def loss_attack(grid: torch.Tensor) -> np.ndarray:
-    """Minus the mean loss over the grid (N, T, K) (Matsumoto et al. 2023): members are fitted better."""
+    """Minus the mean loss over the grid (N, T, K) (Matsumoto et al. 2023): members are fitted
+    better."""
     return -grid.mean((1, 2)).numpy()
 
 
 def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray:
     """Mean over the grid of log L_base - log L_adapted at the same (t, eps), both (N, T, K).
 
-    The base model is public, so the attacker knows how hard an image is without the adapter (cf. Watson et al. 2022).
-    """
+    The base model is public, so the attacker knows how hard an image is without the adapter (cf.
+    Watson et al. 2022)."""
     return (base_grid.log() - grid.log()).mean((1, 2)).numpy()
 
 
 def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
-    """Fluctuation around the image: mean over t and crops of (L(crop x) - L(x)) / L(x) (PFAMI, Fu et al. 2023).
+    """Fluctuation around the image: mean over t and crops of (L(crop x) - L(x)) / L(x) (PFAMI, Fu
+    et al. 2023).
 
-    losses (N, T); crop_losses (M, N, T).  A member sits in a local minimum of the loss, its crops lie higher.
-    """
+    losses (N, T); crop_losses (M, N, T).  A member sits in a local minimum of the loss, its crops
+    lie higher."""
     return ((crop_losses - losses) / losses).mean((0, 2)).numpy()
 
 
 def clid(
     losses: torch.Tensor, cut_losses: torch.Tensor, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)
 ):
-    """alpha S(mean_i L(c*_i) - L(c)) + (1 - alpha) S(-L(c)) per alpha, (N, len(alphas)) (CLiD, Zhai et al. 2024).
+    """alpha S(mean_i L(c*_i) - L(c)) + (1 - alpha) S(-L(c)) per alpha, (N, len(alphas)) (CLiD, Zhai
+    et al. 2024).
 
-    losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones c*_i: a model that
-    was fitted on the pair misses the caption more.  S standardises by the images `known` to the attacker.
-    """
+    losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones
+    c*_i: a model that was fitted on the pair misses the caption more.  S standardises by the images
+    `known` to the attacker."""
 
     def standard(x):
         return (x - x[known].mean()) / x[known].std().clamp_min(1e-12)
@@ -92,12 +95,13 @@ def clid(
     return torch.stack([a * gap + (1 - a) * fit for a in alphas], dim=1).numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attacks on the predicted noise
 
 
 def secmi(base: Base, latents, text, t: int = 100, stride: int = 10) -> np.ndarray:
-    """SecMI-stat (Duan et al. 2023): minus the squared distance between z_t and its DDIM step forward and back.
+    """SecMI-stat (Duan et al. 2023): minus the squared distance between z_t and its DDIM step
+    forward and back.
 
     z_t is reached from z_0 by deterministic DDIM inversion in strides.
     """
@@ -117,11 +121,11 @@ def secmi(base: Base, latents, text, t: int = 100, stride: int = 10) -> np.ndarr
 def pia(
     base: Base, latents, text, timesteps=(100, 200, 300), clean=None, normalised=False
 ) -> np.ndarray:
-    """Minus the L4 norm of eps_0 - eps(sqrt(abar) z_0 + sqrt(1 - abar) eps_0, t), (N, T) (PIA, Kong et al. 2024).
+    """Minus the L4 norm of eps_0 - eps(sqrt(abar) z_0 + sqrt(1 - abar) eps_0, t), (N, T) (PIA, Kong
+    et al. 2024).
 
-    eps_0 = eps(z_0, 0) may be handed over as `clean`; `normalised` rescales it to the mean size of Gaussian noise
-    (PIAN).
-    """
+    eps_0 = eps(z_0, 0) may be handed over as `clean`; `normalised` rescales it to the mean size of
+    Gaussian noise (PIAN)."""
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
     if normalised:
         eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
@@ -135,24 +139,26 @@ def pia(
 
 
 def sima(base: Base, latents, text, timesteps=(100, 200, 300), clean=None) -> np.ndarray:
-    """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA, Rao et al. 2025)."""
+    """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA,
+    Rao et al. 2025)."""
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
     return np.stack(
         [-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's attacker, trained afresh
 
 
 def train_proxy(
     base: Base, latents, text, roles: dict[str, list[int]], proxy: str, seed: int, epochs: int = 100
 ):
-    """A fresh attacker h', trained on the auxiliary images for `epochs` (Luo et al. 2025, 100 in the paper).
+    """A fresh attacker h', trained on the auxiliary images for `epochs` (Luo et al. 2025, 100 in
+    the paper).
 
-    The checkpoint is that of the best accuracy on *validation* images; the paper takes the test set's.
-    """
+    The checkpoint is that of the best accuracy on *validation* images; the paper takes the test
+    set's."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -198,8 +204,8 @@ def train_proxy(
 def sweep(
     base: Base, latents, text, attackers: dict
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One pass over the grid for everything that reads error maps: losses (N, T, K), and per attacker the
-    log-odds log h' - log(1 - h') of each error map, (N, T, K)."""
+    """One pass over the grid for everything that reads error maps: losses (N, T, K), and per
+    attacker the log-odds log h' - log(1 - h') of each error map, (N, T, K)."""
     grid = torch.empty(len(latents), len(TIMESTEPS), DRAWS)
     odds = {name: torch.empty_like(grid) for name in attackers}
     for at, j, k, error in error_maps(base, latents, text):
@@ -218,17 +224,16 @@ def one_draw(odds: torch.Tensor, seed: int) -> np.ndarray:
     return odds.flatten(1).numpy()[np.arange(len(odds)), pick]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # White box and black box
 
 
 def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
-    """log L2 norm per adapter tensor of the gradient of an image's mean loss over a few timesteps, (N, tensors)
-    (GSA1, Pang et al. 2023).
+    """log L2 norm per adapter tensor of the gradient of an image's mean loss over a few timesteps,
+    (N, tensors) (GSA1, Pang et al. 2023).
 
-    One backward pass serves several images: a weight's gradient from one image is the sum over positions of what its
-    layer was given times what came back for that image.
-    """
+    One backward pass serves several images: a weight's gradient from one image is the sum over
+    positions of what its layer was given times what came back for that image."""
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
     noise = torch.randn(
         (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
@@ -261,8 +266,9 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
 
 
 def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> torch.Tensor:
-    """L2 norm (images,) of the weight's gradient from each image; the rows of an image follow one another in the
-    input (B, ..., in) and in the output's gradient (B, ..., out), both with channels first for a convolution."""
+    """L2 norm (images,) of the weight's gradient from each image; the rows of an image follow one
+    another in the input (B, ..., in) and in the output's gradient (B, ..., out), both with channels
+    first for a convolution."""
     if isinstance(layer, torch.nn.Conv2d):
         unfold = torch.nn.functional.unfold
         given = unfold(
@@ -274,7 +280,8 @@ def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> to
 
 
 def classifier_score(features: np.ndarray, train: tuple[list[int], list[int]]) -> np.ndarray:
-    """Log-odds of a logistic regression trained on (member, nonmember) rows of `features` (N, F)."""
+    """Log-odds of a logistic regression trained on (member, nonmember) rows of `features` (N,
+    F)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -288,17 +295,19 @@ def classifier_score(features: np.ndarray, train: tuple[list[int], list[int]]) -
 
 
 def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """Minus the least cosine distance of an image (N, F) to those generated from its caption (N, K, F).
+    """Minus the least cosine distance of an image (N, F) to those generated from its caption (N, K,
+    F).
 
-    The paper's black-box attack (after Pang & Wang 2023): only captions go in and only pictures come out.
-    """
+    The paper's black-box attack (after Pang & Wang 2023): only captions go in and only pictures
+    come out."""
     real = real / np.linalg.norm(real, axis=-1, keepdims=True)
     generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
     return (generated * real[:, None]).sum(-1).max(1) - 1
 
 
 def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
-    """What can be known without any model: thumbnails (N, 6 * 6 * 3) and words, for the control that must fail."""
+    """What can be known without any model: thumbnails (N, 6 * 6 * 3) and words, for the control
+    that must fail."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     n, size = pixels.shape[:2]

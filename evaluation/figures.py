@@ -1,4 +1,5 @@
-"""The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it copied."""
+"""The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it
+copied."""
 
 import textwrap
 from pathlib import Path
@@ -11,7 +12,8 @@ import roc
 
 
 def evaluation(subject, found, control, method: str, folder: Path) -> None:
-    """The four figures of one evaluated adapter, from evaluate.py's `Measured` of it and of the base model."""
+    """The four figures of one evaluated adapter, from evaluate.py's `Measured` of it and of the
+    base model."""
     folder.mkdir(parents=True, exist_ok=True)
     colour = plots.COLOURS.get(method, plots.OTHER)
     worst = found.record["worst"]["attack"]
@@ -73,7 +75,8 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
 
 
 def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
-    """Scores of test members against non-members, one panel per model: {name: (member, nonmember)}."""
+    """Scores of test members against non-members, one panel per model: {name: (member,
+    nonmember)}."""
     figure, axes = plt.subplots(
         1, len(pairs), figsize=(4.6 * len(pairs), 3.4), layout="constrained"
     )
@@ -129,7 +132,8 @@ def leakage_by_timestep(
 
 
 def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: int = 10) -> None:
-    """The generated pictures closest to a member (upper rows) above that member (lower rows), by squared error."""
+    """The generated pictures closest to a member (upper rows) above that member (lower rows), by
+    squared error."""
     a, b = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (made, members))
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     order = np.argsort(distance.min(1))[:columns]
@@ -139,7 +143,8 @@ def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: 
 
 
 def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: int = 8) -> None:
-    """Rows of pictures from the same captions and noise: private images, base, and each run {name: (P, H, W, 3)}.
+    """Rows of pictures from the same captions and noise: private images, base, and each run {name:
+    (P, H, W, 3)}.
 
     Captions stand above.  Images are spread over the members, the same for every call.
     """

@@ -1,12 +1,11 @@
 """What the attacks ask of a model, kept on disk, and the one score per image that each makes of it.
 
     store = Store(folder, key)
-    raw = query(model, subject, network, guidance, seed)                # every forward and backward pass
-    scores = attack_scores(subject.data, raw, {"difference": base_raw["losses"]}, seed)     # {attack: (N,)}
+    raw = query(model, subject, network, guidance, seed)    # every forward and backward pass
+    scores = attack_scores(subject.data, raw, {"difference": base_raw["losses"]}, seed)  # (N,) each
 
-Open choices (a timestep, a weight, a threshold) are made on images that the attacker knows, never on test images.
-Held by tests/test_evaluate.py.
-"""
+Open choices (a timestep, a weight, a threshold) are made on images that the attacker knows, never
+on test images. Held by tests/test_evaluate.py."""
 
 import io
 from collections.abc import Callable
@@ -62,7 +61,8 @@ class Store:
 
 @dataclass
 class Model:
-    """A base with an adapter in it, by the name that people see, and where what it answers is kept."""
+    """A base with an adapter in it, by the name that people see, and where what it answers is
+    kept."""
 
     name: str
     adapter: lora.Adapter
@@ -72,8 +72,8 @@ class Model:
 def query(model: Model, subject: Subject, network, guidance: float, seed: int) -> dict:
     """Everything that the attacks ask of a model, as named arrays over the images.
 
-    This is where the time goes; what follows is arithmetic.  Raises UserError for a model whose losses are not finite.
-    """
+    This is where the time goes; what follows is arithmetic.  Raises UserError for a model whose
+    losses are not finite."""
     base, data, adapter = subject.base, subject.data, model.adapter
     asked = {
         "grid": lambda: loss_queries(base, data, seed),
@@ -96,7 +96,8 @@ def query(model: Model, subject: Subject, network, guidance: float, seed: int) -
 
 
 def loss_queries(base: Base, data: Encoded, seed: int) -> dict[str, np.ndarray]:
-    """Losses (N, T, K) and (N, T', 1) of the late timesteps, and the log-odds of fresh proxy attackers."""
+    """Losses (N, T, K) and (N, T', 1) of the late timesteps, and the log-odds of fresh proxy
+    attackers."""
     h = {
         proxy: attacks.train_proxy(base, data.latents, data.text, data.roles, proxy, seed)
         for proxy in ("raw", "pooled")
@@ -134,7 +135,8 @@ def variant_queries(subject: Subject) -> dict[str, np.ndarray]:
 
 
 def picture_queries(subject: Subject, network, guidance: float) -> dict[str, np.ndarray]:
-    """Pictures from the captions of validation and test images, in fewer steps than for quality: (N,)."""
+    """Pictures from the captions of validation and test images, in fewer steps than for quality:
+    (N,)."""
     data = subject.data
     index = [i for side in SIDES for part in ("val", "test") for i in data.roles[f"{side}_{part}"]]
     score = np.full(len(data.latents), np.nan)
@@ -153,10 +155,11 @@ def gradient_queries(base: Base, data: Encoded, adapter: lora.Adapter) -> dict[s
 def attack_scores(
     data: Encoded, raw: dict, references: dict[str, np.ndarray], seed: int
 ) -> dict[str, np.ndarray]:
-    """One score per image and attack, (N,): formulas on what `query` found, open choices made on known images.
+    """One score per image and attack, (N,): formulas on what `query` found, open choices made on
+    known images.
 
-    `references` are loss grids (N, T, K) of other models, by the name of the attack that compares with them.
-    """
+    `references` are loss grids (N, T, K) of other models, by the name of the attack that compares
+    with them."""
     losses, first = torch.from_numpy(raw["losses"]), torch.from_numpy(raw["losses"][:, VARIANTS, 0])
     train = tuple(data.roles[f"{side}_aux"] for side in SIDES)
     scores = {
@@ -179,14 +182,16 @@ def attack_scores(
 
 
 def choose(data: Encoded, score: np.ndarray) -> np.ndarray:
-    """The column of (N, candidates) with the best AUC on the images that the attacker knows; (N,) as it is."""
+    """The column of (N, candidates) with the best AUC on the images that the attacker knows; (N,)
+    as it is."""
     if score.ndim == 1:
         return score
     return max(score.T, key=lambda column: roc.auc(*data.pair(column, "aux", "val")))
 
 
 def threshold(data: Encoded, name: str, score: np.ndarray) -> float:
-    """The best threshold on known images: validation alone where the attack was fitted to the auxiliary ones."""
+    """The best threshold on known images: validation alone where the attack was fitted to the
+    auxiliary ones."""
     parts = ("val",) if name in TRAINED or np.isnan(score).any() else ("aux", "val")
     return roc.best_threshold(*data.pair(score, *parts))
 

@@ -1,16 +1,18 @@
-"""The adaptive adversary: it trains adapters of its own, as the run was trained, and asks how the run differs from them.
+"""The adaptive adversary: it trains adapters of its own, as the run was trained, and asks how the
+run differs from them.
 
-    python evaluate.py runs/smp --shadow 8      # eight shadows, kept in runs/shadows-<hash>, then evaluated as ever
+    python evaluate.py runs/smp --shadow 8      # eight shadows, kept in runs/shadows-<hash>
 
-LiRA offline (Carlini et al. 2022, Algorithm 1 with the out-models alone): for an image x and a statistic phi,
+LiRA offline (Carlini et al. 2022, Algorithm 1 with the out-models alone): for an image x and a
+statistic phi,
 
     score(x) = (phi(run, x) - mean over out-shadows of phi(shadow, x)) / sd
 
-An out-shadow has the run's settings and another seed, so another random split of the same images, and did not train on
-x: an image that is easy for every adapter of this kind no longer passes for a member.  `sd` is pooled over images, as
-the paper advises for few shadows.  Noise, timesteps and captions are those of the run's own queries.
-Held by tests/test_shadow.py to the formula and to a planted case that the raw score does not see.
-"""
+An out-shadow has the run's settings and another seed, so another random split of the same images,
+and did not train on x: an image that is easy for every adapter of this kind no longer passes for a
+member.  `sd` is pooled over images, as the paper advises for few shadows.  Noise, timesteps and
+captions are those of the run's own queries.  Held by tests/test_shadow.py to the formula and to a
+planted case that the raw score does not see."""
 
 import hashlib
 import json
@@ -38,8 +40,8 @@ LEAST = 2  # out-shadows that every image needs
 def calibrated(run: np.ndarray, shadows: np.ndarray, out: np.ndarray) -> np.ndarray:
     """(phi(run) - mean_out phi) / sd: run (N, C), shadows (S, N, C), out (S, N) -> (N, C).
 
-    sd (C,) is the root of the out-shadows' variance about each image's own mean, pooled over images.
-    """
+    sd (C,) is the root of the out-shadows' variance about each image's own mean, pooled over
+    images."""
     keep, count = out[:, :, None], out.sum(0)[:, None]  # (S, N, 1), (N, 1)
     mean = np.where(keep, shadows, 0).sum(0) / count
     variance = np.where(keep, (shadows - mean) ** 2, 0).sum((0, 1)) / (count - 1).sum()
@@ -47,12 +49,14 @@ def calibrated(run: np.ndarray, shadows: np.ndarray, out: np.ndarray) -> np.ndar
 
 
 def statistics(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """phi of the two attacks, (N, C) each: minus the mean log loss over the grid, and SimA at every candidate t."""
+    """phi of the two attacks, (N, C) each: minus the mean log loss over the grid, and SimA at every
+    candidate t."""
     return {"LiRA-loss": -np.log(raw["losses"]).mean((1, 2))[:, None], "LiRA-SimA": raw["SimA"]}
 
 
 def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], np.ndarray]:
-    """Settings of `count` shadows of a run, and out (S, N): which images (by name) each does not train on.
+    """Settings of `count` shadows of a run, and out (S, N): which images (by name) each does not
+    train on.
 
     Raises UserError, before anything is trained, for what has no shadows.
     """
@@ -105,7 +109,8 @@ def query(
     key: str,
     device: str = "cpu",
 ) -> dict[str, np.ndarray]:
-    """Ask every shadow what the run was asked: {attack: (S, N, C)}.  `train` makes those that are not there yet."""
+    """Ask every shadow what the run was asked: {attack: (S, N, C)}.  `train` makes those that are
+    not there yet."""
     base, data, answers = subject.base, subject.data, []
     for s in shadows:
         folder = RunFolder(s.out)

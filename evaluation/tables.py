@@ -1,4 +1,5 @@
-"""What evaluate.py prints: the table of all runs, paired differences, and runs pooled over seeds."""
+"""What evaluate.py prints: the table of all runs, paired differences, and runs pooled over
+seeds."""
 
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def print_table(records: list[dict]) -> None:
 
     sizes = records[0]["images"]
     print(
-        f"\nAUC on {sizes['member_test']} members and {sizes['nonmember_test']} non-members, 95 % intervals; 0.5 is chance"
+        f"\nAUC on {sizes['member_test']} members and {sizes['nonmember_test']} non-members, "
+        "95 % intervals; 0.5 is chance"
     )
     line("", [name for name, _ in columns])
     for name in names:
@@ -62,7 +64,8 @@ def print_table(records: list[dict]) -> None:
         low = [a for a, f in model["attacks"].items() if f["auc_interval"][1] < 0.5]
         if low:
             print(
-                f"note: {name} is over-corrected for {', '.join(low)}: AUC below 0.5 gives members away as well"
+                f"note: {name} is over-corrected for {', '.join(low)}: "
+                "AUC below 0.5 gives members away as well"
             )
 
 
@@ -77,14 +80,16 @@ def print_differences(records: list[dict], test_scores: list[dict], rounds: int)
         bootstrap = roc.Bootstrap(len(first[0]), len(first[1]), rounds, record["seed"])
         change, (low, high) = roc.paired_difference(second, first, bootstrap)
         print(
-            f"{title} minus {names[0]}, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
+            f"{title} minus {names[0]}, AUC of {name}: "
+            f"{change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
         )
 
 
 def print_seeds(
     records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int
 ) -> list[dict]:
-    """What runs that differ by their seed alone say together, and each kind of run against the first; returns it."""
+    """What runs that differ by their seed alone say together, and each kind of run against the
+    first; returns it."""
     groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
     called = titles(records)
     for i, (record, same) in enumerate(zip(records, kinds, strict=True)):
@@ -104,9 +109,11 @@ def print_seeds(
         qualities = [r["adapted"].get("quality") for r in members]
         if all(qualities):
             entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
-        text = f"{', '.join(names)}: worst case {cell(worst)} by {worst['attack']}, held-out loss {np.mean(losses):.4f}"
+        text = f"{', '.join(names)}: worst case {cell(worst)} by {worst['attack']}, "
+        text += f"held-out loss {np.mean(losses):.4f}"
         for real in ("members", "held_out") if "quality" in entry else ():
-            text += f", Frechet distance {entry['quality'][f'frechet_{real}']:.0f} ({real.replace('_', ' ')})"
+            distance = entry["quality"][f"frechet_{real}"]
+            text += f", Frechet distance {distance:.0f} ({real.replace('_', ' ')})"
         print(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
         if first is None:
             first, name = group, worst["attack"]
@@ -122,7 +129,8 @@ def print_seeds(
                 "seeds": shared,
             }
             print(
-                f"    minus the first, AUC of {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] (paired, {len(shared)} seeds)"
+                f"    minus the first, AUC of {name}: "
+                f"{change:+.2f} [{low:+.2f}, {high:+.2f}] (paired, {len(shared)} seeds)"
             )
         found.append(entry)
     return found

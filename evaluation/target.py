@@ -1,8 +1,7 @@
 """What is evaluated: an adapter, and the images it is judged on, as the attacks see them.
 
-A target comes from a run folder of train.py, or from flags for an adapter trained elsewhere.  Of its images only those
-with a role are encoded; `roles` are positions among them.
-"""
+A target comes from a run folder of train.py, or from flags for an adapter trained elsewhere.  Of
+its images only those with a role are encoded; `roles` are positions among them."""
 
 from dataclasses import dataclass
 from pathlib import Path

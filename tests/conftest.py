@@ -1,4 +1,5 @@
-"""A tiny Stable Diffusion folder with random weights and a folder of pictures, each built once per test run."""
+"""A tiny Stable Diffusion folder with random weights and a folder of pictures, each built once per
+test run."""
 
 import os
 import random
@@ -24,7 +25,8 @@ def one_thread():
 
 
 def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
-    """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32, seed 0."""
+    """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32,
+    seed 0."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -65,7 +67,8 @@ def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """Path of the tiny base model; its proj_in and proj_out are 1x1 convolutions, as in Stable Diffusion 1.x."""
+    """Path of the tiny base model; its proj_in and proj_out are 1x1 convolutions, as in Stable
+    Diffusion 1.x."""
     return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 

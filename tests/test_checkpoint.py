@@ -1,4 +1,5 @@
-"""checkpoint.py and --resume: killed twenty times at random moments, a run ends in the same bits as one left alone."""
+"""checkpoint.py and --resume: killed twenty times at random moments, a run ends in the same bits as
+one left alone."""
 
 import json
 import multiprocessing
@@ -26,7 +27,8 @@ STEPS, KILLS = 30, 20
 
 
 def life(settings):
-    """The process id of a run in a fork of this process, which has loaded and encoded what runs work on."""
+    """The process id of a run in a fork of this process, which has loaded and encoded what runs
+    work on."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -59,7 +61,8 @@ def until(step, out, pid):
 
 
 def lives(model, images, tmp):
-    """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both signals."""
+    """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both
+    signals."""
     torch.set_num_threads(1)
     rng, base, images_once = random.Random(0), load_base(model), load_images(images, 32)
     encoded = encode(base, images_once, {})
@@ -69,9 +72,23 @@ def lives(model, images, tmp):
 
     def settings(out, resume=False):
         return Settings(
-            model=model, data=images, out=f"{tmp}/{out}", resume=resume, steps=STEPS, state_every=2, members=20, rank=2, alpha=4.0,
-            batch_size=2, target="attention", proxy="raw", lr=0.01, attacker_lr=0.01, save_every=15, norms_every=7
-        )  # fmt: skip
+            model=model,
+            data=images,
+            out=f"{tmp}/{out}",
+            resume=resume,
+            steps=STEPS,
+            state_every=2,
+            members=20,
+            rank=2,
+            alpha=4.0,
+            batch_size=2,
+            target="attention",
+            proxy="raw",
+            lr=0.01,
+            attacker_lr=0.01,
+            save_every=15,
+            norms_every=7,
+        )
 
     codes = {"alone": end(life(settings("alone"))), "killed": [], "kept": 0}
     for k in range(KILLS):
@@ -127,7 +144,8 @@ def same(a, b):
 
 
 def test_killed_twenty_times(three_runs):
-    """Data order, noise, dropout, both optimisers and both models go on as if nothing had happened."""
+    """Data order, noise, dropout, both optimisers and both models go on as if nothing had
+    happened."""
     tmp, codes = three_runs
     assert codes["alone"] == 0 and codes["killed"] == [-signal.SIGKILL] * KILLS + [0]
     assert (
@@ -154,7 +172,8 @@ def test_resume_of_a_finished_run_does_nothing(three_runs, capsys):
 
 
 def test_resume_takes_the_settings_of_the_run(three_runs):
-    """Flags left out are the run's; one that says something else is refused, one that may change is taken."""
+    """Flags left out are the run's; one that says something else is refused, one that may change is
+    taken."""
     out = str(three_runs[0] / "alone")
     settings, _ = stored(Settings(out=out, resume=True, keep=5))
     assert (settings.steps, settings.rank, settings.proxy, settings.keep) == (STEPS, 2, "raw", 5)

@@ -60,7 +60,8 @@ def test_targets_equal_diffusers(base, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_squared_error_by_hand(tiny_base, tiny_base_v, batch, prediction):
-    """e = (target - f(z_t, t, tau(y)))^2, elementwise, one example at a time with diffusers' own noising."""
+    """e = (target - f(z_t, t, tau(y)))^2, elementwise, one example at a time with diffusers' own
+    noising."""
     base = load_base(tiny_base if prediction == "epsilon" else tiny_base_v)
     assert base.prediction == prediction
     latents, text, timesteps, noise = batch
@@ -77,7 +78,8 @@ def test_squared_error_by_hand(tiny_base, tiny_base_v, batch, prediction):
 
 
 def test_squared_error_in_bfloat16(tiny_base, batch):
-    """A half-precision base under a float32 adapter: the error is float32, near the float32 one, and differentiable."""
+    """A half-precision base under a float32 adapter: the error is float32, near the float32 one,
+    and differentiable."""
     latents, text, timesteps, noise = batch
     want = squared_error(load_base(tiny_base), latents, text, timesteps, noise)
     base = load_base(tiny_base, dtype="bfloat16")
@@ -187,7 +189,8 @@ def test_refuses_a_size_that_the_unet_cannot_halve(tiny_base):
 
 
 def test_embedded_base_in_plain_diffusers():
-    """`from_pretrained(folder)` without any argument loads it, in one dtype, and samples the picture that we sample."""
+    """`from_pretrained(folder)` without any argument loads it, in one dtype, and samples the
+    picture that we sample."""
     from diffusers import StableDiffusionPipeline
 
     base, steps = load_base(EMBEDDED), 4

@@ -33,13 +33,24 @@ def short_run(tiny_base, image_folder, out, **flags):
         "target": "attention",
         "lr": 0.01,
     } | flags
-    train.train(Settings(model=tiny_base, data=image_folder, out=str(out), steps=4, attacker_lr=0.01, proxy="pooled", lam=1.0, **small))  # fmt: skip
+    train.train(
+        Settings(
+            model=tiny_base,
+            data=image_folder,
+            out=str(out),
+            steps=4,
+            attacker_lr=0.01,
+            proxy="pooled",
+            lam=1.0,
+            **small,
+        )
+    )
     return str(out)
 
 
 def test_evaluation_of_a_run(run, capsys, monkeypatch):
-    """Every attack gives figures for the run, the control holds all but the difference, and a second call asks nothing
-    of the model again."""
+    """Every attack gives figures for the run, the control holds all but the difference, and a
+    second call asks nothing of the model again."""
     settings = evaluate.Settings(runs=[run], pictures=4, sampling_steps=2, bootstrap=50)
     (record,) = evaluate.evaluate(settings)
     saved = json.loads(Path(run, "eval.json").read_text())
@@ -59,7 +70,8 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
 
 
 def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, capsys):
-    """Runs that differ by their seed, and by what was looked at on the way, are one claim; another step of one is not."""
+    """Runs that differ by their seed, and by what was looked at on the way, are one claim; another
+    step of one is not."""
     other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1, samples=0, norms_every=1)
     records = evaluate.evaluate(
         evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50)
@@ -85,9 +97,13 @@ def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, ca
 
 
 def test_choice_is_made_on_known_images():
-    """A signal planted in auxiliary and validation images alone decides the column; test images have no say."""
+    """A signal planted in auxiliary and validation images alone decides the column; test images
+    have no say."""
     rng = np.random.default_rng(0)
-    roles = {f"{s}_{p}": list(range(k * 10, k * 10 + 10)) for k, (s, p) in enumerate((s, p) for s in SIDES for p in PARTS)}  # fmt: skip
+    roles = {
+        f"{s}_{p}": list(range(k * 10, k * 10 + 10))
+        for k, (s, p) in enumerate((s, p) for s in SIDES for p in PARTS)
+    }
     data = Encoded(*[None] * 5, roles)
     score = rng.normal(size=(60, 3))
     score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
@@ -100,7 +116,8 @@ def test_choice_is_made_on_known_images():
 
 
 def test_refusals(run, tmp_path):
-    """A folder that is no run, a step that was not saved, an adapter without its data: one sentence each."""
+    """A folder that is no run, a step that was not saved, an adapter without its data: one sentence
+    each."""
     for settings, words in (
         (evaluate.Settings(runs=[str(tmp_path)]), "not a run folder"),
         (evaluate.Settings(runs=[run], at="99"), "no adapter of step 99"),
@@ -111,7 +128,8 @@ def test_refusals(run, tmp_path):
 
 
 def test_test_non_members_are_a_random_subset():
-    """File names sort emojis by kind: the first ones would all be of a kind, and any attack would tell them apart."""
+    """File names sort emojis by kind: the first ones would all be of a kind, and any attack would
+    tell them apart."""
     found = subset(list(range(1000)), 200)
     assert len(set(found)) == 200 and found == sorted(found) == subset(list(range(1000)), 200)
     assert 400 < np.mean(found) < 600

@@ -1,4 +1,5 @@
-"""What users and machines do to a run: bad models, bad adapters, full disks, numbers that blow up; and reuse elsewhere."""
+"""What users and machines do to a run: bad models, bad adapters, full disks, numbers that blow up;
+and reuse elsewhere."""
 
 import importlib
 import json
@@ -45,11 +46,25 @@ def small(tiny_base, image_folder, tmp_path):
     """Settings of a small run, changed by keywords."""
 
     def make(**more):
-        return Settings(**{
-            "model": tiny_base, "data": image_folder, "out": str(tmp_path / "run"), "members": 20, "rank": 2, "alpha": 4.0,
-            "batch_size": 4, "target": "attention", "proxy": "pooled", "lr": 0.01, "attacker_lr": 0.01, "steps": 3,
-            "save_every": 1000, "method": "lora", **more
-        })  # fmt: skip
+        return Settings(
+            **{
+                "model": tiny_base,
+                "data": image_folder,
+                "out": str(tmp_path / "run"),
+                "members": 20,
+                "rank": 2,
+                "alpha": 4.0,
+                "batch_size": 4,
+                "target": "attention",
+                "proxy": "pooled",
+                "lr": 0.01,
+                "attacker_lr": 0.01,
+                "steps": 3,
+                "save_every": 1000,
+                "method": "lora",
+                **more,
+            }
+        )
 
     return make
 
@@ -97,7 +112,8 @@ def test_refuses_a_single_file_that_is_no_safetensors(tmp_path, content):
 
 
 def test_refuses_a_single_file_of_something_else(tiny_base, tmp_path):
-    """Without configs at hand the message says where they belong; with them, that the keys do not fit."""
+    """Without configs at hand the message says where they belong; with them, that the keys do not
+    fit."""
     path = tmp_path / "model.safetensors"
     save_file({"something.weight": torch.zeros(2)}, path)
     with pytest.raises(UserError, match=r"no configs in .*model/"):
@@ -112,8 +128,16 @@ def test_refuses_a_single_file_of_something_else(tiny_base, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"accumulate": 0}, {"size": 20}, {"state_every": 0}, {"keep": 0}, {"threads": -1}, {"alpha": float("inf")}, {"lr": float("nan")}],
-)  # fmt: skip
+    [
+        {"accumulate": 0},
+        {"size": 20},
+        {"state_every": 0},
+        {"keep": 0},
+        {"threads": -1},
+        {"alpha": float("inf")},
+        {"lr": float("nan")},
+    ],
+)
 def test_refuses_numbers_out_of_range(capsys, small, wrong):
     flag = "not a multiple" if "size" in wrong else "--" + next(iter(wrong)).replace("_", "-")
     refused(capsys, small(**wrong), flag)
@@ -226,10 +250,15 @@ def test_resume_refuses_a_torn_config(capsys, small, tmp_path):
 
 @few
 @given(
-    caption=st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300).filter(str.strip),
-    stem=st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=40)
-    .filter(lambda s: s[0] != "." and len(s.encode()) < 200),
-)  # fmt: skip
+    caption=st.text(
+        alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300
+    ).filter(str.strip),
+    stem=st.text(
+        alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"),
+        min_size=1,
+        max_size=40,
+    ).filter(lambda s: s[0] != "." and len(s.encode()) < 200),
+)
 def test_fuzz_captions_and_file_names(tiny_base_loaded, tmp_path, caption, stem):
     """Any Unicode caption and file name goes through to an embedding of the usual shape."""
     folder = tmp_path / "fuzz"
@@ -260,7 +289,8 @@ def kohya_run(small, tmp_path):
 
 
 def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
-    """--format kohya adds a file that says the same; --init starts at exactly that adapter, with its rank and alpha."""
+    """--format kohya adds a file that says the same; --init starts at exactly that adapter, with
+    its rank and alpha."""
     one = lora_files.read(kohya_run / "adapter")[0]
     two = lora_files.read(kohya_run / "kohya" / lora_files.KOHYA_NAME)[0]
     assert {k.replace(".", "_") for k in one} == set(two)

@@ -1,4 +1,5 @@
-"""Where things live: the import rules of the project, held by reading the imports, and docstrings where a reader looks."""
+"""Where things live: the import rules of the project, held by reading the imports, and docstrings
+where a reader looks."""
 
 import ast
 from graphlib import TopologicalSorter

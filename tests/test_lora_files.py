@@ -1,4 +1,5 @@
-"""lora_files.py: our files in diffusers + peft, theirs and those of other trainers here, and what is refused."""
+"""lora_files.py: our files in diffusers + peft, theirs and those of other trainers here, and what
+is refused."""
 
 import contextlib
 import json
@@ -87,7 +88,8 @@ def here(tiny_base, path):
 @pytest.mark.parametrize("kohya", [False, True], ids=["diffusers", "kohya"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_diffusers_and_peft_load_our_file(request, tmp_path, base_output, target, kohya, base):
-    """`pipeline.load_lora_weights(folder)` predicts what our own layers predict, alpha != rank included."""
+    """`pipeline.load_lora_weights(folder)` predicts what our own layers predict, alpha != rank
+    included."""
     path = request.getfixturevalue(base)
     unet = load_base(path).unet
     file = save(trained(inject(unet, target, RANK, ALPHA)), tmp_path, {"seed": 1}, kohya=kohya)
@@ -126,7 +128,8 @@ def test_round_trip_is_exact(unet, tiny_base, tmp_path, target, kohya):
 
 
 def test_metadata_is_what_diffusers_reads(saved):
-    """The scale stands in `lora_adapter_metadata`; without it diffusers would take alpha for the rank."""
+    """The scale stands in `lora_adapter_metadata`; without it diffusers would take alpha for the
+    rank."""
     with safe_open(saved[0] / FILE_NAME, framework="pt") as file:
         metadata, keys = file.metadata(), set(file.keys())
     config = json.loads(metadata["lora_adapter_metadata"])
@@ -160,7 +163,8 @@ def test_loads_a_file_that_peft_wrote_without_metadata(unet, tiny_base, tmp_path
 
 
 def mixed(unet):
-    """An adapter whose ranks and alphas differ: the first two layers from the others and each other."""
+    """An adapter whose ranks and alphas differ: the first two layers from the others and each
+    other."""
     from lora import Adapter, wrap
 
     names = [n for n, _ in unet.named_modules() if n.endswith((".to_q", ".conv1", "conv_in"))]
@@ -253,7 +257,8 @@ def peft_config(**more):
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("form", ["save_lora_weights", "save_lora_adapter", "save_pretrained"])
 def test_what_diffusers_and_peft_write(unet, tiny_base, tmp_path, in_diffusers, form, rslora):
-    """Their own three ways to save, with patterns, loaded by us from the folder; then saved by us."""
+    """Their own three ways to save, with patterns, loaded by us from the folder; then saved by
+    us."""
     from diffusers import StableDiffusionPipeline
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -294,7 +299,8 @@ def test_peft_needs_its_config(unet, tmp_path):
     "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
 )
 def test_kohya_in_any_dtype(unet, tiny_base, tmp_path, capsys, dtype):
-    """With alphas of any shape, or none (then it is the rank), beside a text encoder, which is noted."""
+    """With alphas of any shape, or none (then it is the rank), beside a text encoder, which is
+    noted."""
     adapter = trained(inject(unet, "all", RANK, ALPHA))
     file, shapes = save(adapter, tmp_path, kohya=True), [(), (1,), (1, 1)]
     tensors = {k: v.to(dtype) for k, v in tensors_of(file).items()}
@@ -457,7 +463,11 @@ def test_alpha_pattern_is_honoured(tmp_path, pattern, alpha):
 
 
 def test_rank_comes_from_the_factors(tmp_path):
-    path, name = adapter_file(tmp_path / "a.safetensors", {"unet.r": 64, "unet.rank_pattern": {"to_q": 5}, "unet.lora_alpha": 2}, rank=5)  # fmt: skip
+    path, name = adapter_file(
+        tmp_path / "a.safetensors",
+        {"unet.r": 64, "unet.rank_pattern": {"to_q": 5}, "unet.lora_alpha": 2},
+        rank=5,
+    )
     assert read(path)[0][name][0].shape[0] == 5
 
 
@@ -592,7 +602,8 @@ def raw_file(path, tensors: dict, size: int):
 
 
 def test_shapes_are_compared_first(unet, tmp_path):
-    """A rank of forty million on 80 MB: refused before any of its 10 GB is built or its bytes read."""
+    """A rank of forty million on 80 MB: refused before any of its 10 GB is built or its bytes
+    read."""
     n = 40_000_000
     shapes = {A: ("I8", [n, 1], 0, n), B: ("I8", [1, n], n, 2 * n)}
     path = raw_file(tmp_path / "a.safetensors", shapes, 2 * n)

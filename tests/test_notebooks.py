@@ -1,4 +1,5 @@
-"""Every notebook runs from top to bottom on the tiny model, in a few steps; what is committed has run, without errors."""
+"""Every notebook runs from top to bottom on the tiny model, in a few steps; what is committed has
+run, without errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""parallel.py: micro-batches and processes give the step of one big batch, for the ratio too; half precision is close."""
+"""parallel.py: micro-batches and processes give the step of one big batch, for the ratio too; half
+precision is close."""
 
 import json
 import subprocess
@@ -43,7 +44,8 @@ class Toy:
 @pytest.mark.parametrize("method", ["lora", "mp", "smp", "smp-detached"])
 @pytest.mark.parametrize("size", [8, 4, 2])
 def test_parts_give_the_gradient_of_the_whole(method, size):
-    """Against autograd through all images at once; a plain mean of the parts' gradients is wrong for the ratio."""
+    """Against autograd through all images at once; a plain mean of the parts' gradients is wrong
+    for the ratio."""
     toy, processes = Toy(), Processes()
     (want,) = torch.autograd.grad(toy.value(method, toy.forward(slice(None))), [toy.weight])
     parts = processes.parts(8, size)
@@ -63,7 +65,8 @@ def test_parts_give_the_gradient_of_the_whole(method, size):
 
 
 def test_small_slopes_survive_half_precision():
-    """Slopes of 1e-9 are nothing in float16; scaled to 1 on the way they give the float32 gradient."""
+    """Slopes of 1e-9 are nothing in float16; scaled to 1 on the way they give the float32
+    gradient."""
     g = torch.Generator().manual_seed(0)
     x, slope = torch.randn(5, 4, generator=g), 1e-9 * torch.randn(5, 3, generator=g)
     weight = nn.Parameter(torch.randn(3, 4, generator=g))
@@ -81,10 +84,25 @@ def test_small_slopes_survive_half_precision():
 
 
 def settings(model, images, out, **more):
-    return Settings(**{
-        "model": model, "data": images, "out": str(out), "members": 20, "rank": 2, "alpha": 4.0, "target": "attention", "proxy": "pooled",
-        "lr": 0.01, "attacker_lr": 0.01, "steps": 5, "save_every": 1000, "norms_every": 3, "lam": LAM, **more
-    })  # fmt: skip
+    return Settings(
+        **{
+            "model": model,
+            "data": images,
+            "out": str(out),
+            "members": 20,
+            "rank": 2,
+            "alpha": 4.0,
+            "target": "attention",
+            "proxy": "pooled",
+            "lr": 0.01,
+            "attacker_lr": 0.01,
+            "steps": 5,
+            "save_every": 1000,
+            "norms_every": 3,
+            "lam": LAM,
+            **more,
+        }
+    )
 
 
 def losses(out):
@@ -131,19 +149,25 @@ def test_accumulated_run_is_the_big_batch_run(tiny_base, image_folder, tmp_path,
 
 
 def test_two_processes_follow_one(tiny_base, image_folder, tmp_path, big_batch):
-    """`torchrun` with two gloo processes of half the batch; the weights they hold at the end are the same bits."""
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(settings(tiny_base, image_folder, tmp_path / "r", batch_size=2)).items()
-             if v not in (None, False)]  # fmt: skip
+    """`torchrun` with two gloo processes of half the batch; the weights they hold at the end are
+    the same bits."""
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in vars(settings(tiny_base, image_folder, tmp_path / "r", batch_size=2)).items()
+        if v not in (None, False)
+    ]
     script = tmp_path / "two.py"  # train.py, and what each process is left with
     script.write_text(
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads(1)\n"
         "import train, cli, settings\n"
         "from training import learner\n"
         "made = []; init = learner.Learner.__init__\n"
-        "learner.Learner.__init__ = lambda self, run: (init(self, run), made.append((self, run.processes.rank)), None)[2]\n"
+        "def made_by(self, run):\n    init(self, run); made.append((self, run.processes.rank))\n"
+        "learner.Learner.__init__ = made_by\n"
         f"train.train(cli.parse(settings.Settings, '', argv={flags!r}))\n"
         "me, rank = made[0]\n"
-        f"torch.save([t.clone() for t in me.tensors().values()], {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
+        "kept = [t.clone() for t in me.tensors().values()]\n"
+        f"torch.save(kept, {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
     )
     command = [
         sys.executable,
@@ -177,9 +201,7 @@ def float_gradient(tiny_base, image_folder):
 
 def gradient(model, images, dtype, **more):
     run = train.prepare(
-        settings(
-            model, images, "unused", dtype=dtype, batch_size=4, attacker_lr=1e-12, **more
-        ),
+        settings(model, images, "unused", dtype=dtype, batch_size=4, attacker_lr=1e-12, **more),
         Processes(),
     )
     learner = Learner(run)
@@ -199,11 +221,12 @@ def gradient(model, images, dtype, **more):
 @pytest.mark.parametrize("method", ["lora", "smp"])
 @pytest.mark.parametrize("dtype, angle", [("bfloat16", 0.02), ("float16", 0.002)])
 def test_half_precision_gradient(tiny_base, image_folder, method, dtype, angle):
-    """The base in half precision, adapter and attacker in float32: the gradient points where float32's does.
+    """The base in half precision, adapter and attacker in float32: the gradient points where
+    float32's does.
 
-    With the raw proxy: the pooled one has quantiles of e, whose slope sits on single elements, and rounding moves it
-    from one to its neighbour (cosine 0.80 in bfloat16, 0.99 in float16 on these 256 elements).
-    """
+    With the raw proxy: the pooled one has quantiles of e, whose slope sits on single elements, and
+    rounding moves it from one to its neighbour (cosine 0.80 in bfloat16, 0.99 in float16 on these
+    256 elements)."""
     got, want = (
         gradient(tiny_base, image_folder, d, method=method, proxy="raw", clip=1e9)
         for d in (dtype, "float32")

@@ -13,7 +13,8 @@ def scores(seed=0, shift=1.0, n=250):
 
 
 def test_figures_agree_with_scikit_learn():
-    """AUC, balanced ASR and TPR at 5 % FPR by another route; intervals hold the point and narrow with data."""
+    """AUC, balanced ASR and TPR at 5 % FPR by another route; intervals hold the point and narrow
+    with data."""
     member, nonmember = scores()
     found = roc.summary(member, nonmember, 0.4, roc.Bootstrap(80, 250))
     labels, values = np.r_[np.ones(80), np.zeros(250)], np.r_[member, nonmember]
@@ -68,7 +69,8 @@ def test_threshold_is_the_best():
 
 
 def test_worst_case_and_its_null():
-    """The worst of many useless attacks stays within its null in most draws; a real one does not."""
+    """The worst of many useless attacks stays within its null in most draws; a real one does
+    not."""
     rng = np.random.default_rng(0)
     bootstrap, exceeded = roc.Bootstrap(40, 100, 200), 0
     for _ in range(20):
@@ -94,9 +96,16 @@ def test_paired_difference_is_tighter_than_unpaired():
 
 
 def test_seeds_pooled():
-    """Means over seeds by hand; with as many images, four seeds have half the interval of one; a difference is paired."""
+    """Means over seeds by hand; with as many images, four seeds have half the interval of one; a
+    difference is paired."""
     rng = np.random.default_rng(0)
-    seeds = [{"weak": (rng.normal(0.2, 1, 40), rng.normal(size=100)), "strong": (rng.normal(1, 1, 40), rng.normal(size=100))} for _ in range(4)]  # fmt: skip
+    seeds = [
+        {
+            "weak": (rng.normal(0.2, 1, 40), rng.normal(size=100)),
+            "strong": (rng.normal(1, 1, 40), rng.normal(size=100)),
+        }
+        for _ in range(4)
+    ]
     found = roc.pooled_worst(seeds)
     areas = [roc.auc(*s["strong"]) for s in seeds]
     assert found["attack"] == "strong" and found["auc"] == pytest.approx(np.mean(areas))

@@ -16,7 +16,24 @@ from cli import one_line_errors, parse
 from training.learner import Batches, Learner
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--save-every", 1000, "--members", 20, "--rank", 2, "--alpha", 4, "--batch-size", 4, "--target", "attention", "--lr", 0.01, "--attacker-lr", 0.01]  # fmt: skip
+SMALL = [
+    "--save-every",
+    1000,
+    "--members",
+    20,
+    "--rank",
+    2,
+    "--alpha",
+    4,
+    "--batch-size",
+    4,
+    "--target",
+    "attention",
+    "--lr",
+    0.01,
+    "--attacker-lr",
+    0.01,
+]
 
 
 def call(module, argv):
@@ -119,7 +136,8 @@ def test_same_seed_same_bits(tiny_base, image_folder, tmp_path):
 
 
 def test_methods_share_batches_and_noise(tiny_base, image_folder, tmp_path):
-    """The first step's loss is the same for every method: only the objective differs between them."""
+    """The first step's loss is the same for every method: only the objective differs between
+    them."""
     first = [
         rows(small_run(tiny_base, image_folder, tmp_path / m, "--steps", 1, "--method", m))[1][
             "adaptation_loss"
@@ -162,8 +180,8 @@ def test_separate_norms_do_not_change_the_run(tiny_base, image_folder, tmp_path)
 def test_reused_members_are_those_of_the_last_outer_step(
     tiny_base, image_folder, tmp_path, monkeypatch
 ):
-    """--attacker-members reused: the attacker steps on errors that are there already and on half as many non-members;
-    the adapter's batches and noise are those of any other run."""
+    """--attacker-members reused: the attacker steps on errors that are there already and on half as
+    many non-members; the adapter's batches and noise are those of any other run."""
     seen, shown, real, keep = [], [], train.attacker_step, Learner.keep
 
     def step(attacker, optimizer, member, nonmember):
@@ -192,7 +210,8 @@ def test_reused_members_are_those_of_the_last_outer_step(
 
 
 def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
-    """They are part of the training state: the attacker of a resumed run steps on the same errors."""
+    """They are part of the training state: the attacker of a resumed run steps on the same
+    errors."""
     flags = ["--model", tiny_base, "--data", image_folder, "--out", tmp_path / "r", *SMALL]
     flags += ["--attacker-members", "reused", "--dtype", "float32", "--steps", 9]
     settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in flags]))
@@ -219,7 +238,12 @@ def test_batches_cover_every_index_once_per_pass():
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_help_imports_nothing_heavy(script):
     """`--help` answers at once because torch is not loaded for it."""
-    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: pass\nassert not {{'torch', 'numpy', 'diffusers'}} & set(sys.modules)"
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--device" in done.stdout, done.stderr
 
@@ -256,11 +280,30 @@ def bad(base, images, tmp):
         "used": ([*good, "--out", tmp / "used"], "used"),
         "nan": ([*good, "--lr", "1e30", "--steps", "5", "--method", "lora"], "finite"),
         "out is a file": ([*good, "--out", Path(images) / "00.png"], "00.png"),
-    }  # fmt: skip
+    }
 
 
-CASES = ["method", "option", "number", "rank", "steps", "lam", "lam nan", "seed", "device", "no model", "not a model", "no data",
-         "no images", "corrupt", "no caption", "too few", "used", "nan", "out is a file"]  # fmt: skip
+CASES = [
+    "method",
+    "option",
+    "number",
+    "rank",
+    "steps",
+    "lam",
+    "lam nan",
+    "seed",
+    "device",
+    "no model",
+    "not a model",
+    "no data",
+    "no images",
+    "corrupt",
+    "no caption",
+    "too few",
+    "used",
+    "nan",
+    "out is a file",
+]
 
 
 @pytest.mark.parametrize("case", CASES)

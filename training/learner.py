@@ -1,4 +1,5 @@
-"""All that changes while a run trains: weights, optimisers, data order, random streams; and all of it as tensors."""
+"""All that changes while a run trains: weights, optimisers, data order, random streams; and all of
+it as tensors."""
 
 import torch
 
@@ -44,7 +45,7 @@ class Learner:
             Batches(run.data.roles[f"{side}_aux"], size, self.inner)
             for side, size in zip(("member", "nonmember"), sizes, strict=True)
         ]
-        # (errors, timesteps) of the auxiliary members in the last outer batch, where they are reused
+        # (errors, timesteps) of auxiliary members in the last outer batch, where they are reused
         self.reused: tuple[torch.Tensor, ...] = ()
         self.adapter, self.parameters = run.adapter, run.adapter.parameters()
         self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
@@ -61,15 +62,16 @@ class Learner:
     def auxiliary_batch(self) -> Batch:
         """A fresh batch of D_aux: as many members as non-members, the members first.
 
-        With --attacker-members reused, only the non-members: the members are those of the last outer step.
-        """
+        With --attacker-members reused, only the non-members: the members are those of the last
+        outer step."""
         index = torch.cat(
             [batches.draw() for batches in (self.aux[1:] if self.reuses else self.aux)]
         )
         return Batch(index, *draw_noise(self.base, len(index), self.inner))
 
     def keep(self, batch: Batch, error: torch.Tensor) -> None:
-        """Remember what the outer step saw of auxiliary members, where the attacker is to reuse it."""
+        """Remember what the outer step saw of auxiliary members, where the attacker is to reuse
+        it."""
         if self.reuses:
             known = torch.isin(batch.index, self.aux[0].indices).to(error.device)
             self.reused = error.detach()[known], batch.timesteps[known]

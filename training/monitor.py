@@ -1,4 +1,5 @@
-"""What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the plan of --dry-run, the end."""
+"""What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the plan of
+--dry-run, the end."""
 
 import resource
 import sys
@@ -22,7 +23,7 @@ from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
 
 HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every step
 
 
@@ -39,7 +40,8 @@ def metrics(terms: Terms, grad_norm: float) -> dict[str, float | None]:
 
 
 def require_finite(row: dict, out: str) -> None:
-    """Raise UserError if the objective or its gradient has blown up; no weight has moved by it yet."""
+    """Raise UserError if the objective or its gradient has blown up; no weight has moved by it
+    yet."""
     if not all(abs(row[name]) < float("inf") for name in ("objective", "grad_norm")):
         raise UserError(
             f"the objective or its gradient is no longer finite at step {row['step']}: "
@@ -78,7 +80,7 @@ def show(bar: tqdm.tqdm, row: dict) -> None:
     bar.set_postfix(shown, refresh=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On the way
 
 
@@ -97,7 +99,8 @@ def held_out(run: Run) -> dict[str, float]:
 
 
 def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str, float]:
-    """Hessian norm, its parts and its bound at the adapter as it is, on a batch of members that never changes.
+    """Hessian norm, its parts and its bound at the adapter as it is, on a batch of members that
+    never changes.
 
     Nothing in steps that --hessian-every leaves out.
     """
@@ -117,7 +120,8 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
 
 
 def sample_grid(run: Run, step: int) -> None:
-    """Pictures from fixed captions and noise: members' captions in the upper row, others' in the lower."""
+    """Pictures from fixed captions and noise: members' captions in the upper row, others' in the
+    lower."""
     columns, seed = run.settings.samples, run.settings.seed
     if not columns:
         return
@@ -145,7 +149,7 @@ def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None
     lora_files.save(run.adapter, folder, facts, kohya)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Before and after
 
 
@@ -163,7 +167,8 @@ def begin(run: Run) -> None:
 
 
 def require_same(run: Run) -> None:
-    """Before going on: images and processes must be those the run was begun with; raises UserError."""
+    """Before going on: images and processes must be those the run was begun with; raises
+    UserError."""
     roles = run.data.roles
     dealt = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
     if run.folder.splits() != dealt:
@@ -189,7 +194,8 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
 
 
 def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
-    """Adapter, attacker, samples, curves and the three-line verdict; returns the summary, also in config.json."""
+    """Adapter, attacker, samples, curves and the three-line verdict; returns the summary, also in
+    config.json."""
     s, folder = run.settings, run.folder
     save_adapter(run, folder.path / "adapter", s.steps)
     if s.format == "kohya":

@@ -1,15 +1,16 @@
 """One batch, cut over processes and micro-batches, with exactly the gradient it has in one piece.
 
-Started by `accelerate launch train.py ...` or `torchrun`, every process draws the same whole batch and takes its own
-part; adapter and attacker stay the same everywhere.  An objective J such as the ratio (Eq. 10) is no mean over images,
-so the mean of the parts' gradients is not its gradient.  But J is a function of the error maps e alone, hence
+Started by `accelerate launch train.py ...` or `torchrun`, every process draws the same whole batch
+and takes its own part; adapter and attacker stay the same everywhere.  An objective J such as the
+ratio (Eq. 10) is no mean over images, so the mean of the parts' gradients is not its gradient.  But
+J is a function of the error maps e alone, hence
 
     dJ / d(A, B) = sum over parts of (de_part / d(A, B))^T  dJ / de_part
 
-The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each part's slice of dJ/de
-is pulled back through the UNet.  Micro-batches cost one more forward without gradient, since dJ/de wants all of e first;
-means over images (LoRA, MP) could be spared it, which was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process.
-"""
+The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each
+part's slice of dJ/de is pulled back through the UNet.  Micro-batches cost one more forward without
+gradient, since dJ/de wants all of e first; means over images (LoRA, MP) could be spared it, which
+was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process."""
 
 import os
 from collections.abc import Callable
@@ -67,7 +68,8 @@ class Processes:
         return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
     def same(self, module: torch.nn.Module) -> None:
-        """Give every process the first one's weights; rounding on several GPUs would drift apart."""
+        """Give every process the first one's weights; rounding on several GPUs would drift
+        apart."""
         if self.count > 1:
             with torch.no_grad():
                 broadcast(list(module.state_dict().values()))
@@ -88,7 +90,7 @@ class WholeBatch:
 
     batch = WholeBatch(forward, parts, parameters, processes)
     value = objective(batch.error, ...)            # any scalar function of e (B, C, h, w)
-    grads = batch.gradients(value, last=True)      # d value / d parameters, over all parts and processes
+    grads = batch.gradients(value, last=True)      # d value / d parameters, over all parts
     """
 
     def __init__(
@@ -133,9 +135,9 @@ def pull_back(
 ) -> list[torch.Tensor]:
     """(de / d parameters)^T slope.
 
-    A mean over a latent has slopes near 1e-5, which half precision rounds to nothing on its way through the UNet: the
-    largest is scaled to about 1 by a power of two, which changes no digit, and the gradients are scaled back.
-    """
+    A mean over a latent has slopes near 1e-5, which half precision rounds to nothing on its way
+    through the UNet: the largest is scaled to about 1 by a power of two, which changes no digit,
+    and the gradients are scaled back."""
     scale = 2.0 ** -torch.frexp(slope.abs().max().float())[1].item()
     grads = torch.autograd.grad(error, parameters, slope * scale, retain_graph=keep_graph)
     return [g / scale for g in grads]

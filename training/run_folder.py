@@ -47,7 +47,7 @@ class RunFolder:
         """Where the adapter of a step on the way is."""
         return self.path / "checkpoints" / f"step-{step:06d}"
 
-    # -----------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Reading; everything here raises UserError for a folder that is no run or is damaged
 
     def config(self) -> dict:
@@ -85,7 +85,8 @@ class RunFolder:
         }
 
     def adapter(self, at: str = "last") -> tuple[Path, int]:
-        """(folder of the adapter, its step) `at` last, best (lowest held-out loss) or a saved step."""
+        """(folder of the adapter, its step) `at` last, best (lowest held-out loss) or a saved
+        step."""
         saved = self.held_out()
         if not saved or (at == "last" and not (self.path / "adapter").is_dir()):
             raise UserError(f"{self} has no adapter yet: its training did not finish")
@@ -110,7 +111,7 @@ class RunFolder:
             raise UserError(f"{path} is not the attacker of this run: {error}") from None
         return attacker.to(base.device).eval()
 
-    # -----------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Writing
 
     def begin(self, config: dict, splits: dict[str, list[str]], row: dict) -> None:
@@ -148,7 +149,8 @@ class RunFolder:
         write_whole(self.path / "attacker" / "attacker.safetensors", content)
 
     def finish(self, summary: dict) -> None:
-        """The summary into config.json, whose presence says that the run is finished; no state is left."""
+        """The summary into config.json, whose presence says that the run is finished; no state is
+        left."""
         write_json(self.path / "config.json", self.config() | {"summary": summary})
         state.clear(self.state)
 
@@ -159,7 +161,7 @@ class MetricsLog:
     def __init__(self, folder: RunFolder | None, tracker=None):
         self.file, self.tracker, self.flushed = None, tracker, time.monotonic()
         if folder:
-            self.file = open(folder.path / "metrics.jsonl", "a")  # noqa: SIM115 (closed by __exit__)
+            self.file = open(folder.path / "metrics.jsonl", "a")  # noqa: SIM115 (see __exit__)
 
     def __call__(self, row: dict) -> None:
         if self.file:

@@ -1,12 +1,12 @@
-"""Training state on disk, so that a run killed at any moment goes on to the same numbers, bit for bit.
+"""Training state on disk, so that a run killed at any moment goes on to the same numbers, bit for
+bit.
 
     save(folder, step, tensors, facts, keep=2)     # folder/step-000120.safetensors
     step, tensors, facts = load(folder)            # the newest that is whole, or None
 
-One safetensors file per step: tensors by name, everything else as JSON in its header; no pickle is written or read.
-The file is written aside, flushed to the disk and renamed, so a file of that name is always whole.
-Held by tests/test_checkpoint.py, which kills a run twenty times.
-"""
+One safetensors file per step: tensors by name, everything else as JSON in its header; no pickle is
+written or read. The file is written aside, flushed to the disk and renamed, so a file of that name
+is always whole. Held by tests/test_checkpoint.py, which kills a run twenty times."""
 
 import hashlib
 import json
@@ -24,7 +24,8 @@ from cli import write_whole
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
-    """Write the state of `step` whole, then delete all but the newest `keep` files; returns the file."""
+    """Write the state of `step` whole, then delete all but the newest `keep` files; returns the
+    file."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     facts = {"step": step, "checksum": checksum(tensors)} | facts
@@ -78,7 +79,7 @@ def clear(folder: Path) -> None:
         folder.rmdir()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimisers as flat dictionaries of tensors
 
 
@@ -99,13 +100,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Being asked to stop
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one acts at once."""
+    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one
+    acts at once."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

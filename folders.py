@@ -304,7 +304,7 @@ def _normal(name: str) -> str:
 
 
 def _check_file(file: Path, limit: int) -> None:
-    """Raises UserError unless `file` is, links followed, a regular file of at most `limit` bytes."""
+    """Raises UserError unless `file`, links followed, is a regular file of `limit` bytes at most."""
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"

@@ -304,7 +304,7 @@ def _normal(name: str) -> str:
 
 
 def _check_file(file: Path, limit: int) -> None:
-    """Raises UserError unless `file`, links followed, is a regular file of `limit` bytes at most."""
+    """Raises UserError unless `file`, links followed, is regular and has at most `limit` bytes."""
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"

@@ -11,7 +11,7 @@ EMBEDDED = str(Path(__file__).parent / "base")
 METHODS = ("lora", "mp", "smp", "smp-detached")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
-# model, values set by hand, but for the number of epochs (README, "How the defaults were chosen").
+# model, values set by hand, but for the number of epochs (docs/results.md says how).
 PAPER = {
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,

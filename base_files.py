@@ -153,14 +153,12 @@ def _check_configs(folder: Path) -> None:
     for part, config in CONFIGS.items():
         if not (folder / part).is_dir():
             raise UserError(f"{name} is not whole: it has no folder {part}")
-        _read_config(folder / part / config)
+        (_check_sizes if part in PARTS else _read_config)(folder / part / config)
         kind = index.get(part)
         if not (isinstance(kind, list) and len(kind) == 2 and all(kind)):
             raise UserError(f"{name}/model_index.json does not say of which class its {part} is")
-        if part in PARTS and kind[1] != PARTS[part][0]:
-            raise UserError(
-                f"the {part} of {name} is a {shown(kind[1])}: only {PARTS[part][0]} can be used"
-            )
+        if part in PARTS and kind[1] != (only := PARTS[part][0]):
+            raise UserError(f"the {part} of {name} is a {shown(kind[1])}: only {only} can be used")
     tokenizer = folder / "tokenizer"
     names = ("tokenizer.json",), ("vocab.json", "merges.txt")
     if not any(all((tokenizer / file).is_file() for file in files) for files in names):
@@ -175,6 +173,16 @@ def _read_config(path: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{shown(path)} is not a config: it holds no JSON object")
     return config
+
+
+def _check_sizes(path: Path) -> None:
+    """Parts are built before their files are read: a million layers or channels would take hours or
+    all memory."""
+    for key, value in _read_config(path).items():
+        most = 100 if "layers" in key else 10**6  # Stable Diffusion 2: 23 layers, 49,408 tokens
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, int) and n > most for n in numbers):
+            raise UserError(f"{shown(path)}: {shown(key)} is above {most:,}")
 
 
 def _check_kind(name: str, index: dict) -> None:
@@ -247,7 +255,13 @@ def _single_file(path: Path, dtype: torch.dtype):
         _check_configs(beside)
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
     with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
-        return StableDiffusionPipeline.from_single_file(str(path), dtype=dtype, **UNUSED, **config)
+        try:
+            return StableDiffusionPipeline.from_single_file(
+                str(path), dtype=dtype, **UNUSED, **config
+            )
+        except NotImplementedError:  # of PyTorch, when a tensor without a value is moved
+            lack = "it lacks tensors of its unet or vae"
+            raise UserError(f"{shown(path)} is not whole: {lack}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,7 +272,7 @@ def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
     """Freeze a part; raises UserError unless each of its tensors is there and sensible."""
     module.requires_grad_(False).eval()
     for key, tensor in module.state_dict().items():
-        if tensor.is_meta:  # how diffusers leaves a tensor that a single file lacks
+        if tensor.is_meta:  # so a single file's text encoder lacks one
             raise UserError(f"the {part} of {name} is not whole: its file lacks {key}")
         low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
         if not (low > -LARGEST and high < LARGEST):  # NaN is neither
@@ -311,7 +325,7 @@ def _size(name: str, pipeline, size: int | None) -> int:
     factor = pipeline.vae_scale_factor
     if not size:
         side = pipeline.unet.config.sample_size
-        if isinstance(side, list | tuple) and list(side) == [*side[:1]] * 2:
+        if isinstance(side, list | tuple) and len(side) == 2 and side[0] == side[1]:
             side = side[0]
         if type(side) is not int or not 0 < side <= 1024:
             raise UserError(

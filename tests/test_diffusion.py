@@ -1,18 +1,14 @@
-"""diffusion.py: the noise process and the caches against diffusers, and what load_base refuses."""
+"""diffusion.py: the noise process and the caches against diffusers."""
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CAPTIONS
-from safetensors.torch import load_file
 
 import diffusion
 from base_files import load_base
-from cli import UserError
 from diffusion import (
     add_noise,
     encode_captions,
@@ -127,65 +123,6 @@ def test_the_base_is_frozen_and_in_eval_mode(base):
     assert not any(m.training for m in parts) and not any(
         p.requires_grad for m in parts for p in m.parameters()
     )
-
-
-# ---- refusals ----
-
-
-def without_index(folder):
-    (folder / "model_index.json").unlink()
-    return ["model_index.json"]
-
-
-def pickles_only(folder):
-    for file in folder.rglob("*.safetensors"):
-        name = "pytorch_model.bin" if file.stem == "model" else "diffusion_pytorch_model.bin"
-        torch.save(load_file(file), file.with_name(name))
-        file.unlink()
-    return ["safetensors"]
-
-
-def unknown_prediction(folder):
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
-    return ["'sample'", "epsilon", "v_prediction"]
-
-
-def truncated_unet(folder):
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    return ["diffusion_pytorch_model.safetensors"]
-
-
-def truncated_text_encoder(folder):
-    file = folder / "text_encoder" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    return ["safetensors"]
-
-
-BROKEN = [without_index, pickles_only, unknown_prediction, truncated_unet, truncated_text_encoder]
-
-
-@pytest.mark.parametrize("damage", BROKEN)
-def test_refuses_a_broken_folder(tiny_base, tmp_path, damage):
-    """One line that names the folder and what is wrong with it."""
-    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    words = [str(folder), *damage(folder)]
-    with pytest.raises(UserError) as caught:
-        load_base(str(folder))
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
-def test_refuses_a_name_that_is_nowhere():
-    with pytest.raises(UserError, match="nobody/no-such-model") as caught:
-        load_base("nobody/no-such-model")
-    assert "\n" not in str(caught.value)
-
-
-def test_refuses_a_size_that_the_unet_cannot_halve(tiny_base):
-    with pytest.raises(UserError, match="30 is not a multiple of 8"):
-        load_base(tiny_base, size=30)
 
 
 def test_embedded_base_in_plain_diffusers():

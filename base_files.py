@@ -60,12 +60,10 @@ def load_base(
         _check_weights(name, part, getattr(pipeline, part))
     abar, prediction = _noise(name, pipeline.scheduler)
     _fit_tokenizer(name, pipeline)
-    channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if channels[0] != channels[1]:
-        raise UserError(
-            f"{name} takes {channels[0]} channels for latents of {channels[1]}: "
-            "is it an inpainting model?"
-        )
+    takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != has:
+        what = f"{takes} channels for latents of {has}: is it an inpainting model?"
+        raise UserError(f"{name} takes {what}")
     size = _size(name, pipeline, size)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -106,7 +104,11 @@ def _find(model: str) -> Path:
     nowhere = f"there is no folder {where}, and {model} cannot be had from the hub"
     with _one_sentence(nowhere):  # the kind first, so that no other model is downloaded
         _check_kind(model, StableDiffusionPipeline.load_config(model))
-        return Path(StableDiffusionPipeline.download(model, use_safetensors=True, **UNUSED))
+        options = {"use_safetensors": True, **UNUSED}
+        try:
+            return Path(StableDiffusionPipeline.download(model, **options))
+        except OSError:  # as where all weights are in half precision
+            return Path(StableDiffusionPipeline.download(model, variant="fp16", **options))
 
 
 @contextmanager

@@ -447,6 +447,29 @@ def test_a_hub_name(tmp_path, monkeypatch):
     refused("nobody/no-such-model", f"no folder {tmp_path}/nobody/no-such-model", "from the hub")
 
 
+def test_a_hub_model_in_half_precision_only(folder, tmp_path, monkeypatch):
+    """diffusers fetches it only if told the variant; the base keeps the name of the hub."""
+    from diffusers import StableDiffusionPipeline
+
+    for part, name in WEIGHTS.items():
+        (folder / part / name).rename(folder / part / name.replace(".", ".fp16.", 1))
+    asked = []
+
+    def download(model, variant=None, **options):
+        asked.append((model, variant, options["use_safetensors"]))
+        if variant is None:
+            raise OSError("Could not find the necessary `safetensors` weights")
+        return str(folder)
+
+    index = json.loads((folder / "model_index.json").read_text())
+    monkeypatch.setattr(StableDiffusionPipeline, "load_config", lambda *_, **__: index)
+    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
+    monkeypatch.chdir(tmp_path)
+    name = "nobody/half-a-model"
+    assert load_base(name).name == name
+    assert asked == [(name, None, True), (name, "fp16", True)]
+
+
 @pytest.mark.timeout(20)
 def test_refuses_what_is_no_folder(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

@@ -12,17 +12,24 @@ inference.
 and keeps what it does.  Held by tests/test_train.py, tests/test_parallel.py and
 tests/test_checkpoint.py."""
 
+from pathlib import Path
+
 from cli import one_line_errors, parse
-from settings import Settings, resolve, stored
+from settings import Settings
+from training import lock
+from training.precheck import glance, precheck, writes
 
 if __name__ == "__main__":
-    # before the heavy imports, so that --help and a mistyped flag are answered at once
+    # before the heavy imports, so that --help and what cannot work are answered at once
     SETTINGS = parse(Settings, __doc__)
+    with one_line_errors():
+        glance(SETTINGS)
 
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -49,9 +56,7 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         began, row = time.time(), {"step": step}
 
         if s.method != "lora":  # (a) the attacker ascends its gain on a balanced auxiliary batch
-            batch = auxiliary_batch(
-                run, learner
-            )  # (e, t) of members of D_aux, (e, t) of non-members
+            batch = auxiliary_batch(run, learner)  # (e, t) of members, (e, t) of non-members
             if batch:
                 loss, accuracy = attacker_step(h, learner.attacker_optimizer, *batch)  # G, Eq. 5
                 row |= {"attacker_loss": loss, "attacker_accuracy": accuracy}
@@ -62,14 +67,13 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         e = forward.error
         loss = adaptation_loss(e)  # L, Eq. 3
         gain = mi_gain(h, e, batch.timesteps) if s.method != "lora" else None  # G, Eq. 5
-        terms = objective(
-            s.method, loss, gain, s.lam, s.delta
-        )  # L + lam G (Eq. 6), or L / D (Eq. 10)
+        # L + lam G (Eq. 6), or L / D (Eq. 10)
+        terms = objective(s.method, loss, gain, s.lam, s.delta)
         if step % s.norms_every == 0 or step == 1:
             row |= gradient_norms(terms, forward.gradients)
         gradients = forward.gradients(terms.total, last=True)  # through h and through the UNet
         row |= monitor.metrics(terms, grad_norm=clip_(gradients, s.clip))
-        monitor.require_finite(row, s.out)
+        monitor.require_finite(row, s)
         row |= monitor.local_smoothness(run, h, step)
         learner.keep(batch, e)
         learner.descend(gradients)  # AdamW
@@ -101,13 +105,19 @@ def train(settings: Settings) -> dict:
 
     Raises UserError for what the user can mend, SystemExit when asked to stop.
     """
-    summary, started = None, time.time()
-    if settings.resume:
-        settings, summary = stored(settings)
-    settings = resolve(settings)
-    if summary is not None:
-        print(f"{settings.out} is finished: nothing to resume")
-        return summary
+    checked, summary = precheck(settings)
+    if summary is None:
+        with lock.held(Path(checked.out)) if writes(checked) else nullcontext():
+            checked, summary = precheck(settings)  # until now another may have trained there
+            if summary is None:
+                return learn(checked)
+    print(f"{checked.out} is finished: nothing to resume")
+    return summary
+
+
+def learn(settings: Settings) -> dict:
+    """The run itself, in a folder that no other process writes to; returns its summary."""
+    started = time.time()
     settings = replace(settings, dtype=resolve_dtype(settings.dtype, settings.device))
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -138,19 +148,23 @@ def train(settings: Settings) -> dict:
 def start(run: Run, learner: Learner) -> tuple[int, float]:
     """Begin the run folder, or put `learner` where its newest state was: (first step, seconds
     before)."""
-    kept = state.load(run.folder.state) if run.settings.resume else None
+
+    def take(tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        float(facts["seconds"])
+        learner.restore(tensors)
+
+    kept = state.load(run.folder.state, take) if run.settings.resume else None
     if kept is None:
         if run.processes.main:
             monitor.begin(run)
         return 1, 0.0
-    step, tensors, facts = kept
+    step, _, facts = kept
     monitor.require_same(run)
     if run.processes.main:
         run.folder.cut(step)
         s = run.settings
         print(f"continuing {run.folder} ({s.method}) after step {step} of {s.steps}")
-    learner.restore(tensors)
-    return step + 1, facts["seconds"]
+    return step + 1, float(facts["seconds"])
 
 
 def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: bool) -> None:
@@ -162,7 +176,7 @@ def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: 
         row |= monitor.held_out(run)
         monitor.save_adapter(run, run.folder.checkpoint(step), step)
     if s.sample_every and step % s.sample_every == 0:
-        monitor.sample_grid(run, step)
+        monitor.samples_on_the_way(run, step)
     log(row)
     if step % s.state_every == 0 or last or stopped:
         log.sync()
@@ -183,6 +197,7 @@ def leave(run: Run, step: int, caught: list[int]) -> None:
 
 def dry_run(run: Run, learner: Learner) -> dict[str, str]:
     """Print what a run would do, with the time of the second of two steps; nothing is written."""
+    monitor.base_row(run)
     rows = list(algorithm_1(run, learner, (1, 2)))
     plan = monitor.plan(run, rows[1]["seconds"])
     run.processes.close()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from cli import one_line_errors, parse
+from settings import resolve
 from training.learner import Batches, Learner
 
 ROOT = Path(train.__file__).parent
@@ -214,7 +215,7 @@ def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
     errors."""
     flags = ["--model", tiny_base, "--data", image_folder, "--out", tmp_path / "r", *SMALL]
     flags += ["--attacker-members", "reused", "--dtype", "float32", "--steps", 9]
-    settings = train.resolve(parse(train.Settings, "", None, [str(a) for a in flags]))
+    settings = resolve(parse(train.Settings, "", None, [str(a) for a in flags]))
     run = train.prepare(settings, train.Processes("cpu"))
     first, second = Learner(run), Learner(run)
     next(train.algorithm_1(run, first, [1]))

@@ -1,6 +1,8 @@
 """All that changes while a run trains: weights, optimisers, data order, random streams; and all of
 it as tensors."""
 
+from types import ModuleType
+
 import torch
 
 from attacker import PROXIES
@@ -84,19 +86,19 @@ class Learner:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything as named tensors; random streams as the bytes of their state."""
-        streams = {"outer": self.outer, "inner": self.inner}
         groups = {
             "adapter": self.adapter.state_dict(),
             "optimizer": state.optimizer_tensors(self.optimizer),
             "attacker": self.attacker.state_dict(),
             "attacker_optimizer": state.optimizer_tensors(self.attacker_optimizer),
-            "random": {name: g.get_state() for name, g in streams.items()},
+            "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state()},
             "queue": {str(i): b.queue for i, b in enumerate([self.private, *self.aux])},
             "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
         }
         groups["random"]["cpu"] = torch.get_rng_state()
-        if (kind := self.base.device.type) != "cpu":
-            groups["random"]["device"] = getattr(torch, kind).get_rng_state()
+        if (device := self.base.device).type != "cpu":
+            streams, at = device_streams(device)
+            groups["random"]["device"] = streams.get_rng_state(*at)
         return {
             f"{group}/{name}": tensor
             for group, named in groups.items()
@@ -104,11 +106,15 @@ class Learner:
         }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `tensors`."""
-        groups: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "attacker_optimizer": {}}
+        """The inverse of `tensors`; nothing of the given ones is kept.
+
+        Raises ValueError, before anything has changed, unless they are as this run has them."""
+        self._require_fit(tensors)
+        groups: dict[str, dict[str, torch.Tensor]] = {"reused": {}, "attacker_optimizer": {}}
         for name, tensor in tensors.items():
             group, _, key = name.partition("/")
-            groups.setdefault(group, {})[key] = tensor
+            # cloned: a view into a file may lie where the processor sums in another order
+            groups.setdefault(group, {})[key] = tensor.clone()
         with torch.no_grad():
             for name, weight in self.adapter.state_dict().items():
                 weight.copy_(groups["adapter"][name])
@@ -120,9 +126,38 @@ class Learner:
         torch.set_rng_state(groups["random"]["cpu"])
         device = self.base.device
         if "device" in groups["random"] and device.type != "cpu":
-            getattr(torch, device.type).set_rng_state(groups["random"]["device"])
+            streams, at = device_streams(device)
+            streams.set_rng_state(groups["random"]["device"], *at)
         for i, batches in enumerate([self.private, *self.aux]):
             batches.queue = groups["queue"][str(i)]
-        # cloned: a view into the file may lie where the processor sums in another order
-        kept = sorted(groups.get("reused", {}).items())
-        self.reused = tuple(tensor.clone().to(device) for _, tensor in kept)
+        self.reused = tuple(tensor.to(device) for _, tensor in sorted(groups["reused"].items()))
+
+    def _require_fit(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Names, dtypes and shapes of `tensors` against those that a state of this run has."""
+        changing = ("optimizer", "attacker_optimizer", "reused")  # not there before their first use
+        want = {k: v for k, v in self.tensors().items() if k.split("/")[0] not in changing}
+        want |= state.moments("optimizer", self.parameters)
+        if any(name.startswith("attacker_optimizer/") for name in tensors):
+            want |= state.moments("attacker_optimizer", list(self.attacker.parameters()))
+        if self.reuses:
+            want["reused/0"] = torch.empty(0, *self.base.latent_shape)
+            want["reused/1"] = torch.empty(0, dtype=torch.long)
+        mine, given = layout(want), layout(tensors)
+        for name in sorted(mine.keys() | given.keys()):
+            if mine.get(name) != given.get(name):
+                raise ValueError(f"{name} is not what this run has: {given.get(name, 'nothing')}")
+
+
+def device_streams(device: torch.device) -> tuple[ModuleType, tuple]:
+    """(torch.cuda or the like, arguments that name this device of that kind)."""
+    return getattr(torch, device.type), (device,) if device.type == "cuda" else ()
+
+
+def layout(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """{name: (dtype, shape)}, without the lengths that change as a run goes on, and without the
+    stream of the device, which may change with --resume."""
+    return {
+        name: (t.dtype, tuple(t.shape[1:] if name.startswith(("queue/", "reused/")) else t.shape))
+        for name, t in tensors.items()
+        if name != "random/device"
+    }

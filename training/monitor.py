@@ -1,6 +1,7 @@
 """What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the plan of
 --dry-run, the end."""
 
+import math
 import resource
 import sys
 from dataclasses import asdict
@@ -15,8 +16,10 @@ import plots
 import roc
 import smoothness
 from cli import UserError
+from data import Images
 from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
 from objectives import Terms, adaptation_loss, mi_gain, objective
+from settings import Settings
 from training.learner import Batches
 from training.run import Batch, Run
 from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
@@ -39,14 +42,30 @@ def metrics(terms: Terms, grad_norm: float) -> dict[str, float | None]:
     }
 
 
-def require_finite(row: dict, out: str) -> None:
+def require_finite(row: dict, s: Settings) -> None:
     """Raise UserError if the objective or its gradient has blown up; no weight has moved by it
     yet."""
-    if not all(abs(row[name]) < float("inf") for name in ("objective", "grad_norm")):
+    if finite(row["objective"], row["grad_norm"]):
+        return
+    start = f"the objective or its gradient is no longer finite at step {row['step']}"
+    if finite(row["adaptation_loss"]) and not finite(row["mi_gain"] or 0.0):
+        raise UserError(f"{start}, by the attacker's gain: lower --attacker-lr")
+    if row["step"] == 1:
         raise UserError(
-            f"the objective or its gradient is no longer finite at step {row['step']}: "
-            f"lower --lr or --lam; adapters saved before it are in {out}/checkpoints"
+            "the objective or its gradient is not finite at the first step, before any weight has "
+            "moved, so that --lr is not the cause: the images, "
+            f"{s.model}{f' and {s.init}' if s.init else ''} gave finite held-out losses; "
+            f"--dtype {s.dtype} may overflow, or the base model may be damaged"
         )
+    raise UserError(
+        f"{start}: lower --lr{' or --lam' if s.method != 'lora' else ''}; "
+        f"adapters saved before it are in {s.out}/checkpoints"
+    )
+
+
+def finite(*values: float) -> bool:
+    """Whether no value is infinite or NaN."""
+    return all(map(math.isfinite, values))
 
 
 def log(run: Run) -> MetricsLog:
@@ -135,6 +154,14 @@ def sample_grid(run: Run, step: int) -> None:
     plots.image_grid(images, columns, run.folder.path / "samples" / f"step-{step:06d}.png")
 
 
+def samples_on_the_way(run: Run, step: int) -> None:
+    """The same while training goes on, which a failing picture does not stop."""
+    try:
+        sample_grid(run, step)
+    except Exception as error:
+        print(f"note: no pictures of step {step} ({describe(error)})")
+
+
 def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None:
     """The adapter as it is, with the facts that say where it is from."""
     s = run.settings
@@ -153,8 +180,35 @@ def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None
 # Before and after
 
 
+def base_row(run: Run) -> dict[str, float]:
+    """Row 0 of metrics.jsonl: the held-out losses before the first step.
+
+    Raises UserError that names what makes them infinite or NaN: nothing has been trained, so that
+    it is an image, the adapter in --init or the base model."""
+    s, data = run.settings, run.data
+    for kind, encoded in (("picture", data.latents), ("caption", data.text)):
+        bad = (~encoded.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(
+                f"the {kind} of {data.names[bad[0]]} and {len(bad) - 1} others of "
+                f"{len(data.names)} are not finite numbers as {s.model} encodes them with --dtype "
+                f"{s.dtype}: take float32, another image or another model"
+            )
+    losses = held_out(run)
+    if not finite(*losses.values()):
+        with run.adapter.disabled():
+            sound = s.init and finite(*held_out(run).values())
+        cause = f"the adapter {s.init}" if sound else f"the base model {s.model}"
+        raise UserError(
+            f"the held-out loss is not finite before the first step, and {cause} is the cause: its "
+            f"weights are not finite or too large for --dtype {s.dtype}"
+        )
+    return {"step": 0, **losses}
+
+
 def begin(run: Run) -> None:
     """Make the run folder."""
+    row = base_row(run)
     s, roles = run.settings, run.data.roles
     config = {
         "settings": asdict(s) | {"resume": False},
@@ -163,12 +217,26 @@ def begin(run: Run) -> None:
         "trainable_parameters": sum(p.numel() for p in run.adapter.parameters()),
     }
     splits = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
-    run.folder.begin(config | provenance(), splits, {"step": 0, **held_out(run)})
+    run.folder.begin(config | provenance(), splits, hashes(run), row)
+
+
+def hashes(run: Run) -> dict[str, str]:
+    """What each picture and its caption are, by file name."""
+    data = run.data
+    found = Images(data.names, data.captions, data.pixels).hashes()
+    return dict(zip(data.names, found, strict=True))
 
 
 def require_same(run: Run) -> None:
-    """Before going on: images and processes must be those the run was begun with; raises
-    UserError."""
+    """Before going on: the images must be those that the run was begun with, by content and by
+    role; raises UserError."""
+    now, before = hashes(run), run.folder.images() or {}
+    changed = [name for name, known in before.items() if now.get(name, known) != known]
+    if changed:
+        raise UserError(
+            f"{changed[0]} in {run.settings.data}, or its caption, is not what {run.folder} was "
+            "begun with: put it back, or take another --out"
+        )
     roles = run.data.roles
     dealt = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
     if run.folder.splits() != dealt:
@@ -195,37 +263,55 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
 
 def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     """Adapter, attacker, samples, curves and the three-line verdict; returns the summary, also in
-    config.json."""
+    config.json.
+
+    The adapter is first.  Raises UserError if what follows it fails; --resume then does only that.
+    """
     s, folder = run.settings, run.folder
     save_adapter(run, folder.path / "adapter", s.steps)
     if s.format == "kohya":
         save_adapter(run, folder.path / "kohya", s.steps, kohya=True)
     if s.method != "lora":
         folder.save_attacker(attacker, s.proxy)
-    sample_grid(run, s.steps)
-    rows = folder.rows()
-    plots.training_curves(rows, s.method, folder.path / "curves.png")
-    auc, (low, high) = verdict(run)
-    before = rows[0]["nonmember_val_loss"]
-    after = next(r["nonmember_val_loss"] for r in reversed(rows) if "nonmember_val_loss" in r)
-    weights = [r["lambda_effective"] for r in rows if "lambda_effective" in r]
-    summary = {
-        "seconds": round(seconds, 1),
-        "held_out_loss": after,
-        "held_out_loss_base": before,
-        "validation_auc": auc,
-        "validation_auc_interval": [low, high],
-        "lambda_effective_mean": float(np.mean(weights)),
-    }
-    folder.finish(summary)
-    interval = f"[{low:.2f}, {high:.2f}]"
+    try:
+        sample_grid(run, s.steps)
+        rows = folder.rows()
+        plots.training_curves(rows, s.method, folder.path / "curves.png")
+        summary = {"seconds": round(seconds, 1), **summarise(run, rows)}
+        folder.finish(summary)
+    except Exception as error:
+        raise UserError(
+            f"the training is done and its adapter is in {folder}/adapter, but not all pictures, "
+            f"curves and numbers ({describe(error)}): --out {folder} --resume makes them"
+        ) from error
+    auc, interval = summary["validation_auc"], summary["validation_auc_interval"]
+    after, before = summary["held_out_loss"], summary["held_out_loss_base"]
     print(f"quality:  held-out loss {after:.4f}, {before:.4f} before")
     print(
-        f"leakage:  loss-attack AUC {auc:.2f} {interval} on auxiliary and validation images; "
-        "0.5 is none"
+        f"leakage:  loss-attack AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}] on auxiliary "
+        "and validation images; 0.5 is none"
     )
     print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
     return summary
+
+
+def summarise(run: Run, rows: list[dict]) -> dict[str, float | list[float]]:
+    """The verdict and the held-out losses before and after."""
+    auc, interval = verdict(run)
+    weights = [r["lambda_effective"] for r in rows if "lambda_effective" in r]
+    held = [r["nonmember_val_loss"] for r in rows if "nonmember_val_loss" in r]
+    return {
+        "held_out_loss": held[-1],
+        "held_out_loss_base": held[0],
+        "validation_auc": auc,
+        "validation_auc_interval": list(interval),
+        "lambda_effective_mean": float(np.mean(weights)),
+    }
+
+
+def describe(error: Exception) -> str:
+    """What failed, for one line."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def plan(run: Run, seconds: float) -> dict[str, str]:

@@ -22,6 +22,7 @@ from torch import distributed
 from torch.nn import Parameter
 
 from cli import UserError
+from training.precheck import launched
 
 Forward = Callable[[slice], torch.Tensor]  # error maps e (b, C, h, w) of a part of the batch
 
@@ -30,7 +31,7 @@ class Processes:
     """The processes of a run: one, unless a launcher says otherwise in the environment."""
 
     def __init__(self, device: str = "cpu"):
-        self.count, self.rank, self.device = int(os.environ.get("WORLD_SIZE", 1)), 0, device
+        (self.count, _), self.rank, self.device = launched(), 0, device
         if self.count > 1:
             try:
                 group = PartialState(cpu=device == "cpu")
@@ -41,6 +42,9 @@ class Processes:
                 ) from None
             self.count, self.rank = group.num_processes, group.process_index
             self.device = str(group.device)
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.main and precision != "no":
+            print(f"note: accelerate's mixed precision {precision} is not used; --dtype is")
 
     @property
     def main(self) -> bool:

@@ -2,6 +2,7 @@
 
 config.json      settings, versions, commit, time; the summary once it is finished
 splits.json      file names per role
+images.json      SHA-256 of each picture with its caption, by file name
 metrics.jsonl    one object per step; row 0 is the base model
 checkpoints/     adapters on the way, each with its held-out loss in metrics.jsonl
 state/           training state for --resume, gone when the run is finished (state.py)
@@ -63,16 +64,31 @@ class RunFolder:
 
     def splits(self) -> dict[str, list[str]]:
         """File names per role."""
-        return read_json(self.path / "splits.json")
+        path = self.path / "splits.json"
+        found = read_json(path)
+        if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
+            raise UserError(f"{path} is damaged: it is not an object of role -> list of file names")
+        return found
+
+    def images(self) -> dict[str, str] | None:
+        """{file name: SHA-256 of picture and caption}, see data.Images.hashes.
+
+        None for a run from before there was such a file.
+        """
+        path = self.path / "images.json"
+        found = read_json(path) if path.exists() else None
+        if not isinstance(found, dict | None):
+            raise UserError(f"{path} is damaged: it is not an object of file name -> hash")
+        return found
 
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; row 0 is the base model."""
         path = self.path / "metrics.jsonl"
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self} is not a complete run: {path.name}: {error}") from None
-        if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
+        if not rows or not all(isinstance(r, dict) and type(r.get("step")) is int for r in rows):
             raise UserError(f"{path} is damaged: not every line is an object with a step")
         return rows
 
@@ -92,8 +108,9 @@ class RunFolder:
             raise UserError(f"{self} has no adapter yet: its training did not finish")
         if at == "last":
             return self.path / "adapter", max(saved)
-        step = min(saved, key=saved.get) if at == "best" else int(at) if at.isdigit() else -1
-        if step not in saved or not self.checkpoint(step).is_dir():
+        step = min(saved, key=saved.get) if at == "best" else at
+        step = next((k for k in saved if str(k) == str(step)), None)
+        if step is None or not self.checkpoint(step).is_dir():
             steps = ", ".join(map(str, saved))
             raise UserError(
                 f"{self} has no adapter of step {at}: take last, best or one of {steps}"
@@ -114,11 +131,14 @@ class RunFolder:
     # ----------------------------------------------------------------------------------------------
     # Writing
 
-    def begin(self, config: dict, splits: dict[str, list[str]], row: dict) -> None:
-        """Make the folder: splits.json, then config.json, whose presence says that it is taken."""
+    def begin(
+        self, config: dict, splits: dict[str, list[str]], images: dict[str, str], row: dict
+    ) -> None:
+        """Make the folder, config.json near the end: its presence says that it is taken."""
         self.path.mkdir(parents=True, exist_ok=True)
         state.clear(self.state)
         write_json(self.path / "splits.json", splits)
+        write_json(self.path / "images.json", images)
         write_json(self.path / "config.json", config)
         write_whole(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
@@ -128,18 +148,17 @@ class RunFolder:
         Raises UserError if any before is missing.
         """
         path, steps = self.path / "metrics.jsonl", []
-        lines = path.read_text().splitlines(keepends=True)[: step + 1]
-        for line in lines:
-            try:
-                steps.append(json.loads(line)["step"])
-            except (ValueError, TypeError, KeyError):
-                break
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)[: step + 1]
+            steps = [json.loads(line)["step"] for line in lines]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            pass  # then steps are missing
         if steps != list(range(step + 1)):
             raise UserError(
                 f"{path} does not hold every step up to {step}: "
                 "it cannot be continued, take another --out"
             )
-        write_whole(path, "".join(lines))
+        write_whole(path, b"".join(lines))
 
     def save_attacker(self, attacker: torch.nn.Module, proxy: str) -> None:
         """The attacker's weights."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from cli import write_whole
+from cli import UserError, write_whole
+
+LACKING = (KeyError, ValueError, TypeError, RuntimeError)  # what a wrong state makes its reader do
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
@@ -46,29 +48,47 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def files(folder: Path) -> list[Path]:
-    """The state files of a folder, oldest first."""
-    return sorted(
-        folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-"))
-    )
+    """The state files of a folder, oldest first; raises UserError if it is a file itself."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file where training states go: remove it")
+    found = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdecimal())
+    return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
-def load(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict] | None:
-    """(step, tensors, facts) of the newest whole state, None without one.
+def load(
+    folder: Path, take: Callable[[dict[str, torch.Tensor], dict], object] = lambda *_: None
+) -> tuple[int, dict[str, torch.Tensor], dict] | None:
+    """(step, tensors, facts) of the newest state that is whole, None if there is no state at all.
 
-    A damaged one is passed over, aloud.
+    `take(tensors, facts)` takes it up and raises one of LACKING if it lacks something.  What is
+    damaged or lacking is passed over, aloud, for the state before it.
+    Raises UserError if none is left.
     """
     for path in reversed(files(folder)):
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["state"])
-                tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
-            step, stated = facts.pop("step"), facts.pop("checksum")
-            if stated != checksum(tensors):
-                raise ValueError("its checksum does not fit")
+            step, tensors, facts = _read(path)
+            take(tensors, facts)
             return step, tensors, facts
-        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            print(f"note: {path} is damaged ({error}); going back to the state before it")
+        except (SafetensorError, *LACKING, OSError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            print(f"note: {path} is damaged ({reason}); trying the state before it")
+    if files(folder):
+        raise UserError(f"no training state in {folder} is whole: begin again in another folder")
     return None
+
+
+def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {})["state"])
+        tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are not an object")
+    step, stated = facts.pop("step"), facts.pop("checksum")
+    if stated != checksum(tensors):
+        raise ValueError("its checksum does not fit")
+    if type(step) is not int:
+        raise ValueError(f"its step is {step!r}")
+    return step, tensors, facts
 
 
 def clear(folder: Path) -> None:
@@ -87,6 +107,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     """{"<parameter index>.<name>": tensor}: moments and step counts of an Adam-like optimiser."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": value for i, slots in state.items() for name, value in slots.items()}
+
+
+def moments(name: str, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `optimizer_tensors` of an Adam over `parameters` has after a step, with "<name>/" before
+    each; of the values only dtypes and shapes count."""
+    slots = {"step": torch.tensor(0.0), "exp_avg": None, "exp_avg_sq": None}
+    return {
+        f"{name}/{i}.{slot}": parameter if value is None else value
+        for i, parameter in enumerate(parameters)
+        for slot, value in slots.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

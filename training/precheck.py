@@ -1,0 +1,82 @@
+"""What a glance at names and numbers can refuse, before anything heavy is imported or loaded."""
+
+import os
+import re
+from pathlib import Path
+
+from cli import UserError, read_json, shown
+from settings import Settings, resolve, stored
+from training import lock
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
+ALONE = {"WORLD_SIZE": "1", "RANK": "0"}  # what the environment says without a launcher
+
+
+def precheck(settings: Settings) -> tuple[Settings, dict | None]:
+    """The settings complete, with --resume those of the run, and the summary of a finished run.
+
+    Raises UserError as `resolve` and `stored` do, for a model, images or adapter that are not
+    there, and for a run that another number of processes has begun.
+    """
+    summary = None
+    if settings.resume:
+        settings, summary = stored(settings)
+    settings = resolve(settings)
+    if summary is None:
+        _require_paths(settings)
+        if settings.resume:
+            _require_processes(Path(settings.out) / "config.json")
+    return settings, summary
+
+
+def glance(settings: Settings) -> None:
+    """What the command line asks before the heavy imports: `precheck`, and that nobody else trains
+    into the folder just now."""
+    checked, summary = precheck(settings)
+    if summary is None and writes(checked):
+        lock.require_free(Path(checked.out))
+
+
+def writes(settings: Settings) -> bool:
+    """Whether this process is the one that writes the run folder."""
+    return launched()[1] == 0 and not settings.dry_run
+
+
+def launched() -> tuple[int, int]:
+    """(number of processes, rank of this one) as a launcher says in the environment, or (1, 0).
+
+    Raises UserError where it does not say numbers.
+    """
+    named = {name: os.environ.get(name, default) for name, default in ALONE.items()}
+    for name, value in named.items():
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(f"{name} in the environment is {value!r}, not a number: unset it")
+    return int(named["WORLD_SIZE"]), int(named["RANK"])
+
+
+def _require_paths(s: Settings) -> None:
+    path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
+    if path and not os.path.exists(s.model):
+        raise UserError(
+            f"there is no base model {shown(s.model)}: give a StableDiffusionPipeline folder, "
+            "a .safetensors checkpoint or a hub name"
+        )
+    if s.data != "twemoji" and not os.path.exists(s.data):
+        raise UserError(
+            f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
+            "embedded set"
+        )
+    if s.init and not os.path.exists(s.init):
+        raise UserError(f"there is no adapter file {shown(s.init)}: --init names one to start from")
+
+
+def _require_processes(config: Path) -> None:
+    """The data order of a run is that of its whole batch, which grows with the processes."""
+    if not config.exists():
+        return
+    begun, now = read_json(config).get("processes", 1), launched()[0]
+    if begun != now:
+        raise UserError(
+            f"{config.parent} was begun by {begun} processes and cannot be continued by {now}: "
+            f"start {begun} (accelerate launch --num_processes {begun}), or take another --out"
+        )

@@ -3,9 +3,14 @@ and reuse elsewhere."""
 
 import importlib
 import json
+import os
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +18,8 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image
-from safetensors.torch import load_file
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 
 import cli
 import lora_files
@@ -23,10 +28,12 @@ from base_files import load_base
 from cli import UserError, one_line_errors
 from data import load_images
 from diffusion import encode_captions
-from settings import Settings, resolve
-from training import monitor
+from settings import Settings, resolve, stored
+from training import lock, monitor, state
 from training import run as prepared
+from training.precheck import glance
 from training.processes import Processes
+from training.run_folder import RunFolder
 
 ROOT = Path(train.__file__).parent
 few = hypothesis_settings(
@@ -198,6 +205,307 @@ def test_resume_refuses_a_torn_config(capsys, small, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"settings": {')
     refused(capsys, small(resume=True), "config.json", "not a run's config")
+
+
+def lines(text):
+    return [line for line in text.splitlines() if "error:" in line]
+
+
+def test_one_writer_per_folder(capsys, small, tmp_path, monkeypatch):
+    """A second training into a folder is refused before it loads anything, a resuming one too; the
+    lock is gone with the run, and a killed process leaves none."""
+    out, honest, seen = tmp_path / "run", train.learn, []
+
+    def meanwhile(settings):
+        seen.append(1)
+        assert len(seen) == 1, "the second was let in"
+        for second in (small(), small(resume=True)):
+            refused(capsys, second, "another training is writing into", str(out))
+            with pytest.raises(UserError, match="another training"):
+                glance(second)
+        return honest(settings)
+
+    monkeypatch.setattr(train, "learn", meanwhile)
+    train.train(small())
+    assert seen and (out / "adapter").exists() and not (out / lock.NAME).exists()
+    pid = os.fork()
+    if pid == 0:
+        with lock.held(out):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (out / lock.NAME).exists()
+    lock.require_free(out)
+    with lock.held(out):
+        pass
+    assert not (out / lock.NAME).exists()
+
+
+def test_a_refused_run_leaves_no_folder(capsys, small, tmp_path):
+    """Also not the folders above it; one that was there stays."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "a" / "b" / "c", tmp_path / "there" / "d"):
+        refused(capsys, small(out=str(out), data=str(tmp_path / "images")), "images")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "there"]
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_file_system_without_locks(capsys, tmp_path, monkeypatch):
+    """One line, and the run goes on."""
+
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with lock.held(tmp_path / "run"):
+        assert "cannot be locked" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_told_at_once(small, tmp_path, monkeypatch):
+    """Before torch is imported: the command line asks `glance` first."""
+    for flag, words in (("model", "base model"), ("data", "folder"), ("init", "adapter file")):
+        missing = str(tmp_path / "no" / "such")
+        with pytest.raises(UserError, match=f"there is no {words} {missing}"):
+            glance(small(**{flag: missing}))
+    glance(small(model="owner/a-model"))  # a name on the hub may be there
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        glance(small())
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE in the environment is 'two'"):
+        glance(small(out=str(tmp_path / "other")))
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--data', '/no/such']\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 2\n"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and len(lines(done.stderr)) == 1, done.stderr
+
+
+@pytest.fixture
+def half(small, tmp_path, monkeypatch):
+    """The folder of a run of four steps that was stopped before its finish, with two states."""
+    monkeypatch.setattr(monitor, "verdict", lambda *_: (0.5, (0.0, 1.0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "finish", lambda *_: {})  # as if killed before it
+        train.train(small(steps=4, state_every=1, method="smp"))
+    return tmp_path / "run"
+
+
+def again(**more):
+    """Settings that resume the run of `half`."""
+    return lambda small: small(steps=4, method="smp", resume=True, **more)
+
+
+def test_resumed_by_another_number_of_processes(capsys, small, half, monkeypatch):
+    """Before anything is loaded; the sentence says both numbers."""
+    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(capsys, again()(small), "begun by 1 processes", "continued by 3")
+
+
+def rewrite(path, change):
+    """Write a state anew as `change(tensors, facts)` leaves it, with a checksum that fits."""
+    step, tensors, facts = state.load(path.parent)
+    change(tensors, facts)
+    facts = {"step": step, "checksum": state.checksum(tensors)} | facts
+    save_file(tensors, path, {"state": json.dumps(facts)})
+
+
+def without(name):
+    return lambda tensors, facts: (facts if name in facts else tensors).pop(name)
+
+
+def put(name, value):
+    def change(tensors, facts):
+        (facts if name in facts else tensors).update({name: value})
+
+    return change
+
+
+STATES = {
+    "seconds": without("seconds"),
+    "seconds a word": put("seconds", "many"),
+    "step a word": lambda tensors, facts: facts.update(step="four"),
+    "a moment": without("optimizer/3.exp_avg"),
+    "all moments of a weight": lambda tensors, facts: [
+        tensors.pop(f"attacker_optimizer/0.{name}") for name in ("step", "exp_avg", "exp_avg_sq")
+    ],
+    "a stream": without("random/inner"),
+    "a queue": without("queue/2"),
+    "a shape": put("attacker/layers.0.bias", torch.zeros(1)),
+    "a dtype": put("random/cpu", torch.zeros(5056)),
+    "one more": put("adapter/other", torch.zeros(1)),
+}
+
+
+def test_states_that_do_not_fit(capsys, small, half):
+    """The state before is taken, aloud; if none is left, one sentence."""
+    newest = state.files(half / "state")[-1]
+    whole = newest.read_bytes()
+    run = train.prepare(replace(stored(again()(small))[0], out=str(half)), Processes())
+    learner = train.Learner(run)
+    for name, change in STATES.items():
+        newest.write_bytes(whole)
+        rewrite(newest, change)
+        assert train.start(run, learner) == (4, pytest.approx(0, abs=100)), name
+        assert "step-000004.safetensors is damaged" in capsys.readouterr().out, name
+    header = int.from_bytes(whole[:8], "little")
+    for cut in (whole[:5], whole[: header // 2], whole[:8] + b"x" + whole[9:], b""):
+        newest.write_bytes(cut)
+        assert state.load(half / "state")[0] == 3
+    flipped = bytearray(whole)
+    flipped[-3] ^= 16
+    newest.write_bytes(flipped)
+    assert state.load(half / "state")[0] == 3 and "checksum" in capsys.readouterr().out
+    for file in state.files(half / "state"):
+        file.write_bytes(b"")
+    (half / "state" / "step-x.safetensors").write_bytes(b"")
+    refused(capsys, again()(small), "no training state in", "is whole")
+    shutil.rmtree(half / "state")
+    (half / "state").write_text("")
+    refused(capsys, again()(small), "state is a file", "remove it")
+
+
+@pytest.mark.parametrize("broken", ["sample_grid", "verdict"])
+def test_a_failing_finish_loses_nothing(capsys, small, half, monkeypatch, broken):
+    """Adapter and state stay, --resume does the rest, and no step is trained again."""
+
+    def fail(*_):
+        raise RuntimeError("no ink\nleft")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, broken, fail)
+        words = ("the training is done", str(half / "adapter"), "no ink", "--resume makes them")
+        refused(capsys, again()(small), *words)
+    adapter = load_file(half / "adapter" / "pytorch_lora_weights.safetensors")
+    assert state.files(half / "state") and "summary" not in RunFolder(half).config()
+    rows = RunFolder(half).rows()
+    assert train.train(again()(small))["held_out_loss"] == rows[-1]["nonmember_val_loss"]
+    assert "summary" in RunFolder(half).config() and not (half / "state").exists()
+    after = load_file(half / "adapter" / "pytorch_lora_weights.safetensors")
+    assert rows == RunFolder(half).rows() and all(torch.equal(adapter[k], after[k]) for k in after)
+
+
+def test_failing_pictures_do_not_stop_a_run(capsys, small, tmp_path, monkeypatch):
+    """Those on the way are only looked at."""
+    honest = monitor.sample_grid
+
+    def fail(run, step):
+        return honest(run, step) if step == 3 else run.no_such_thing
+
+    monkeypatch.setattr(monitor, "sample_grid", fail)
+    train.train(small(sample_every=1))
+    assert "note: no pictures of step 2 (AttributeError" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter").exists()
+
+
+def test_resume_refuses_other_contents(capsys, small, image_folder, tmp_path, monkeypatch):
+    """A picture or caption replaced under its name; a run from before contents were kept goes by
+    names."""
+    folder, run = Path(shutil.copytree(image_folder, tmp_path / "images")), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "finish", lambda *_: {})
+        train.train(small(data=str(folder)))
+    images = load_images(str(folder), 32)
+    kept = json.loads((run / "images.json").read_text())
+    assert kept == RunFolder(run).images() == dict(zip(images.names, images.hashes(), strict=True))
+    changed = {"07.txt": b"another caption", "11.png": b""}
+    with Image.open(folder / "11.png") as image:
+        ImageOps.invert(image.convert("RGB")).save(tmp_path / "inverted.png")
+    changed["11.png"] = (tmp_path / "inverted.png").read_bytes()
+    for name, content in changed.items():
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        picture = name.replace("txt", "png")
+        refused(capsys, small(data=str(folder), resume=True), picture, "put it back")
+        (folder / name).write_bytes(before)
+    (run / "images.json").write_text("[]")
+    refused(capsys, small(data=str(folder), resume=True), "images.json is damaged")
+    (run / "images.json").unlink()
+    assert RunFolder(run).images() is None
+    train.train(small(data=str(folder), resume=True))
+    assert (run / "adapter").exists()
+
+
+def test_damaged_files_of_a_run(capsys, small, half):
+    """Cut anywhere, missing or something else: one line, however the run is looked at."""
+    junk = b"[1]\n", b"\xff\n", b"[" * 9999, None
+    for name, read in (("splits.json", RunFolder.splits), ("metrics.jsonl", RunFolder.rows)):
+        whole = (half / name).read_bytes()
+        for content in (
+            whole[:-9],
+            whole[: len(whole) // 2],
+            b"[1]\n",
+            b"\xff\n",
+            b"[" * 9999,
+            None,
+        ):
+            (half / name).unlink(missing_ok=True)
+            if content is not None:
+                (half / name).write_bytes(content)
+            with pytest.raises(UserError, match=re.escape(name)):
+                read(RunFolder(half))
+        (half / name).write_bytes(whole)
+    run = RunFolder(half)
+    for content in (*junk, b"{}\n"):
+        (half / "metrics.jsonl").unlink()
+        if content is not None:
+            (half / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="does not hold every step"):
+            run.cut(3)
+        (half / "metrics.jsonl").touch()
+    (half / "metrics.jsonl").write_bytes(whole)
+    for at in ("9", "-1", "\u00b2", "9" * 5000, ""):
+        with pytest.raises(UserError, match="no adapter of step"):
+            run.adapter(at)
+
+
+# ---- numbers that are not finite before training ----
+
+
+def test_the_first_step_is_not_the_learning_rate(capsys, small, tmp_path, monkeypatch):
+    """No weight has moved: the sentence says what was looked at."""
+    honest = prepared.squared_error
+    monkeypatch.setattr(prepared, "squared_error", lambda *a: honest(*a) * float("nan"))
+    with pytest.raises(UserError, match=r"first step.*gave finite held-out losses") as caught:
+        train.train(small())
+    assert "--lr is not the cause" in str(caught.value) and "lower" not in str(caught.value)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="gain: lower --attacker-lr"):
+        train.train(small(method="smp", attacker_lr=1e37, out=str(tmp_path / "b"), proxy="raw"))
+
+
+def test_what_is_not_finite_before_training_is_named(small, tmp_path):
+    """The adapter in --init, the base or an image; no folder is left behind."""
+    run = train.prepare(small(method="lora"), Processes())
+    weight, latents = next(iter(run.adapter.layers.values())).lora_B.weight, run.data.latents
+    with torch.no_grad():
+        weight.fill_(1e38)
+        started = replace(run, settings=replace(run.settings, init="theirs.safetensors"))
+        with pytest.raises(UserError, match=r"the adapter theirs.safetensors is the cause"):
+            monitor.begin(started)
+        weight.zero_()
+        run.base.unet.conv_in.weight[0] = float("nan")
+        with pytest.raises(UserError, match=r"the base model .* is the cause"):
+            monitor.begin(started)
+    latents[7] = float("inf")
+    with pytest.raises(UserError, match=r"picture of 07.png and 0 others of 40 are not finite"):
+        monitor.begin(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_precision_of_accelerate_is_not_used(capsys, monkeypatch):
+    """A note, where a user would wait for it."""
+    Processes()
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    Processes()
+    assert "mixed precision fp16 is not used; --dtype is" in capsys.readouterr().out
 
 
 # ---- captions ----

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ def _find(model: str) -> Path:
             "name (owner/name)"
         )
     nowhere = f"there is no folder {where}, and {model} cannot be had from the hub"
-    with _one_sentence(nowhere):  # the kind first, so that no other model is downloaded
+    with _one_sentence(nowhere), catch_warnings(action="ignore"):
+        # the kind first, so that no other model is downloaded
         _check_kind(model, StableDiffusionPipeline.load_config(model))
         options = {"use_safetensors": True, **UNUSED}
         try:

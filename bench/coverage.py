@@ -1,0 +1,154 @@
+"""How often the intervals of roc.py hold the true value: their coverage in simulations.
+
+    python bench/coverage.py                     # about two minutes on one core
+    python bench/coverage.py --repetitions 1000  # a quick look
+
+Scores are normal, those of members with a standard deviation of `spread` times the non-members',
+shifted to a known AUC or TPR.  0.95 is wanted of a 95 % interval; --repetitions counts for the AUC,
+whose simulations run as one array, and the others have a tenth of it.  No model is needed."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+import roc
+
+AREAS = (0.5, 0.75, 0.9, 0.99, 0.998)
+SIZES = ((40, 200), (10, 50), (8, 5))
+SPREADS = (1.0, 0.5, 2.0)
+
+
+def normal_scores(rng, area: float, spread: float, member: tuple, nonmember: tuple):
+    """Scores of the shapes `member` and `nonmember` whose true AUC is `area`."""
+    shift = ndtri(area) * np.sqrt(1 + spread**2)
+    return rng.normal(shift, spread, member), rng.normal(0, 1, nonmember)
+
+
+def auc_coverage(area, spread, m, n, repetitions, seed=0) -> tuple[float, float]:
+    """Coverage and mean width of `roc.auc_interval`."""
+    rng = np.random.default_rng(seed)
+    scores = normal_scores(rng, area, spread, (repetitions, m), (repetitions, n))
+    low, high = np.array(roc.auc_interval(*scores))
+    return float(((low <= area) & (area <= high)).mean()), float((high - low).mean())
+
+
+def percentile_coverage(area, spread, m, n, repetitions, seed=0) -> float:
+    """The same of the percentile bootstrap, for comparison."""
+    rng, bootstrap, held = np.random.default_rng(seed), roc.Bootstrap(m, n, 300), 0
+    for _ in range(repetitions):
+        draws = bootstrap.auc(*normal_scores(rng, area, spread, (m,), (n,)))
+        low, high = bootstrap.interval(draws)
+        held += low <= area <= high
+    return held / repetitions
+
+
+def tpr_coverage(rate, spread, m, n, fpr, repetitions, seed=0) -> float:
+    """Coverage of `roc.tpr_interval` where `rate` of members lie above the threshold of `fpr`."""
+    rng, held = np.random.default_rng(seed), 0
+    shift = -ndtri(fpr) + spread * ndtri(rate)
+    for _ in range(repetitions):
+        low, high = roc.tpr_interval(rng.normal(shift, spread, m), rng.normal(size=n), fpr)
+        held += low <= rate <= high
+    return held / repetitions
+
+
+def correlated(rng, areas: np.ndarray, correlation: float, m: int, n: int) -> list[tuple]:
+    """Scores of several attacks on the same images."""
+    share, own = np.sqrt(correlation), np.sqrt(1 - correlation)
+    member, nonmember = (
+        share * rng.normal(size=(k, 1)) + own * rng.normal(size=(k, len(areas))) for k in (m, n)
+    )
+    return list(zip((member + np.sqrt(2) * ndtri(areas)).T, nonmember.T, strict=True))
+
+
+def paired_coverage(areas, correlation, m, n, repetitions, seed=0) -> float:
+    """Coverage of `roc.paired_difference` of two attacks with these true AUCs."""
+    rng, held = np.random.default_rng(seed), 0
+    for _ in range(repetitions):
+        pair = correlated(rng, np.array(areas), correlation, m, n)
+        _, (low, high) = roc.paired_difference(*pair)
+        held += low <= areas[0] - areas[1] <= high
+    return held / repetitions
+
+
+def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, float, float]:
+    """Of `count` attacks with a true AUC of .75, 40 / 200 images: coverage of `roc.worst_case`, of
+    `roc.headline`, and of the highest AUC's own interval, which holds no choice."""
+    rng, bootstrap, held = np.random.default_rng(seed), roc.Bootstrap(40, 200, 1), np.zeros(3)
+    areas = np.full(count, 0.75)
+    for _ in range(repetitions):
+        known, test = (
+            dict(enumerate(correlated(rng, areas, correlation, 40, 200))) for _ in range(2)
+        )
+        worst = roc.worst_case(test, bootstrap)
+        found = [worst["auc_interval"], roc.headline(known, test)["auc_interval"]]
+        found.append(roc.auc_interval(*test[worst["attack"]]))
+        held += [low <= 0.75 <= high for low, high in found]
+    return tuple(held / repetitions)
+
+
+def seeds_coverage(area, deviation, seeds, count, repetitions, seed=0) -> tuple[float, float]:
+    """Coverage of the mean over seeds, whose shift differs by `deviation`: of a named attack, and
+    of `roc.pooled_worst` of `count` equal ones (correlation .8)."""
+    rng, held = np.random.default_rng(seed), np.zeros(2)
+    shift = ndtri(area)
+    true = ndtr(shift / np.sqrt(1 + deviation**2))
+    for _ in range(repetitions):
+        each = ndtr(shift + deviation * rng.normal(size=seeds))
+        runs = [dict(enumerate(correlated(rng, np.full(count, a), 0.8, 40, 200))) for a in each]
+        found = (roc.pooled([run[0] for run in runs]), roc.pooled_worst(runs))
+        held += [f["auc_interval"][0] <= true <= f["auc_interval"][1] for f in found]
+    return tuple(held / repetitions)
+
+
+def print_auc(repetitions: int) -> None:
+    """Coverage (mean width) of the AUC's interval; on the right edge the bootstrap's."""
+    print("AUC: coverage (mean width)" + "".join(f"{a:>15}" for a in AREAS))
+    for m, n in SIZES:
+        for spread in SPREADS:
+            cells = [auc_coverage(a, spread, m, n, repetitions) for a in AREAS]
+            text = "".join(f"{c:>8.3f} ({w:.3f})" for c, w in cells)
+            print(f"  {m:>2} / {n:<4} spread {spread:<7}{text}", flush=True)
+    cells = [percentile_coverage(a, 1.0, 40, 200, repetitions // 10) for a in AREAS]
+    print("  40 / 200  bootstrap     " + "".join(f"{c:>8.3f}        " for c in cells))
+
+
+def print_others(repetitions: int) -> None:
+    """Coverage of the TPR, of differences, of the worst of several attacks, and over seeds."""
+    rates = (0.05, 0.2, 0.5, 0.8, 0.95, 0.995)
+    print("TPR" + "".join(f"{r:>10}" for r in rates))
+    for m, n, fpr in ((40, 200, 0.05), (10, 200, 0.05), (40, 1000, 0.01)):
+        cells = [tpr_coverage(r, 1.0, m, n, fpr, repetitions) for r in rates]
+        print(f"  {m} / {n} at {fpr:.0%}: " + "  ".join(f"{c:.3f}" for c in cells), flush=True)
+    print("paired difference, 40 / 200, correlation of scores 0, .6, .95")
+    for areas in ((0.75, 0.6), (0.9, 0.9), (0.95, 0.8), (0.99, 0.9), (0.99, 0.99)):
+        cells = [paired_coverage(areas, c, 40, 200, repetitions) for c in (0.0, 0.6, 0.95)]
+        print(f"  {areas}: " + "  ".join(f"{c:.3f}" for c in cells), flush=True)
+    print("equally good attacks: worst_case, headline, the highest one's own interval")
+    for count, correlation in ((8, 0.0), (8, 0.8), (20, 0.9)):
+        cells = choice_coverage(count, correlation, repetitions // 3)
+        print(f"  {count} at {correlation}: " + "  ".join(f"{c:.3f}" for c in cells), flush=True)
+    print("three seeds: one attack, the worst of five")
+    for area, deviation in ((0.75, 0.0), (0.75, 0.25), (0.99, 0.0), (0.99, 0.25)):
+        cells = seeds_coverage(area, deviation, 3, 5, repetitions // 3)
+        print(f"  AUC {area}, shift +-{deviation}: " + "  ".join(f"{c:.3f}" for c in cells))
+
+
+def main() -> None:
+    """All tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=5000)
+    args = parser.parse_args()
+    print_auc(args.repetitions)
+    print_others(args.repetitions // 10)
+
+
+if __name__ == "__main__":
+    main()

@@ -116,7 +116,8 @@ def test_seeds_pooled():
     )
     assert roc.pooled_headline(seeds, seeds)["auc_interval"] == found["auc_interval"]
     one = roc.pooled_worst(seeds[:1])
-    assert one["auc_interval"] == roc.auc_interval(*seeds[0]["strong"])  # no seeds to compare
+    alone = roc.auc_interval(*seeds[0]["strong"])
+    assert one["auc_interval"] == pytest.approx(alone)  # no seeds to compare
     change, (low, high) = roc.pooled_difference(
         [((m - 0.3, n), (m, n)) for m, n in (s["strong"] for s in seeds)]
     )
@@ -125,16 +126,15 @@ def test_seeds_pooled():
 
 
 def test_seeds_widen_the_interval():
-    """Three seeds .07 apart give +-.174 by scipy's t; three equal ones their own +-.1 / sqrt(3),
-    with t for the normal's quantile."""
+    """Three seeds .07 apart give +-.174 by scipy's t; three equal ones their own +-.1 / sqrt(3)."""
     values = [0.63, 0.7, 0.77]
     mean, (low, high) = roc.over_seeds(values, [[v - 0.01, v + 0.01] for v in values])
     wanted = stats.t.interval(0.95, 2, mean, stats.sem(values))
     assert (low, high) == pytest.approx(wanted) and high - mean == pytest.approx(0.174, abs=1e-3)
     mean, (low, high) = roc.over_seeds([0.7] * 3, [[0.6, 0.8]] * 3)
-    assert high - mean == pytest.approx(0.1 / np.sqrt(3) * stats.t.ppf(0.975, 2) / 1.959964)
+    assert high - mean == pytest.approx(0.1 / np.sqrt(3))
     perfect = roc.pooled([(np.arange(8.0) + 9, np.arange(5.0))] * 3)
-    assert perfect["auc_interval"][0] < 0.8 and perfect["auc_interval"][1] == 1
+    assert perfect["auc_interval"][0] < 0.9 and perfect["auc_interval"][1] > 0.999
 
 
 @pytest.mark.parametrize("m, n", [(40, 200), (10, 50)])

@@ -14,7 +14,7 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
     if path.name != "__init__.py"
 }
-SCRIPTS = {"train", "evaluate", "embedded.pretrain"}
+SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain"}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 

@@ -1,0 +1,238 @@
+"""What a METHOD leaks: adapters on random halves of a pool, each in turn the target of an attacker
+who has all the others.
+
+    python audit.py --method lora                       # 8 adapters, answers in runs/audit-lora
+    python audit.py --method smp --adapters 16          # finished adapters are not trained again
+    python audit.py runs/audit-lora runs/audit-smp      # compare finished audits
+
+Every image of the pool is a member of half of the adapters.  An attacker with shadows knows how
+hard an image is, and so sees leaks that no attack on one model shows: Carlini et al. 2022; Aerni,
+Zhang & Tramer 2024.  Every adapter is trained by the whole method, with its own seed, and asked at
+several steps: the audit gives leakage against held-out loss.  A killed audit goes on where it was.
+The images are dealt anew: --split and sub-folders say nothing here, --members is half of --pool.
+"""
+# ruff: noqa: E402 (the command line is parsed before the heavy imports)
+
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from cli import UserError, one_line_errors, option, parse
+from settings import Settings, resolve
+
+WHERE = "what and where"
+
+
+@dataclass
+class Audit(Settings):
+    """Flags of audit.py: those of train.py, which decide the method, and these."""
+
+    audits: list[str] | None = option(None, "finished audits to compare", group=WHERE)
+    adapters: int = option(8, "adapters to train, an even number of 4 or more", group=WHERE)
+    pool: int | None = option(
+        None, "images, half of them members of an adapter (default: 200)", group=WHERE
+    )
+    canaries: int = option(0, "images of the pool that get the caption of another", group=WHERE)
+    jobs: int | None = option(
+        None, "adapters at a time, a process each (default: cores, or 1 on a GPU)", group=WHERE
+    )
+    cluster: str | None = option(
+        None, "address of a Dask scheduler whose workers train, in place of --jobs", group=WHERE
+    )
+
+
+if __name__ == "__main__":
+    # before the heavy imports, so that --help and a mistyped flag are answered at once
+    SETTINGS = parse(Audit, __doc__, positional="audits")
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import tqdm
+
+import lora
+import lora_files
+from base_files import load_base, resolve_dtype
+from cli import write_json
+from data import load_images
+from diffusion import Base, Encoded
+from evaluation import audit_report, audit_tasks, lira, workers
+from evaluation.decisions import Decisions
+from train import algorithm_1
+from training import lock
+from training.learner import Learner
+from training.processes import Processes
+from training.run import Run
+from training.run_folder import provenance
+
+EXPOSED = 20  # images listed
+
+
+def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int, lora.Adapter]]:
+    """Algorithm 1 on images that are encoded already: (step, adapter) after every step.
+
+    The base is as before when the generator is closed.  The same start, batches and noise as those
+    of train.py with this seed; the images differ.
+    """
+    torch.manual_seed(s.seed)  # attacker initialisation and dropout
+    if s.init:
+        adapter, _ = lora_files.load(base.unet, s.init)
+    else:
+        generator = torch.Generator().manual_seed(s.seed)
+        try:
+            adapter = lora.inject(base.unet, s.target, s.rank, s.alpha, generator)
+        except ValueError as error:
+            raise UserError(f"{s.model} cannot be adapted so: {error}") from None
+    try:
+        run = Run(s, base, data, adapter, Processes(s.device))
+        for row in algorithm_1(run, Learner(run), range(1, s.steps + 1)):
+            yield row["step"], adapter
+    finally:
+        lora.remove(base.unet, adapter)
+
+
+# --------------------------------------------------------------------------------------------------
+# From flags to a plan
+
+
+def complete(s: Audit) -> Audit:
+    """The flags left out filled in; raises UserError for what cannot work."""
+    pool = s.pool or 2 * (s.members or 100)
+    if s.adapters < 4 or s.adapters % 2:
+        raise UserError(f"--adapters must be an even number of 4 or more, not {s.adapters}")
+    if pool < audit_tasks.LEAST_POOL or pool % 2:
+        least = audit_tasks.LEAST_POOL
+        raise UserError(f"--pool must be an even number of {least} or more, not {pool}")
+    if s.members not in (None, pool // 2):
+        raise UserError(f"--members is half of --pool, {pool // 2}, not {s.members}: leave one out")
+    if not 0 <= s.canaries <= pool or s.canaries == 1:
+        raise UserError(f"--canaries must be 0, or 2 to {pool}: captions change places")
+    if s.jobs is not None and s.jobs < 1:
+        raise UserError(f"--jobs must be 1 or more, not {s.jobs}")
+    if s.split != "default":
+        raise UserError("--split says nothing in an audit, which deals the images itself")
+    jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)
+    out = s.out or f"runs/audit-{s.method}"
+    s = resolve(replace(s, pool=pool, members=pool // 2, jobs=jobs, out=out))
+    steps = s.steps or -(-s.epochs * s.members // (s.batch_size * s.accumulate))
+    return replace(s, steps=steps, dtype=resolve_dtype(s.dtype, s.device))
+
+
+def make_plan(s: Audit) -> audit_tasks.Plan:
+    """Who trains on what; raises UserError for images or a base that cannot be used."""
+    each = Settings(**{f.name: getattr(s, f.name) for f in fields(Settings)})
+    each = replace(each, norms_every=10**9, hessian_every=0)  # looked at by nobody
+    size = load_base(s.model, "cpu", s.dtype, s.size).size
+    images = load_images(s.data, size, s.caption)
+    return audit_tasks.deal(images, each, s.pool, s.canaries, s.out)
+
+
+def train_all(s: Audit, plan: audit_tasks.Plan, todo: list[int]) -> None:
+    """Every adapter of `todo`, in processes here or on a cluster, with a bar over their steps."""
+    executor = workers.cluster(s.cluster) if s.cluster else workers.processes(s.jobs)
+    for index in todo:
+        (plan.folder(index) / "progress").unlink(missing_ok=True)
+    with executor as pool, tqdm.tqdm(total=len(todo) * s.steps, unit="step") as bar:
+
+        def show() -> None:
+            bar.n = sum(audit_tasks.progress(plan, index) for index in todo)
+            done = sum((plan.folder(index) / "answers.npz").is_file() for index in todo)
+            bar.set_description(f"{s.method}, adapter {done} of {len(todo)}", refresh=False)
+            bar.refresh()
+
+        tasks = {index: (plan, index, train_adapter) for index in todo}
+        workers.complete(pool, audit_tasks.work, tasks, show)
+
+
+# --------------------------------------------------------------------------------------------------
+# The audit
+
+
+def audit(s: Audit) -> dict:
+    """Train what is missing, attack, write audit.json and the figures; returns the record.
+
+    With `audits` compares those and returns the comparison.  Raises UserError.
+    """
+    if s.audits:
+        return audit_report.compare(s.audits)
+    s = complete(s)
+    plan = make_plan(s)
+    todo = [k for k in range(s.adapters) if not audit_tasks.finished(plan, k)]
+    if s.dry_run:
+        print(f"dry run: {len(todo)} of {s.adapters} adapters of {s.steps} steps are to train")
+        return {}
+    with lock.held(Path(s.out)):
+        if todo:
+            train_all(s, plan, todo)
+    record, scores = measure(s, plan)
+    folder = Path(s.out)
+    np.savez(folder / "scores.npz", **scores)
+    write_json(folder / "audit.json", record)
+    audit_report.print_record(record)
+    audit_report.draw(record, scores, folder)
+    print(f"files:    {folder}/audit.json, roc.png, frontier.png, adapters/")
+    return record
+
+
+def measure(s: Audit, plan: audit_tasks.Plan) -> tuple[dict, dict[str, np.ndarray]]:
+    """The record of an audit, and its scores (N, P) as "<step>/<attack>" beside names and member.
+
+    Canaries are kept apart from the other images.
+    """
+    answers, seconds = audit_tasks.collect(plan, s.adapters)
+    member, apart = plan.members(s.adapters), np.isin(np.arange(plan.pool), plan.canaries)
+    groups = {"attacks": ~apart} | ({"canaries": apart} if plan.canaries else {})
+    decisions = {name: Decisions(member[:, g], s.seed) for name, g in groups.items()}
+    steps, kept = (
+        {},
+        {"names": np.array(plan.names[: plan.pool]), "member": member, "canary": apart},
+    )
+    for step, answer in zip(plan.due(), answers, strict=True):
+        scores = lira.attacks(answer, member)
+        kept |= {f"{step}/{name}": score for name, score in scores.items()}
+        losses = answer["held_out"].mean(1)
+        steps[str(step)] = {
+            "held_out_loss": float(losses.mean()),
+            "held_out_loss_by_adapter": losses.tolist(),
+        } | {
+            name: {attack: decisions[name].figures(x[:, g]) for attack, x in scores.items()}
+            for name, g in groups.items()
+        }
+    record = {
+        "settings": asdict(s),
+        "provenance": provenance(),
+        "adapters": s.adapters,
+        "pool": plan.pool,
+        "steps": steps,
+        "exposed": exposed(plan, member, scores[strongest(steps[str(step)])]),
+        "seconds": seconds,
+    }
+    return record, kept
+
+
+def strongest(step: dict) -> str:
+    """The attack with the highest AUC at a step: chosen on the images that it is judged on."""
+    return max(step["attacks"], key=lambda name: step["attacks"][name]["auc"])
+
+
+def exposed(plan: audit_tasks.Plan, member: np.ndarray, score: np.ndarray) -> list[dict]:
+    """The images that a score gives away most, caught at 1 % FPR; the count is of memberships."""
+    caught = Decisions(member).caught(score)
+    gap = np.where(member, score, 0).sum(0) - np.where(member, 0, score).sum(0)
+    order = np.lexsort([-gap, -caught])[:EXPOSED]
+    return [
+        {
+            "name": plan.names[i],
+            "caption": plan.captions[i],
+            "caught": int(caught[i]),
+            "of": len(member) // 2,
+            "canary": int(i) in plan.canaries,
+        }
+        for i in order
+    ]
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        audit(SETTINGS)

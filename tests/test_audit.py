@@ -1,0 +1,393 @@
+"""The audit: its plan, its figures against roc.py and scipy, a whole one on the tiny base, killed
+and gone on with, with a process killed, and two compared."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+import audit
+import roc
+from cli import UserError
+from data import ROLES, load_images
+from diffusion import loss_grid
+from evaluation import audit_tasks, decisions, lira, workers
+
+ROOT = Path(audit.__file__).parent
+SMALL = {"rank": 2, "alpha": 4.0, "batch_size": 4, "lr": 0.02, "steps": 8, "pool": 20}
+
+
+def flags(tiny_base, image_folder, out, **other):
+    """The settings of an audit of four adapters on the tiny base, in two processes."""
+    given = {"method": "lora", "adapters": 4, "jobs": 2, "model": tiny_base, "data": image_folder}
+    return audit.Audit(**SMALL | given | {"out": str(out)} | other)
+
+
+@pytest.fixture(scope="module")
+def audited(tiny_base, image_folder, tmp_path_factory):
+    """A whole audit: its folder and its record."""
+    out = tmp_path_factory.mktemp("audits") / "lora"
+    return out, audit.audit(flags(tiny_base, image_folder, out))
+
+
+def make_plan(tiny_base, image_folder, out="x", **other):
+    """The plan of such an audit."""
+    return audit.make_plan(audit.complete(flags(tiny_base, image_folder, out, **other)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan
+
+
+def test_halves(tiny_base, image_folder):
+    """Pairs are complementary, every image is in for half, roles are disjoint; more adapters do
+    not change the first ones."""
+    plan = make_plan(tiny_base, image_folder)
+    member = plan.members(6)
+    assert (member.sum(0) == 3).all() and (member.sum(1) == 10).all()
+    assert (member[0::2] ^ member[1::2]).all()
+    assert len({tuple(row) for row in member}) == 6
+    for index in range(4):
+        roles = plan.roles(index)
+        assert list(roles) == list(ROLES)
+        used = [i for positions in roles.values() for i in positions]
+        assert len(used) == len(set(used))
+        members = {i for r in ROLES[:3] for i in roles[r]}
+        assert members == set(np.flatnonzero(member[index]))
+        assert [len(roles[r]) for r in ROLES] == [5, 1, 4, 5, 2, 13, 0]
+        assert not {i for r in ROLES[3:] for i in roles[r]} & set(range(20))
+    assert len(plan.names) == len(set(plan.names))
+
+
+def test_canaries_change_captions(tiny_base, image_folder):
+    """Among themselves and nobody else's; the images stay, the key does not."""
+    plain = make_plan(tiny_base, image_folder)
+    plan = make_plan(tiny_base, image_folder, canaries=5)
+    assert plan.names == plain.names and plan.key != plain.key and len(plan.canaries) == 5
+    changed = [
+        i
+        for i, pair in enumerate(zip(plan.captions, plain.captions, strict=True))
+        if len({*pair}) > 1
+    ]
+    assert changed == plan.canaries
+    assert sorted(plan.captions) == sorted(plain.captions)
+
+
+def test_due(tiny_base, image_folder):
+    """An eighth, a quarter, half, all; or every so many and the last."""
+    assert make_plan(tiny_base, image_folder).due() == [1, 2, 4, 8]
+    assert make_plan(tiny_base, image_folder, save_every=3).due() == [3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"adapters": 3}, "even number of 4"),
+        ({"adapters": 2}, "even number of 4"),
+        ({"pool": 8}, "even number of 10"),
+        ({"members": 7}, "half of --pool"),
+        ({"canaries": 1}, "2 to 20"),
+        ({"jobs": 0}, "1 or more"),
+        ({"split": "pokemon"}, "deals the images itself"),
+        ({"pool": 40}, "there are 40"),
+        ({"cluster": "tcp://127.0.0.1:1"}, "distributed|scheduler"),
+    ],
+)
+def test_refusals(tiny_base, image_folder, tmp_path, other, words):
+    """One sentence, before anything is trained or written."""
+    with pytest.raises(UserError, match=words):
+        audit.audit(flags(tiny_base, image_folder, tmp_path / "x", **other))
+    assert not list(tmp_path.glob("x/adapters/*/answers.npz"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The figures
+
+
+def scored(seed=0, adapters=4, images=60):
+    """Decisions with some signal and ties."""
+    rng = np.random.default_rng(seed)
+    inside = [rng.permutation(images) < images // 2 for _ in range(adapters // 2)]
+    member = np.array([side for i in inside for side in (i, ~i)])
+    return np.round(rng.normal(size=member.shape) + member, 1), member
+
+
+def test_figures_against_roc():
+    """AUC and TPR as roc.py has them on the same decisions, ties and all."""
+    score, member = scored()
+    found = decisions.Decisions(member).figures(score)
+    pair = score[member], score[~member]
+    assert found["auc"] == pytest.approx(roc.auc(*pair))
+    assert found["tpr_at_5_fpr"] == pytest.approx(roc.tpr_at(*pair, 0.05))
+    assert found["tpr_at_1_fpr"] is None  # 120 non-members
+    by_adapter = [roc.auc(s[m], s[~m]) for s, m in zip(score, member, strict=True)]
+    assert found["auc_by_adapter"] == pytest.approx(by_adapter)
+    assert found["auc_sd"] == pytest.approx(np.std(by_adapter, ddof=1))
+    low, high = found["auc_t_interval"]
+    half = 3.182446305 * np.std(by_adapter, ddof=1) / 2  # t of three degrees of freedom
+    assert (low + high) / 2 == pytest.approx(np.mean(by_adapter))
+    assert (high - low) / 2 == pytest.approx(half)
+
+
+def test_bootstrap_draws_images():
+    """A round is the AUC of the decisions of the images drawn, each as often; and the interval is
+    wider than one over decisions where images agree with themselves."""
+    score, member = scored()
+    drawn = decisions.Decisions(member, seed=3)
+    for r in (0, 1, 7):
+        index = np.repeat(np.arange(60), drawn.weights[r])
+        s, m = score[:, index], member[:, index]
+        assert drawn.auc(score)[r] == pytest.approx(roc.auc(s[m], s[~m]))
+    rng = np.random.default_rng(0)
+    member = np.array([np.arange(100) % 2 == k % 2 for k in range(20)])
+    same = np.where(member, 1, -1) * rng.normal(0.3, 1, 100)
+    low, high = decisions.Decisions(member).figures(same + 0 * member)["auc_interval"]
+    m, n = same[member], same[~member]
+    bootstrap = roc.Bootstrap(len(m), len(n), 300)
+    a, b = bootstrap.interval(bootstrap.auc(m, n))
+    assert high - low > 2 * (b - a)
+
+
+def test_epsilon():
+    """Clopper-Pearson as scipy's binomtest has it; nothing without signal; more with more."""
+    inside = np.tile([True, True, False, False], 100)  # in both halves of the images
+    member = np.array([inside, ~inside])
+    score = np.where(member, 1.0, 0.0)
+    low = binomtest(200, 200).proportion_ci(method="exact").low
+    high = binomtest(0, 200).proportion_ci(method="exact").high
+    want = np.log((low - decisions.DELTA) / high)
+    assert decisions.epsilon_bound(score, member) == pytest.approx(want)
+    rng = np.random.default_rng(0)
+    noise = [decisions.epsilon_bound(rng.normal(size=(2, 400)), member) for _ in range(20)]
+    assert np.mean(np.array(noise) > 0) < 0.2
+    weak = decisions.epsilon_bound(member + rng.normal(size=(2, 400)), member)
+    assert 0 < weak < want
+
+
+def test_caught():
+    """How often an image's memberships score above all but 1 % of the others."""
+    score, member = scored(images=100)
+    score = score + 10.0 * (np.arange(100) == 7) * member
+    caught = decisions.Decisions(member).caught(score)
+    cut = np.sort(score[~member])[-3]
+    assert caught[7] == 2
+    assert caught.sum() == (score[member] > cut).sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# The tasks
+
+
+def test_predictions_are_those_of_the_loss_grid(tiny_base):
+    """The same noise and losses as diffusion.loss_grid, for an epsilon-prediction model."""
+    from base_files import load_base
+
+    base = load_base(tiny_base)
+    latents, text = torch.randn(5, 4, 8, 8), torch.randn(5, 16, 32)
+    losses, kept = audit_tasks.predict(base, latents, text)
+    want = loss_grid(base, latents, text, draws=2).numpy()
+    np.testing.assert_allclose(losses, want, rtol=1e-4)
+    assert kept.shape == (5, 4, 256) and kept.dtype == np.float16
+
+
+def test_merging_leaves_no_trace(tiny_base):
+    """The base has the same bits after it, which adding and taking away would not give."""
+    import lora
+    from base_files import load_base
+
+    base = load_base(tiny_base)
+    adapter = lora.inject(base.unet, "all", 4, 8.0, torch.Generator().manual_seed(0))
+    layers = list(adapter.layers.values())
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B.weight)
+    before = [layer.base.weight.clone() for layer in layers]
+    with audit_tasks.merged(adapter):
+        assert all(layer.merged for layer in layers)
+        assert not torch.equal(layers[0].base.weight, before[0])
+    assert not any(layer.merged for layer in layers)
+    assert all(torch.equal(x.base.weight, b) for x, b in zip(layers, before, strict=True))
+
+
+def test_a_whole_audit(audited, capsys):
+    """Every step and attack, as written; figures that can be taken again from the scores."""
+    out, record = audited
+    assert json.loads((out / "audit.json").read_text()) == record
+    assert list(record["steps"]) == ["1", "2", "4", "8"] and record["adapters"] == 4
+    last = record["steps"]["8"]
+    assert {lira.HEADLINE, lira.THRESHOLD, "LiRA online, gradient"} <= set(last["attacks"])
+    assert "LiRA online, gradient" not in record["steps"]["4"]["attacks"]
+    assert len({step["held_out_loss"] for step in record["steps"].values()}) == 4
+    with np.load(out / "scores.npz") as scores:
+        member, score = scores["member"], scores[f"8/{lira.HEADLINE}"]
+    area = roc.auc(score[member], score[~member])
+    assert last["attacks"][lira.HEADLINE]["auc"] == pytest.approx(area)
+    for name in ("roc.png", "frontier.png"):
+        assert (out / name).stat().st_size > 5000
+    assert len(record["exposed"]) == 20 and all(e["of"] == 2 for e in record["exposed"])
+    for index in range(4):
+        assert (out / f"adapters/{index:02d}/adapter/pytorch_lora_weights.safetensors").is_file()
+    from evaluation import audit_report
+
+    audit_report.print_record(record)
+    text = capsys.readouterr().out
+    assert lira.HEADLINE in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_an_adapter_is_what_train_would_make(audited, tiny_base, image_folder):
+    """Whatever the process did before it: adapter 3 alone has the same bits."""
+    out, _ = audited
+    plan = audit.make_plan(audit.complete(flags(tiny_base, image_folder, out)))
+    path = plan.folder(3) / "answers.npz"
+    with np.load(path) as found:
+        before = dict(found)
+    path.unlink()
+    audit_tasks.work(plan, 3, audit.train_adapter)
+    with np.load(path) as found:
+        for name in ("losses", "predictions", "sima", "held_out", "last_gradient"):
+            np.testing.assert_array_equal(found[name], before[name])
+
+
+def test_going_on(audited, tiny_base, image_folder, monkeypatch):
+    """A finished audit trains nothing; other settings are refused; more adapters only add."""
+    out, record = audited
+    monkeypatch.setattr(audit, "train_all", None)
+    again = audit.audit(flags(tiny_base, image_folder, out))
+    assert again["steps"] == record["steps"]
+    with pytest.raises(UserError, match="other settings or images"):
+        audit.audit(flags(tiny_base, image_folder, out, lr=0.01))
+    monkeypatch.undo()
+    done = [(out / f"adapters/{k:02d}/answers.npz").stat().st_mtime_ns for k in range(4)]
+    more = audit.audit(flags(tiny_base, image_folder, out, adapters=6))
+    assert "projected prediction" in more["steps"]["8"]["attacks"]
+    assert done == [(out / f"adapters/{k:02d}/answers.npz").stat().st_mtime_ns for k in range(4)]
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_gone_on_with(tiny_base, image_folder, tmp_path):
+    """After SIGKILL no process is left, and what was finished is not trained again."""
+    out = tmp_path / "smp"
+    given = {k: str(v) for k, v in SMALL.items()} | {"method": "smp", "steps": "40"}
+    given |= {"adapters": "4", "jobs": "1", "model": tiny_base, "data": image_folder}
+    command = [sys.executable, str(ROOT / "audit.py"), "--out", str(out)]
+    for name, value in given.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    first = out / "adapters/00/answers.npz"
+    wait_for(first.exists)
+    process.kill()
+    process.communicate()
+    time.sleep(2)
+    steps = [p.read_text() for p in out.glob("adapters/*/progress")]
+    time.sleep(2)
+    assert steps == [p.read_text() for p in out.glob("adapters/*/progress")]
+    written = first.stat().st_mtime_ns
+    assert len(list(out.glob("adapters/*/answers.npz"))) < 4
+    record = audit.audit(flags(tiny_base, image_folder, out, method="smp", steps=40))
+    assert first.stat().st_mtime_ns == written and record["adapters"] == 4
+    assert len(list(out.glob("adapters/*/answers.npz"))) == 4
+
+
+def wait_for(condition, seconds=240):
+    """Until it holds, or fail."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_process_loses_one_task(tiny_base, image_folder, tmp_path):
+    """One of two is killed at its second task: all adapters are there in the end, once."""
+    plan = make_plan(tiny_base, image_folder, tmp_path / "x", steps=10)
+    tasks = {index: (plan, index, audit.train_adapter) for index in range(4)}
+    killed, starts = [], []
+    with workers.processes(2) as executor:
+
+        class Counting:
+            """The executor, with a list of what was submitted."""
+
+            def submit(self, function, plan, index, train):
+                starts.append(index)
+                return executor.submit(function, plan, index, train)
+
+        def show():
+            there = list(executor.running)
+            if not killed and len(there) == 2 and (plan.folder(0) / "progress").exists():
+                os.kill(there[0], signal.SIGKILL)
+                killed.append(there[0])
+
+        workers.complete(Counting(), audit_tasks.work, tasks, show)
+    assert killed and len(starts) == 5  # one task twice, the other process's not
+    assert all(audit_tasks.finished(plan, index) for index in range(4))
+    assert sorted(p.name for p in (tmp_path / "x/adapters").iterdir()) == ["00", "01", "02", "03"]
+    assert not multiprocessing.active_children()
+
+
+def die(folder, text):
+    """A task whose process dies every time."""
+    with open(Path(folder) / "tries", "a") as file:
+        file.write(text)
+    os._exit(1)
+
+
+def test_a_task_that_always_dies(tmp_path):
+    """Is given up after three tries, with one sentence."""
+    with pytest.raises(UserError, match="died 3 times"), workers.processes(1) as executor:
+        workers.complete(executor, die, {0: (str(tmp_path), "x")}, lambda: None)
+    assert (tmp_path / "tries").read_text() == "xxx"
+
+
+def test_errors_of_a_task_come_through(tiny_base, image_folder, tmp_path):
+    """Numbers that are no longer finite are one sentence, also out of another process."""
+    with pytest.raises(UserError, match="finite"):
+        audit.audit(flags(tiny_base, image_folder, tmp_path / "x", lr=1e30, clip=1e30))
+
+
+# --------------------------------------------------------------------------------------------------
+# Several audits
+
+
+def test_compare(audited, tiny_base, image_folder, capsys):
+    """Paired differences against the first, equal to those of the figures; canaries apart."""
+    out, _ = audited
+    other = out.parent / "weak"
+    weak = audit.audit(flags(tiny_base, image_folder, other, lr=1e-6, canaries=6))
+    assert set(weak["steps"]["8"]["canaries"]) == set(weak["steps"]["8"]["attacks"])
+    assert sum(e["canary"] for e in weak["exposed"]) == 6
+    capsys.readouterr()
+    found = audit.audit(audit.Audit(audits=[str(out), str(other)]))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert found["audits"] == ["lora", "weak"] and [d["at"] for d in found["differences"]] == [
+        "last",
+        "best",
+    ]
+    change = found["differences"][0]
+    with np.load(out / "scores.npz") as a, np.load(other / "scores.npz") as b:
+        keep = ~b["canary"]
+        m = a["member"][:, keep]
+        areas = [
+            roc.auc(s[m], s[~m]) for s in (x[f"8/{lira.HEADLINE}"][: len(m), keep] for x in (b, a))
+        ]
+    assert change["auc"] == pytest.approx(areas[0] - areas[1])
+    assert change["auc_interval"][0] <= change["auc"] <= change["auc_interval"][1]
+    assert (out.parent / "comparison.png").exists()
+    with pytest.raises(UserError, match="no finished audit"):
+        audit.audit(audit.Audit(audits=[str(out), str(out.parent)]))
+
+
+def test_the_pool_is_of_the_data(tiny_base, image_folder):
+    """Names of the plan are those of the images at its positions."""
+    plan = make_plan(tiny_base, image_folder)
+    images = load_images(image_folder, 32)
+    assert plan.names == [images.names[i] for i in plan.images]
+    assert plan.captions == [images.captions[i] for i in plan.images]

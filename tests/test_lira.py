@@ -1,0 +1,175 @@
+"""LiRA against loops written by hand and scipy; planted signals are found, and none where there is
+none, however many features there are."""
+
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal, norm
+
+import roc
+from evaluation import lira
+
+
+def halves(adapters, images, seed=0):
+    """(N, P) membership: complementary random halves."""
+    rng, member = np.random.default_rng(seed), np.zeros((adapters, images), bool)
+    for pair in range(adapters // 2):
+        inside = rng.permutation(images) < images // 2
+        member[2 * pair], member[2 * pair + 1] = inside, ~inside
+    return member
+
+
+def area(score, member):
+    """AUC over all decisions."""
+    return roc.auc(score[member], score[~member])
+
+
+def by_hand(x, member, target, side):
+    """Per image and feature (mean, shrunk variance) on one side, one number at a time."""
+    adapters, images, features = x.shape
+    others = [k for k in range(adapters) if k not in (target, target ^ 1)]
+    rest = others if adapters > 4 else [k for k in range(4) if k != target]
+    mean, variance = np.empty((images, features)), np.empty((images, features))
+    for f in range(features):
+        squares = freedom = 0
+        for i in range(images):
+            there = [x[k, i, f] for k in rest if member[k, i] == side]
+            squares += sum((v - sum(there) / len(there)) ** 2 for v in there)
+            freedom += len(there) - 1
+        for i in range(images):
+            there = [x[k, i, f] for k in others if member[k, i] == side]
+            mean[i, f] = sum(there) / len(there)
+            own, n = sum((v - mean[i, f]) ** 2 for v in there), len(there)
+            variance[i, f] = (4 * squares / freedom + own) / (4 + n - 1)
+    return mean, variance
+
+
+@pytest.mark.parametrize("adapters", [4, 8])
+def test_formulas(adapters):
+    """Offline and online, image by image, with scipy's Gaussian."""
+    member = halves(adapters, 6)
+    x = np.random.default_rng(1).normal(size=(adapters, 6, 2)) + 2 * member[:, :, None]
+    for target in range(adapters):
+        (a, va), (b, vb) = (by_hand(x, member, target, side) for side in (True, False))
+        z = ((x[target] - b) / np.sqrt(vb)).sum(1)
+        np.testing.assert_allclose(lira.offline(x, member, target), z)
+        ratio = norm.logpdf(x[target], a, np.sqrt(va)) - norm.logpdf(x[target], b, np.sqrt(vb))
+        np.testing.assert_allclose(lira.online(x, member, target), ratio.sum(1))
+
+
+def test_joint_is_a_ratio_of_gaussians():
+    """Against scipy's density in two dimensions, covariances by hand."""
+    member = halves(6, 10)
+    x = np.random.default_rng(2).normal(size=(6, 10, 2)) @ [[1, 0.8], [0, 0.6]]
+    target, logs = 3, []
+    for side in (True, False):
+        mean, _ = by_hand(x, member, target, side)
+        rows, freedom = [], 0
+        for i in range(10):
+            there = np.array([x[k, i] for k in (0, 1, 4, 5) if member[k, i] == side])
+            rows.extend(there - there.mean(0))
+            freedom += len(there) - 1
+        covariance = np.array(rows).T @ np.array(rows) / freedom
+        covariance[0, 1] *= 0.9
+        covariance[1, 0] *= 0.9
+        logs.append(
+            [multivariate_normal.logpdf(x[target, i], mean[i], covariance) for i in range(10)]
+        )
+    np.testing.assert_allclose(lira.joint(x, member, target), np.subtract(*logs))
+
+
+def test_projection_by_hand():
+    """Image by image; each of the K predictions weighed by its own noise."""
+    member = halves(6, 8)
+    x = np.random.default_rng(3).normal(size=(6, 8, 2, 5)) * np.array([1, 10])[:, None]
+    target, want = 1, np.zeros(8)
+    for k in range(2):
+        left, squares = [s for s in range(6) if s not in (0, 1)], []
+        for i in range(8):
+            for side in (True, False):
+                there = np.array([x[s, i, k] for s in left if member[s, i] == side])
+                squares.extend((there - there.mean(0)).ravel() ** 2)
+        for i in range(8):
+            a, b = (
+                np.mean([x[s, i, k] for s in left if member[s, i] == side], 0) for side in (1, 0)
+            )
+            want[i] += (x[target, i, k] - (a + b) / 2) @ (a - b) / np.mean(squares)
+    np.testing.assert_allclose(lira.projected(x, member, target), want, rtol=1e-4)
+
+
+def planted(signal, adapters=8, images=200, seed=0):
+    """Answers of adapters whose images differ far more than membership moves them."""
+    rng, member = np.random.default_rng(seed), halves(adapters, images, seed)
+    hard = rng.normal(0, 2, images)
+    inside = member[:, :, None, None]
+
+    def noise(*shape):
+        return rng.normal(size=(adapters, images, *shape))
+
+    losses = np.exp(hard[:, None, None] - signal * inside + noise(4, 2))
+    direction = rng.normal(size=(images, 4, 50)) * 0.3
+    answers = {
+        "losses": losses,
+        "sima": np.exp(hard[:, None] - signal * inside[..., 0] + noise(2)),
+        "gradient": hard - signal * member + noise(),
+        "predictions": rng.normal(size=(images, 4, 50))
+        + noise(4, 50)
+        + signal * direction * inside,
+    }
+    return answers, member
+
+
+def test_planted_signals_are_found():
+    """Every attack with shadows sees them; a threshold for all is blinded by their hardness."""
+    answers, member = planted(1.0)
+    found = {name: area(s, member) for name, s in lira.attacks(answers, member).items()}
+    assert found[lira.THRESHOLD] < 0.65
+    assert found["LiRA online, loss"] > 0.9 and found["LiRA offline, loss"] > 0.9
+    assert found["LiRA online, all"] > 0.9 and found["projected prediction"] > 0.8
+    assert (
+        min(
+            found[f"LiRA {kind}, {s}"]
+            for kind in ("online", "offline")
+            for s in ("SimA", "gradient")
+        )
+        > 0.6
+    )
+
+
+def test_nothing_is_found_where_nothing_is():
+    """Also by the projection in 200 dimensions, whose means alone would tell who is a member if the
+    target's partner were among its shadows."""
+    answers, member = planted(0.0, seed=5)
+    scores = lira.attacks(answers, member)
+    found = {name: area(score, member) for name, score in scores.items()}
+    assert len(found) == 10
+    assert all(0.44 < value < 0.56 for value in found.values()), found
+
+
+def test_partner_would_tell():
+    """With the partner among the shadows the same projection is far from one half."""
+    answers, member = planted(0.0, seed=5)
+    x, scores = answers["predictions"].reshape(8, 200, -1), []
+    for target in range(8):
+        rest = [k for k in range(8) if k != target]
+        a, b = lira.side_means(x[rest], member[rest])
+        scores.append(((x[target] - (a + b) / 2) * (a - b)).sum(1))
+    assert area(np.stack(scores), member) < 0.4
+
+
+def test_the_targets_own_labels_are_not_read():
+    """Nor those of its partner: exchanging the two changes no score of the pair."""
+    answers, member = planted(1.0)
+    changed = member.copy()
+    changed[[2, 3]] = changed[[3, 2]]
+    scores, other = lira.attacks(answers, member), lira.attacks(answers, changed)
+    for name, score in scores.items():
+        np.testing.assert_array_equal(score[2:4], other[name][2:4])
+        if name != lira.THRESHOLD:
+            assert not np.array_equal(score[4], other[name][4])
+
+
+def test_four_adapters_have_no_projection():
+    """Which needs two shadows on each side; the others do with one."""
+    scores = lira.attacks(*planted(1.0, adapters=4))
+    assert "projected prediction" not in scores and len(scores) == 9
+    assert all(np.isfinite(score).all() for score in scores.values())

@@ -1,6 +1,7 @@
 """The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it
 copied."""
 
+import io
 import textwrap
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 
 import plots
 import roc
+from cli import write_whole
 
 
 def evaluation(subject, found, control, method: str, folder: Path) -> None:
-    """The four figures of one evaluated adapter, from evaluate.py's `Measured` of it and of the
-    base model."""
+    """The four figures of one evaluated adapter, from the `Measured` of it and of the base
+    model, see queries.py."""
     folder.mkdir(parents=True, exist_ok=True)
     colour = plots.COLOURS.get(method, plots.OTHER)
     worst = found.record["worst"]["attack"]
@@ -70,8 +72,7 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
     )
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.grid(alpha=0.2, which="both")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
@@ -104,8 +105,7 @@ def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
             title=name, xlabel=f"score of the {attack} attack (higher = member)", ylabel="density"
         )
         axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def leakage_by_timestep(
@@ -127,8 +127,7 @@ def leakage_by_timestep(
     axis.set(xlabel="timestep t (noisier to the right)", ylabel="AUC of the loss, one draw")
     axis.legend(frameon=False)
     axis.grid(alpha=0.2)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: int = 10) -> None:
@@ -168,5 +167,12 @@ def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: 
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title("\n".join(textwrap.wrap(caption, 18)), fontsize=7)
     figure.subplots_adjust(left=0.12, right=0.995, bottom=0.01, top=0.9, wspace=0.04, hspace=0.04)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure as PNG, whole, and close it."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
     plt.close(figure)
+    write_whole(path, content.getvalue())

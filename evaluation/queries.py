@@ -7,7 +7,9 @@
 Open choices (a timestep, a weight, a threshold) are made on images that the attacker knows, never
 on test images. Held by tests/test_evaluate.py."""
 
+import hashlib
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,12 @@ import torch
 import tqdm
 
 import lora
+import lora_files
 import roc
 from cli import UserError, write_whole
 from data import SIDES
 from diffusion import (
+    ALL_TIMESTEPS,
     LATE_TIMESTEPS,
     TIMESTEPS,
     Base,
@@ -30,33 +34,45 @@ from diffusion import (
     sample,
 )
 from evaluation import attacks, quality
-from evaluation.target import Subject
+from evaluation.target import Subject, Target, adapter_digest, fingerprint, prepare, sources
 
+DIGEST = 32  # bytes of a SHA-256
 VARIANTS = slice(1, None, 2)  # the timesteps of the grid that crops and cut captions are tried at
 # fitted to auxiliary images, which therefore say nothing about them
 TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled", "GSA1", "blind")
 
 
 class Store:
-    """Arrays kept by name in a folder and computed once; emptied when `key` changes."""
+    """Arrays kept by name in a folder and computed once, as long as `key` stays.
+
+    A file is an .npz with a SHA-256 of key and content behind it, which numpy overlooks.  One of
+    another key, or cut, or changed, is computed again; so a kill does no harm at any moment, nor
+    does another evaluation at work in the same folder.
+    """
 
     def __init__(self, folder: Path, key: str):
-        self.folder = folder
+        self.folder, self.key = folder, key.encode()
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "key.json").is_file() or (folder / "key.json").read_text() != key:
-            for old in folder.glob("*.npz"):
-                old.unlink()
-            (folder / "key.json").write_text(key)
 
     def get(self, name: str, compute: Callable[[], dict]) -> dict[str, np.ndarray]:
         """The named arrays that `compute` returns, from the folder if they are there."""
         path = self.folder / f"{name}.npz"
-        if not path.exists():
-            content = io.BytesIO()
-            np.savez(content, **compute())
-            write_whole(path, content.getvalue())
-        with np.load(path) as arrays:
+        content = self._kept(path)
+        if content is None:
+            buffer = io.BytesIO()
+            np.savez(buffer, **compute())
+            content = buffer.getvalue()
+            write_whole(path, content + self._digest(content))
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
+
+    def _kept(self, path: Path) -> bytes | None:
+        found = path.read_bytes() if path.is_file() else b""
+        content, digest = found[:-DIGEST], found[-DIGEST:]
+        return content if digest == self._digest(content) else None
+
+    def _digest(self, content: bytes) -> bytes:
+        return hashlib.sha256(self.key + content).digest()
 
 
 @dataclass
@@ -210,3 +226,115 @@ def draw(subject: Subject, index, steps: int, guidance: float) -> np.ndarray:
         steps,
         guidance,
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# All figures of one adapter, and of its base
+
+
+@dataclass
+class Measured:
+    """One model: the record that goes into eval.json, and what its figures are drawn from."""
+
+    record: dict
+    scores: dict[str, np.ndarray]  # attack -> (N,)
+    raw: dict[str, np.ndarray]
+    pictures: np.ndarray | None
+
+
+class Examination:
+    """The images of one or several targets, what their models are asked, and the control."""
+
+    def __init__(self, target: Target, s, network):
+        self.settings, self.seed, self.network = s, target.config["seed"], network
+        self.sources = sources(target)
+        self.subject: Subject = prepare(target, s.device, s.nonmembers)
+        self.key = fingerprint(target, self.subject, s)
+        data, held_out = self.subject.data, self.subject.held_out
+        if s.pictures and len(held_out) < 2:
+            raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
+        # what generated pictures are compared with: the members, as in the paper, and held-out ones
+        sets = {"members": data.pixels[data.members()], "held_out": held_out} if s.pictures else {}
+        self.real = {name: quality.features(network, pixels) for name, pixels in sets.items()}
+        self.control: Measured | None = None
+
+    def measure(self, model: Model, references: dict[str, np.ndarray]) -> Measured:
+        """Attack a model as it stands, and judge its pictures."""
+        s, data = self.settings, self.subject.data
+        raw = query(model, self.subject, self.network, s.guidance, self.seed)
+        scores = attack_scores(data, raw, references, self.seed)
+        record = self.leakage(scores)
+        losses = [raw["losses"][:, :, 0], raw["late"][:, :, 0]]
+        grid = np.concatenate(losses, axis=1)  # (N, 8): one draw per timestep
+        record["held_out_loss"] = float(grid[data.roles["nonmember_test"]].mean())
+        areas = [roc.auc(*data.pair(-column, "test")) for column in grid.T]
+        record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
+        pictures = self.draw(model) if s.pictures else None
+        if pictures is not None:
+            made = quality.features(self.network, pictures)
+            record["quality"] = quality.compare(self.real, made)
+        return Measured(record, scores, raw, pictures)
+
+    def leakage(self, scores: dict[str, np.ndarray]) -> dict:
+        """Figures of every attack on the test images, and the worst case."""
+        data, s = self.subject.data, self.settings
+        test = {name: data.pair(score, "test") for name, score in scores.items()}
+        member, nonmember = next(iter(test.values()))
+        bootstrap = roc.Bootstrap(len(member), len(nonmember), s.bootstrap, self.seed)
+        attacked = {
+            name: roc.summary(*pair, threshold(data, name, scores[name]), bootstrap)
+            for name, pair in test.items()
+        }
+        return {"attacks": attacked, "worst": roc.worst_case(test, bootstrap)}
+
+    def draw(self, model: Model) -> np.ndarray:
+        """Pictures from the members' captions, kept with the model's answers: (P, H, W, 3)."""
+        s = self.settings
+        model.adapter.merge()
+        index = np.resize(self.subject.data.members(), s.pictures)
+        return model.store.get(
+            f"pictures-{s.pictures}-{s.sampling_steps}",
+            lambda: {"made": draw(self.subject, index, s.sampling_steps, s.guidance)},
+        )["made"]
+
+    def measure_base(self, target: Target) -> Measured:
+        """The control: an adapter of the same shape before its first step, which is the base with
+        gradients to take.
+
+        Its scores are kept beside the runs, so that every run over the same images finds them.
+        """
+        if self.control is None:
+            unet = self.subject.base.unet
+            trained, _ = lora_files.load(unet, target.adapter)
+            lora.remove(unet, trained)
+            layer = next(iter(trained.layers.values()))
+            generator = torch.Generator().manual_seed(self.seed)
+            untrained = lora.inject(unet, trained.target, layer.rank, layer.alpha, generator)
+            digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+            store = Store(target.run.parent / f"control-{digest}", self.key)
+            try:
+                self.control = self.measure(Model("the base model", untrained, store), {})
+            finally:
+                lora.remove(unet, untrained)
+        return self.control
+
+    def measure_adapter(self, target: Target) -> Measured:
+        """The adapter of a target, in the base for as long as it takes."""
+        unet = self.subject.base.unet
+        adapter, _ = lora_files.load(unet, target.adapter)
+        key = json.dumps([self.key, adapter_digest(target.adapter)])
+        model = Model(target.name, adapter, Store(target.folder / "scores", key))
+        references = {"difference": self.measure_base(target).raw["losses"]}
+        try:
+            return self.measure(model, references)
+        finally:
+            lora.remove(unet, adapter)
+
+    def blind(self) -> dict:
+        """The control without any model: a classifier on thumbnails and words, which must be at
+        chance."""
+        data = self.subject.data
+        features = attacks.blind_features(data.pixels, data.captions)
+        train_on = data.roles["member_aux"], data.roles["nonmember_aux"]
+        score = attacks.classifier_score(features, train_on)
+        return self.leakage({"blind": score})["attacks"]["blind"]

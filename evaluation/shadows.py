@@ -29,7 +29,7 @@ from data import PARTS, load_images, split
 from diffusion import Encoded, loss_grid
 from evaluation import attacks
 from evaluation.queries import Store, choose
-from evaluation.target import Subject, Target
+from evaluation.target import Subject, Target, adapter_digest, base_stamp
 from settings import FREE, Settings
 from training.run_folder import RunFolder
 
@@ -60,12 +60,6 @@ def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], 
 
     Raises UserError, before anything is trained, for what has no shadows.
     """
-    if count < 1:
-        raise UserError(f"--shadow must be 0 or more, not {count}")
-    if target.splits is None or target.step is None:
-        raise UserError(
-            f"--shadow needs a run of train.py: nothing says how {target.name} was trained"
-        )
     s = as_trained(target)
     images = load_images(s.data, subject.base.size, s.caption)
     if images.folders is not None:
@@ -74,7 +68,8 @@ def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], 
             "so all shadows would share its members"
         )
     free = {"seed", *FREE}
-    matters = [{k: v for k, v in asdict(s).items() if k not in free}, images.names]
+    matters = [{k: v for k, v in asdict(s).items() if k not in free}, base_stamp(s.model)]
+    matters += [images.names, images.hashes()]
     digest = hashlib.sha256(json.dumps(matters).encode()).hexdigest()[:8]
     shadows, out = [], []
     for seed in [k for k in range(FIRST_SEED, FIRST_SEED + count + 1) if k != s.seed][:count]:
@@ -93,9 +88,11 @@ def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], 
 
 
 def as_trained(target: Target) -> Settings:
-    """The settings of a run up to the target's step, without what was only looked at on the way."""
+    """The settings of a run up to the target's step, without what was only looked at on the way;
+    model and images from where they lie now."""
     config = RunFolder(target.run).config()
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
+    s = replace(s, model=target.config["model"], data=target.config["data"])
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
     s = replace(s, steps=target.step, accumulate=whole, save_every=target.step)
     s = replace(s, samples=0, sample_every=None, hessian_every=0, norms_every=10**9)
@@ -115,14 +112,15 @@ def query(
     for s in shadows:
         folder = RunFolder(s.out)
         train(replace(s, device=device, threads=torch.get_num_threads()))
-        adapter, _ = lora_files.load(base.unet, folder.adapter()[0])
+        path, _ = folder.adapter()
+        adapter, _ = lora_files.load(base.unet, path)
         adapter.merge()
 
         def ask():
             losses = loss_grid(base, data.latents, data.text).numpy()
             return {"losses": losses, "SimA": attacks.sima(base, data.latents, data.text)}
 
-        store = Store(folder.path / "scores", json.dumps([key, folder.config()["started"]]))
+        store = Store(folder.path / "scores", json.dumps([key, adapter_digest(path)]))
         answers.append(statistics(store.get("shadow", ask)))
         lora.remove(base.unet, adapter)
     return {name: np.stack([answer[name] for answer in answers]) for name in answers[0]}

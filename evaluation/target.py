@@ -1,21 +1,28 @@
 """What is evaluated: an adapter, and the images it is judged on, as the attacks see them.
 
-A target comes from a run folder of train.py, or from flags for an adapter trained elsewhere.  Of
-its images only those with a role are encoded; `roles` are positions among them."""
+A target comes from a run folder of train.py, or from flags for an adapter trained elsewhere.  The
+images of a run are found by what they show and say, whatever they are called now.  Only those with
+a role are encoded; `roles` are positions among them.  Held by tests/test_evaluate.py and
+tests/test_evaluate_faults.py."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from base_files import load_base
-from cli import UserError, read_json
+from cli import UserError, read_json, shown
 from data import FOLDERS, PARTS, SIDES, Images, load_images, split
-from diffusion import Base, Encoded, encode, encode_captions, encode_images
+from diffusion import GRID_SEED, Base, Encoded, encode, encode_captions, encode_images
+from lora_files import PEFT_CONFIG
+from settings import FREE, LOOKS, Settings
 from training.run_folder import RunFolder
 
 SUBSET_SEED = 0  # of the choice of test non-members
+BASE_FILES = (".safetensors", ".json", ".txt")  # weights, configs, and merges of a tokenizer
 
 
 @dataclass
@@ -30,27 +37,29 @@ class Target:
     at: str
     config: dict  # settings: model, data, caption, dtype, method, seed, and for runs the others
     splits: dict[str, list[str]] | None  # file names per role; None: the data folder comes split
+    images: dict[str, str] | None = None  # file name -> hash; None: nothing says what they were
 
 
-def read_run(folder: str, at: str = "last") -> Target:
-    """The adapter of a run folder `at` last, best or a saved step; raises UserError."""
+def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
+    """The adapter of a run folder `at` last, best or a saved step; raises UserError.
+
+    `instead` of what the run says: model and data where they lie now, another dtype.
+    """
     run = RunFolder(folder)
-    config, splits = run.config()["settings"], run.splits()
+    config, splits, images = run.config()["settings"], run.splits(), run.images()
+    config |= {name: value for name, value in instead.items() if value is not None}
+    for name in (name for names in splits.values() for name in names if images is not None):
+        if not isinstance(images.get(name), str):
+            raise UserError(f"the images.json of {run} is damaged: it has no hash of {shown(name)}")
     adapter, step = run.adapter(at)
     results = run.path if at == "last" else run.path / f"at-{at}"
-    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, splits)
+    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, splits, images)
 
 
 def read_adapter(s) -> Target:
-    """An adapter trained elsewhere, named by evaluate.py's flags; raises UserError."""
-    for flag in ("model", "adapter", "data"):
-        if getattr(s, flag) is None:
-            raise UserError(
-                "name run folders, such as runs/smp, or --model, --adapter and --data: "
-                f"--{flag} is missing"
-            )
-    config = {name: getattr(s, name) for name in ("model", "data", "caption", "dtype")}
-    config |= {"method": "adapter", "seed": 0}
+    """An adapter trained elsewhere, named by evaluate.py's flags."""
+    config = {name: getattr(s, name) for name in ("model", "data", "caption")}
+    config |= {"method": "adapter", "seed": 0, "dtype": s.dtype or "float32"}
     splits = read_json(Path(s.splits)) if s.splits else None
     folder = Path(s.out or "runs/evaluation")
     return Target(s.adapter, folder, folder, Path(s.adapter), None, "file", config, splits)
@@ -62,6 +71,7 @@ class Subject:
 
     base: Base
     data: Encoded
+    content: str  # SHA-256 of the pictures and captions of every role, in their order
     held_out: (
         np.ndarray
     )  # (M, H, W, 3): fresh pictures, or the test non-members where there are none
@@ -80,8 +90,6 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
     every = dealt(target, images)
     roles, chosen = {}, []
     for role in (f"{side}_{part}" for side in SIDES for part in PARTS):
-        if not every.get(role):
-            raise UserError(f"the split has no images for the role {role}")
         index = subset(every[role], nonmembers) if role == "nonmember_test" else every[role]
         roles[role] = list(range(len(chosen), len(chosen) + len(index)))
         chosen += index
@@ -92,7 +100,10 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
     halves = [" ".join(words[: len(words) // 2]) for words in map(str.split, captions)]
     crops = [encode_images(base, crop(data.pixels, share)) for share in (0.9, 0.8)]
     cuts = [encode_captions(base, cut) for cut in (halves, [""] * len(captions))]
-    return Subject(base, data, held_out, torch.stack(crops), torch.stack(cuts))
+    hashes = images.hashes()
+    content = json.dumps({role: [hashes[i] for i in index] for role, index in every.items()})
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Subject(base, data, digest, held_out, torch.stack(crops), torch.stack(cuts))
 
 
 def dealt(target: Target, images: Images) -> dict[str, list[int]]:
@@ -108,31 +119,49 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
         )
     if target.splits is None:
         return split(images, target.config["seed"], 0)
-    roles = target.splits
-    if not isinstance(roles, dict) or not all(isinstance(names, list) for names in roles.values()):
-        raise UserError("the splits are not an object of role -> list of file names")
-    every = [name for names in roles.values() for name in names]
-    twice = sorted({name for name in every if every.count(name) > 1}, key=str)
-    if twice:
-        raise UserError(f"the splits name {twice[0]} twice: an image has one role")
     position = {name: i for i, name in enumerate(images.names)}
-    missing = [name for name in every if name not in position]
+    now = position if target.images is None else by_content(target.images, images)
+    missing = [name for names in target.splits.values() for name in names if name not in now]
     if missing:
+        name, count = shown(missing[0]), f"{len(missing)} images of {target.name}"
+        if missing[0] in position:
+            raise UserError(
+                f"the pixels or the caption of {name} in {shown(source)} are not those that "
+                f"{target.run} was trained on ({count} are not found): put them back, or name the "
+                "folder that holds them with --data"
+            )
         raise UserError(
-            f"{source} no longer holds {missing[0]} ({len(missing)} images of the run are gone)"
+            f"{shown(source)} no longer holds {name} ({count} are gone): put them back, or name "
+            "the folder that holds them with --data"
         )
-    return {role: [position[name] for name in names] for role, names in roles.items()}
+    return {role: [now[name] for name in names] for role, names in target.splits.items()}
+
+
+def by_content(known: dict[str, str], images: Images) -> dict[str, int]:
+    """Positions among `images` of those in `known` {former name: hash}, as far as they are there.
+
+    Of copies it is the one that kept its name, else the first.
+    """
+    hashes = images.hashes()
+    named = dict(zip(images.names, hashes, strict=True))
+    first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
+    position = {name: i for i, name in enumerate(images.names)}
+    return {
+        name: position[name] if named.get(name) == digest else first[digest]
+        for name, digest in known.items()
+        if digest in first
+    }
 
 
 def subset(positions: list[int], count: int) -> list[int]:
-    """`count` of `positions` at random, the same for every run (0: all).
+    """`count` of `positions` at random in their order, the same for every run (0: all).
 
     The first ones by name would be all of a kind.
     """
     if not 0 < count < len(positions):
         return positions
     rng = np.random.default_rng(SUBSET_SEED)
-    return sorted(rng.permutation(positions)[:count].tolist())
+    return [positions[i] for i in sorted(rng.permutation(len(positions))[:count])]
 
 
 def crop(pixels: np.ndarray, share: float) -> np.ndarray:
@@ -143,3 +172,60 @@ def crop(pixels: np.ndarray, share: float) -> np.ndarray:
     x = torch.from_numpy(inner).permute(0, 3, 1, 2).float()
     x = torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
     return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Which targets belong together, and what kept scores depend on
+
+
+def sources(target: Target) -> str:
+    """Where images and base of a target come from: targets that agree share an examination."""
+    names = ("model", "data", "caption", "dtype", "seed", "size")
+    return json.dumps([[target.config.get(k) for k in names], target.splits, target.images])
+
+
+def fingerprint(target: Target, subject: Subject, s) -> str:
+    """What the scores and the pictures of the base model depend on, by content and not by name,
+    beside the number and steps of the pictures."""
+    choices = {name: getattr(s, name) for name in ("nonmembers", "guidance", "features")}
+    seeds = [GRID_SEED, SUBSET_SEED, target.config["seed"]]
+    base = [base_stamp(target.config["model"]), target.config["dtype"]]
+    return json.dumps([seeds, base, subject.content, choices])
+
+
+def kind(target: Target) -> str:
+    """All that was decided about an adapter but its seed; what is only looked at on the way decides
+    nothing, nor does a flag that a run does not know, at the value it has left out."""
+    flags = {f.name: f.default for f in fields(Settings)} | Settings.RETIRED
+    chosen = flags | target.config
+    for name in ("seed", *FREE, *LOOKS):
+        chosen.pop(name, None)
+    return json.dumps([chosen, "best" if target.at == "best" else target.step], sort_keys=True)
+
+
+def base_stamp(model: str) -> list:
+    """Names, sizes and times of the files of a base; of one from the hub its name.
+
+    Hashes of gigabytes would take longer than some attacks.
+    """
+    path = Path(model)
+    if path.is_file():
+        files = [path, *sorted(path.with_suffix("").rglob("*"))]  # with its configs beside it
+    else:
+        files = sorted(path.rglob("*"))
+    stats = [(f.name, f.stat()) for f in files if f.suffix in BASE_FILES and f.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats] or [model]
+
+
+def adapter_digest(adapter: Path) -> str:
+    """SHA-256 of an adapter's files: of a folder all that may say something about it."""
+    if adapter.is_dir():
+        files = [f for f in sorted(adapter.iterdir()) if f.suffix in (".safetensors", ".json")]
+    else:
+        files = [adapter, adapter.with_name(PEFT_CONFIG)]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

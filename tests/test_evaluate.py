@@ -12,7 +12,7 @@ import train
 from cli import UserError
 from data import FOLDERS, PARTS, SIDES
 from diffusion import Encoded
-from evaluation import queries, tables
+from evaluation import queries, tables, target
 from evaluation.target import prepare, read_adapter, read_run, subset
 from settings import Settings
 
@@ -62,7 +62,7 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     )
     assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
     assert "worst case" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(queries, "draw", None)
     monkeypatch.setattr(queries, "loss_grid", None)
     monkeypatch.setattr(queries.attacks, "error_maps", None)
     (again,) = evaluate.evaluate(settings)
@@ -168,7 +168,8 @@ def test_runs_are_called_by_their_last_name_unless_two_share_it():
 
 def test_another_choice_of_images_is_another_evaluation(run, monkeypatch):
     """Scores are kept by position, so those of other test images must not be found again."""
-    target, settings = read_run(run), evaluate.Settings()
-    before = evaluate.fingerprint(target, settings)
-    monkeypatch.setattr(evaluate, "SUBSET_SEED", 1)
-    assert evaluate.fingerprint(target, settings) != before
+    found, settings = read_run(run), evaluate.Settings()
+    subject = prepare(found)
+    before = target.fingerprint(found, subject, settings)
+    monkeypatch.setattr(target, "SUBSET_SEED", 1)
+    assert target.fingerprint(found, subject, settings) != before

@@ -79,7 +79,7 @@ def test_evaluation_with_shadows(run, monkeypatch):
 def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     """Too few shadows for an image, and an adapter of which nobody knows how it was trained."""
     monkeypatch.setattr(shadows, "query", None)  # refused before any training
-    for count, words in ((1, "fewer than 2 shadows"), (-1, "must be 0 or more")):
+    for count, words in ((1, "fewer than 2 shadows"), (-1, "--shadow must be 0 to")):
         with pytest.raises(UserError, match=words):
             evaluate.evaluate(evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=count))
     flags = {

@@ -1,0 +1,391 @@
+"""evaluate.py where something is wrong or was interrupted: flags that cannot work, images that were
+moved or changed, scores that are stale, cut or damaged."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import evaluate
+import train
+from cli import UserError
+from data import load_images
+from evaluation import queries, shadows, target
+from evaluation.queries import Store
+from evaluation.target import adapter_digest, base_stamp, dealt, read_run
+from settings import Settings
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {"pictures": 2, "sampling_steps": 1, "bootstrap": 20, "nonmembers": 4}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, image_folder, tmp_path_factory):
+    """A run of two steps over few images, beside no other."""
+    out = str(tmp_path_factory.mktemp("runs") / "lora")
+    small = {"members": 6, "rank": 2, "alpha": 4, "batch_size": 2, "samples": 0, "lr": 0.01}
+    train.train(
+        Settings(method="lora", model=tiny_base, data=image_folder, out=out, steps=2, **small)
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def renamed(image_folder, tmp_path_factory):
+    """The images under other names, in the reverse order."""
+    folder = tmp_path_factory.mktemp("moved") / "images"
+    folder.mkdir()
+    for i, picture in enumerate(sorted(Path(image_folder).glob("*.png"), reverse=True)):
+        shutil.copy(picture, folder / f"x{i:02d}.png")
+        shutil.copy(picture.with_suffix(".txt"), folder / f"x{i:02d}.txt")
+    return str(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags and run folders that cannot work
+
+
+def spoilt(run, folder):
+    """(name of what is wrong, copy of the run folder, words of the message)."""
+    splits = json.loads(Path(run, "splits.json").read_text())
+    config = json.loads(Path(run, "config.json").read_text())
+    twice = splits | {"fresh": splits["member_aux"][:1]}
+    without = config | {"settings": {k: v for k, v in config["settings"].items() if k != "model"}}
+    typed = config | {"settings": config["settings"] | {"data": 5}}
+    gone = config | {"settings": config["settings"] | {"model": "/gone/base"}}
+    text = Path(run, "splits.json").read_text()
+    changes = [
+        ("splits.json", text[:1], "splits.json"),
+        ("splits.json", text[: len(text) // 2], "splits.json"),
+        ("splits.json", "[1]", "not an object of role"),
+        ("splits.json", '{"member_aux": "00.png"}', "not an object of role"),
+        ("splits.json", json.dumps(twice), f"names {splits['member_aux'][0]} twice"),
+        ("splits.json", json.dumps(splits | {"members": []}), "unknown role members"),
+        ("splits.json", json.dumps(splits | {"member_val": []}), "for the role member_val"),
+        ("splits.json", None, "splits.json"),
+        ("config.json", None, "not a run folder"),
+        ("config.json", b"\xff", "config.json"),
+        ("config.json", "[]", "no settings"),
+        ("config.json", json.dumps(without), "lack model"),
+        ("config.json", json.dumps(typed), "data must be a text"),
+        ("config.json", json.dumps(gone), "there is no base model /gone/base"),
+        ("metrics.jsonl", None, "not a complete run"),
+        ("metrics.jsonl", '{"step": 0}\n{"st', "not a complete run"),
+        ("metrics.jsonl", "3\n", "not every line is an object"),
+        ("adapter", None, "did not finish"),
+    ]
+    for i, (name, content, words) in enumerate(changes):
+        copy = folder / f"{i}"
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+        if content is None and name == "adapter":
+            shutil.rmtree(copy / name)
+        elif content is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        yield f"{i} {name}", str(copy), words
+
+
+def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folder, tmp_path):
+    """Numbers out of range, flags that do not go together, paths that lead nowhere."""
+    splits = tmp_path / "splits.json"
+    splits.write_text("[]")
+    other = {"model": tiny_base, "adapter": f"{run}/adapter", "data": image_folder}
+    cases = [
+        ({"runs": [run], name: value}, f"--{name.replace('_', '-')} must be")
+        for name, value in (
+            ("pictures", -1), ("pictures", 1), ("bootstrap", 0), ("nonmembers", -1),
+            ("sampling_steps", 0), ("sampling_steps", 1000), ("shadow", -1),
+            ("guidance", float("nan")), ("guidance", -1.0), ("guidance", float("inf")),
+            ("threads", -1), ("at", "nonsense"), ("at", ""), ("at", "-3"), ("device", "cud"),
+        )
+    ]  # fmt: skip
+    cases += [
+        ({"runs": [run], flag: "x"}, f"--{flag} is for an adapter without a run folder")
+        for flag in ("adapter", "splits", "caption", "out")
+    ]
+    cases += [
+        ({"runs": [run], "data": "/gone"}, "there is no folder /gone"),
+        ({"runs": [run], "model": "/gone"}, "there is no base model /gone"),
+        ({"runs": [run, str(tmp_path)]}, "not a run folder"),
+        ({}, "--model is missing"),
+        (other | {"data": None}, "--data is missing"),
+        (other | {"data": "/gone"}, "there is no folder /gone"),
+        (other | {"model": "gone.safetensors"}, "there is no base model"),
+        (other | {"adapter": "/gone"}, "there is no adapter /gone"),
+        (other | {"splits": str(splits)}, "not an object of role"),
+        (other | {"splits": str(tmp_path)}, "it is not a file"),
+        (other | {"at": "best"}, "--at needs a run folder"),
+        (other | {"shadow": 2}, r"needs a run of train\.py"),
+        (other | {"out": str(splits)}, "is not a folder"),
+        (other | {"out": f"{splits}/below/it"}, "is not a folder"),
+    ]
+    for flags, words in cases:
+        with pytest.raises(UserError, match=words):
+            evaluate.check(evaluate.Settings(**flags))
+    evaluate.check(evaluate.Settings(**other, pictures=0, out=str(tmp_path / "new" / "folder")))
+    evaluate.check(evaluate.Settings(**other | {"model": "owner/name"}))
+
+
+def test_unusable_runs_are_told_by_their_small_files(run, tmp_path):
+    """A run folder that lacks a file, or has one cut, damaged or of another kind."""
+    evaluate.check(evaluate.Settings(runs=[run]))
+    for name, folder, words in spoilt(run, tmp_path):
+        with pytest.raises(UserError, match=words) as told:
+            evaluate.check(evaluate.Settings(runs=[folder]))
+        assert "\n" not in str(told.value), name
+    os.mkfifo(tmp_path / "pipe")  # would be waited for
+    with pytest.raises(UserError, match="not a file"):
+        evaluate.check_splits(tmp_path / "pipe")
+
+
+def test_typos_are_told_before_the_heavy_imports(run):
+    """One line and exit code 2 from the command line, without torch."""
+    cases = [["/nowhere"], [run, "--bootstrap", "0"], [run, "--data", "/gone"], [run, "--at", "x"]]
+    code = f"""
+import contextlib, io, runpy, sys
+for arguments in {cases!r}:
+    sys.argv = ["evaluate.py", *arguments]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path("evaluate.py", run_name="__main__")
+        except SystemExit as stop:
+            assert stop.code == 2
+        else:
+            raise AssertionError(arguments)
+    lines = errors.getvalue().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert not {{"torch", "diffusers", "training.run_folder"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_flags_that_say_where_a_run_lies_now_are_honoured(run, renamed, monkeypatch):
+    """--model and --dtype reach the base, --data the images, and nothing else of the run moves."""
+
+    class Seen(Exception):
+        pass
+
+    def seen(*arguments):
+        raise Seen(*arguments)
+
+    monkeypatch.setattr(target, "load_base", seen)
+    settings = evaluate.Settings(runs=[run], model=renamed, data=renamed, dtype="float16", **FLAGS)
+    with pytest.raises(Seen) as found:
+        evaluate.evaluate(settings)
+    assert found.value.args[:3] == (renamed, "cpu", "float16")
+    as_is, moved = read_run(run), read_run(run, data=renamed)
+    assert moved.config == as_is.config | {"data": renamed}
+
+
+# --------------------------------------------------------------------------------------------------
+# Images are what they show and say
+
+
+def test_images_are_found_by_content(run, renamed, image_folder):
+    """Under other names and in another order, the same pictures and captions in every role."""
+    found = []
+    for folder in (image_folder, renamed):
+        images = load_images(folder, 32)
+        hashes = images.hashes()
+        roles = dealt(read_run(run, data=folder), images)
+        found.append({role: [hashes[i] for i in index] for role, index in roles.items()})
+    assert found[0] == found[1]
+    assert len({digest for of_role in found[0].values() for digest in of_role}) == 40
+
+
+def test_changed_images_are_refused_by_name(run, image_folder, tmp_path):
+    """Pixels or a caption changed under the name that a run knows, two exchanged, one gone; runs
+    that hold no hashes go by name."""
+    names = json.loads(Path(run, "splits.json").read_text())["member_test"]
+    images, victim = tmp_path / "images", Path(names[0]).stem
+
+    def told(change, words, of=run):
+        shutil.rmtree(images, ignore_errors=True)
+        shutil.copytree(image_folder, images)
+        change()
+        moved = read_run(of, data=str(images))
+        if words is None:
+            return dealt(moved, load_images(str(images), 32))
+        with pytest.raises(UserError, match=words) as error:
+            dealt(moved, load_images(str(images), 32))
+        assert names[0] in str(error.value) and "--data" in str(error.value)
+
+    def caption():
+        (images / f"{victim}.txt").write_text("something else")
+
+    def pixel():
+        picture = Image.open(images / names[0])
+        picture.putpixel((3, 3), (1, 2, 3))
+        picture.save(images / names[0])
+
+    def gone():
+        (images / names[0]).unlink()
+        (images / f"{victim}.txt").unlink()
+
+    told(caption, "the pixels or the caption of")
+    told(pixel, "the pixels or the caption of")
+    told(gone, "no longer holds")
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    (old / "images.json").unlink()
+    roles = told(pixel, None, str(old))
+    told(gone, "no longer holds", str(old))
+    position = sorted(p.name for p in Path(image_folder).glob("*.png")).index
+    assert roles["member_test"] == [position(name) for name in names]
+    (old / "images.json").write_text("{}")
+    with pytest.raises(UserError, match=r"images\.json .* is damaged"):
+        read_run(str(old))
+
+
+# --------------------------------------------------------------------------------------------------
+# Kept scores
+
+
+def test_killed_and_called_again_and_moved(run, renamed, tmp_path, monkeypatch):
+    """Killed in the middle and called again, an evaluation gives the figures of one that never
+    stopped, on the same images under other names; nothing that was asked is asked again."""
+    settings = evaluate.Settings(runs=[run], **FLAGS)
+    asked, real = [], queries.gradient_queries
+
+    def killed(*arguments):
+        asked.append(arguments)
+        if len(asked) == 2:  # the first was the base's
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(queries, "gradient_queries", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(settings)
+    assert not Path(run, "eval.json").exists()
+    (again,) = evaluate.evaluate(settings)
+    assert len(asked) == 3
+    copy = shutil.copytree(run, tmp_path / "lora", ignore=shutil.ignore_patterns("scores"))
+    (moved,) = evaluate.evaluate(replace(settings, runs=[str(copy)], data=renamed))
+    assert len(asked) == 5
+    names = ("images", "adapted", "base", "blind")
+    assert {k: moved[k] for k in names} == {k: again[k] for k in names}
+    monkeypatch.setattr(queries, "loss_grid", None)
+    monkeypatch.setattr(queries, "draw", None)
+    (kept,) = evaluate.evaluate(replace(settings, data=renamed))
+    assert {k: kept[k] for k in names} == {k: again[k] for k in names}
+    assert len(asked) == 5
+
+
+def test_stale_and_damaged_arrays_are_computed_again(tmp_path):
+    """Of another key, cut anywhere, with any byte changed, or a pickle: never taken for fresh."""
+    value, calls = np.arange(6.0).reshape(2, 3), []
+
+    def ask(store, result=value):
+        found = store.get("a", lambda: calls.append(1) or {"x": result})
+        np.testing.assert_array_equal(found["x"], result)
+        return len(calls)
+
+    first, second = Store(tmp_path, "one"), Store(tmp_path, "two")
+    assert ask(first) == ask(first) == 1
+    assert ask(second, -value) == 2  # the other's array is not taken
+    assert ask(first) == 3  # nor does the other lose by it
+    path = tmp_path / "a.npz"
+    content = path.read_bytes()
+    with np.load(path) as arrays:  # as a person would look into it
+        np.testing.assert_array_equal(arrays["x"], value)
+    damaged = [content[:n] for n in (0, 1, 31, 32, 100, len(content) - 32, len(content) - 1)]
+    damaged += [content + b"x", b"\0" * len(content), pickle.dumps(value)]
+    for i in range(0, len(content), 7):
+        damaged.append(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+    before = len(calls)
+    for n, bad in enumerate(damaged, 1):
+        path.write_bytes(bad)
+        assert ask(first) == before + n
+    assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_kept_scores_depend_on_content(run, tiny_base, tmp_path):
+    """Images, adapter and base count by what they hold: a copy elsewhere is the same, another
+    weight of the same size and time is not."""
+    found, subject = read_run(run), type("Subject", (), {"content": "abc"})
+    settings = evaluate.Settings()
+
+    def key(found=found, subject=subject, **flags):
+        return target.fingerprint(found, subject, replace(settings, **flags))
+
+    elsewhere = replace(found, config=found.config | {"data": "/other"}, splits=None)
+    assert key() == key(elsewhere) == key(bootstrap=5)
+    halves = replace(found, config=found.config | {"dtype": "float16"})
+    others = {key(halves), key(guidance=2.0), key(subject=type("Subject", (), {"content": "abd"}))}
+    assert len(others | {key()}) == 4
+
+    copy = Path(shutil.copytree(found.adapter, tmp_path / "adapter"))
+    assert adapter_digest(copy) == adapter_digest(found.adapter)
+    (file,) = copy.glob("*.safetensors")
+    before, tensors = file.stat(), load_file(file)
+    tensors[min(tensors)][0, 0] += 1
+    save_file(tensors, file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert adapter_digest(copy) != adapter_digest(found.adapter)
+
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    assert base_stamp(str(base)) == base_stamp(tiny_base)
+    os.utime(base / "unet" / "diffusion_pytorch_model.safetensors")
+    assert base_stamp(str(base)) != base_stamp(tiny_base)
+    assert base_stamp("owner/name") == ["owner/name"]
+
+
+def test_content_of_a_subject(run, renamed, image_folder, monkeypatch):
+    """It is that of the images in their roles: other names do not matter, another caption does."""
+
+    def content(folder):
+        return target.prepare(read_run(run, data=folder), nonmembers=4).content
+
+    before, load = content(image_folder), target.load_images
+    assert content(renamed) == before
+
+    def changed(*arguments):
+        images = load(*arguments)
+        images.captions[0] += "!"
+        return images
+
+    monkeypatch.setattr(target, "load_images", changed)
+    old = replace(read_run(run), images=None)  # goes by name
+    assert target.prepare(old, nonmembers=4).content != before
+
+
+def test_runs_of_before_and_now_are_of_one_kind(run):
+    """A flag that is gone, at the value that changed nothing, and one that is new, left out."""
+    now = read_run(run)
+    old = {k: v for k, v in now.config.items() if k != "attacker_members"}
+    before = replace(now, config=old | {"attacker_every": 1, "seed": 5})
+    assert evaluate.kind(before) == evaluate.kind(now)
+    for flag, value in (("attacker_every", 2), ("rank", 3)):
+        other = replace(before, config=before.config | {flag: value})
+        assert evaluate.kind(other) != evaluate.kind(now)
+
+
+def test_shadows_go_by_where_the_images_lie_and_what_they_hold(run, renamed, image_folder):
+    """Shadows train on the moved images; those of changed images are others."""
+    subject = type("Subject", (), {})
+    subject.base, subject.data = type("Base", (), {"size": 32}), type("Data", (), {})
+    subject.data.names = load_images(renamed, 32).names
+    moved = read_run(run, data=renamed)
+    planned, _ = shadows.plan(moved, subject, 8)
+    assert {s.data for s in planned} == {renamed}
+    caption = Path(renamed, "x00.txt")
+    before = caption.read_text()
+    try:
+        caption.write_text("another one")
+        changed, _ = shadows.plan(moved, subject, 8)
+    finally:
+        caption.write_text(before)
+    assert not {s.out for s in changed} & {s.out for s in planned}
+    assert {s.out for s in planned} == {s.out for s in shadows.plan(moved, subject, 8)[0]}

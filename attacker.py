@@ -26,7 +26,8 @@ NONMEMBER, MEMBER = 0, 1
 
 class RawProxy(nn.Module):
     """MLP d -> 512 -> 256 -> 2 with ReLU and dropout 0.5 on the flattened error map (the paper's
-    h_omega)."""
+    h_omega).
+    """
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__()
@@ -49,7 +50,8 @@ class RawProxy(nn.Module):
 
 class PooledProxy(nn.Module):
     """Log mean, log channel means and log quantiles of the error map, with sines of t, into an MLP
-    64 -> 64 -> 2."""
+    64 -> 64 -> 2.
+    """
 
     QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
     FREQUENCIES = 4

@@ -3,7 +3,8 @@ pickles are never read.
 
 Every fault of a base that a user can have is one sentence, said before anything is written: the
 folder is looked over, each part must find all its tensors in its file, no weight may be absurd, and
-one small picture goes through all the parts.  Held by tests/test_base_files.py."""
+one small picture goes through all the parts.  Held by tests/test_base_files.py.
+"""
 
 import os
 import re
@@ -39,7 +40,8 @@ def load_base(
 ) -> Base:
     """Load and freeze a pipeline for pictures of `size` px (None: what its UNet was made for).
 
-    Raises UserError for a missing or unusable one; pickled weights are never read."""
+    Raises UserError for a missing or unusable one; pickled weights are never read.
+    """
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -76,7 +78,8 @@ def load_base(
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """ "auto" as the name of a dtype: half precision on a GPU, bfloat16 where it has it, and
-    float32 elsewhere."""
+    float32 elsewhere.
+    """
     if dtype != "auto":
         return dtype
     if not device.startswith("cuda") or not torch.cuda.is_available():
@@ -117,7 +120,8 @@ def _find(model: str) -> Path:
 def _one_sentence(what: str) -> Iterator[None]:
     """Around one call of a library: whatever it raises is "`what`: the reason" in one line.
 
-    A damaged file makes diffusers and transformers raise anything, AttributeError included."""
+    A damaged file makes diffusers and transformers raise anything, AttributeError included.
+    """
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -135,7 +139,8 @@ def _one_sentence(what: str) -> Iterator[None]:
 
 def _folder(folder: Path, dtype: torch.dtype):
     """The pipeline in a folder; raises UserError unless it is Stable Diffusion 1.x or 2.x in
-    safetensors."""
+    safetensors.
+    """
     from diffusers import StableDiffusionPipeline
 
     _check_configs(folder)
@@ -148,7 +153,8 @@ def _folder(folder: Path, dtype: torch.dtype):
 
 def _check_configs(folder: Path) -> None:
     """Raises UserError unless the folder describes a pipeline that can be adapted, all parts
-    present."""
+    present.
+    """
     name, index = shown(folder), folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{name} is not a StableDiffusionPipeline folder: it has no {index.name}")
@@ -181,7 +187,8 @@ def _read_config(path: Path) -> dict:
 
 def _check_sizes(path: Path) -> None:
     """Parts are built before their files are read: a million layers or channels would take hours or
-    all memory."""
+    all memory.
+    """
     for key, value in _read_config(path).items():
         most = 100 if "layers" in key else 10**6  # Stable Diffusion 2: 23 layers, 49,408 tokens
         numbers = value if isinstance(value, list) else [value]
@@ -199,7 +206,8 @@ def _check_kind(name: str, index: dict) -> None:
 
 def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     """A part with weights, all of them from its file: the libraries fill what is missing at
-    random, and only say so in a log."""
+    random, and only say so in a log.
+    """
     import diffusers
     import transformers
 
@@ -225,7 +233,8 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def _variant(folder: Path, stem: str) -> str | None:
     """None where the weights have their plain name, else the variant that there is instead, as of
-    `model.fp16.safetensors`."""
+    `model.fp16.safetensors`.
+    """
     name = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
     matches = [name.fullmatch(file.name) for file in folder.glob("*.safetensors")]
     variants = {match[1] for match in matches if match}
@@ -241,7 +250,8 @@ def _variant(folder: Path, stem: str) -> str | None:
 def _single_file(path: Path, dtype: torch.dtype):
     """A single .safetensors checkpoint, by diffusers' own loader; its configs come from a folder of
     the same name beside it (any pipeline folder of that architecture, weights not needed), else
-    from the hub."""
+    from the hub.
+    """
     from diffusers import StableDiffusionPipeline
     from safetensors import SafetensorError, safe_open
 
@@ -288,7 +298,8 @@ def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
 
 def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     """abar (T,) float32 and what the model predicts; raises UserError unless they can be trained
-    and sampled with."""
+    and sampled with.
+    """
     from diffusers import DDIMScheduler
 
     abar = getattr(scheduler, "alphas_cumprod", None)
@@ -312,7 +323,8 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
 
 def _fit_tokenizer(name: str, pipeline) -> None:
     """Cut captions at what the text encoder takes; raises UserError if it lacks words of the
-    tokenizer."""
+    tokenizer.
+    """
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder.config
     highest = max(tokenizer.get_vocab().values())
     if highest >= encoder.vocab_size:
@@ -346,7 +358,8 @@ def _size(name: str, pipeline, size: int | None) -> int:
 @torch.no_grad()
 def _try_out(base: Base) -> None:
     """One small black picture and an empty caption through every part; raises UserError if they do
-    not fit together."""
+    not fit together.
+    """
     side = 8 * base.pipeline.vae_scale_factor
     with _one_sentence(f"the parts of {shown(base.name)} do not work together"):
         latents = encode_images(base, np.zeros((1, side, side, 3), np.uint8))

@@ -53,7 +53,8 @@ class Base:
 
 def at_once(base: Base, most: int = 32) -> int:
     """Pictures that go through a network together, so that memory stays bounded: `most` up to 128
-    px, of 512 px a 16th."""
+    px, of 512 px a 16th.
+    """
     return min(most, max(1, most * 128**2 // base.size**2))
 
 
@@ -80,7 +81,8 @@ class Encoded:
 
     def pair(self, score: np.ndarray, *parts: str) -> tuple[np.ndarray, np.ndarray]:
         """(member scores, non-member scores) of the given parts of the roles, out of (N,)
-        scores."""
+        scores.
+        """
         return tuple(
             np.concatenate([score[self.roles[f"{side}_{part}"]] for part in parts])
             for side in SIDES
@@ -96,7 +98,8 @@ def encode(base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
 @torch.no_grad()
 def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> scaled latents z0 (N, C, h, w), float32: the mode of the VAE's
-    posterior."""
+    posterior.
+    """
     vae, parts, batch = base.pipeline.vae, [], at_once(base)
     for i in range(0, len(pixels), batch):
         x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
@@ -108,7 +111,8 @@ def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
 @torch.no_grad()
 def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
     """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut, with one
-    warning."""
+    warning.
+    """
     tokenizer, parts = base.pipeline.tokenizer, []
     long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
     if long:
@@ -140,14 +144,16 @@ def draw_noise(base: Base, count: int, generator: torch.Generator) -> tuple[torc
 
 def add_noise(latents, noise, timesteps, abar) -> torch.Tensor:
     """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4); latents, noise (B, C,
-    h, w)."""
+    h, w).
+    """
     a = abar[timesteps].view(-1, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
 def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch.Tensor:
     """eps, or v = sqrt(abar) eps - sqrt(1 - abar) z0 (Salimans & Ho 2022) for v-prediction
-    models."""
+    models.
+    """
     if prediction == "epsilon":
         return noise
     a = abar[timesteps].view(-1, 1, 1, 1)
@@ -156,7 +162,8 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
 
 def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
     """e = (eps - f(z_t, t, tau(y)))^2, elementwise (B, C, h, w), in the dtype of eps; the adapter's
-    gradient flows."""
+    gradient flows.
+    """
     noisy_latents, dtype = add_noise(latents, noise, timesteps, base.abar), base.unet.dtype
     half = dtype in (
         torch.bfloat16,
@@ -176,7 +183,8 @@ def error_maps(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAW
     """Yield (slice, T index, draw, e (b, C, h, w)) over images x timesteps x draws.
 
     One noise per (t, draw) from a fixed stream: the same for members and non-members, for the
-    adapted and the base model."""
+    adapted and the base model.
+    """
     batch = at_once(base, GRID_BATCH)
     with torch.no_grad():
         for j, t in enumerate(timesteps):
@@ -205,7 +213,8 @@ def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.
     guidance.
 
     `empty` (1, L, D) embeds "" and `noise` (N, C, h, w) is z_T, so two models can be drawn from the
-    same noise."""
+    same noise.
+    """
     from diffusers import DDIMScheduler
 
     base.pipeline.scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config)

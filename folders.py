@@ -52,6 +52,7 @@ class Found:
     left: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, other: "Found") -> None:
+        """What another folder holds, beside what is here."""
         self.images += other.images
         for reason, files in other.left.items():
             self.left[reason] += files

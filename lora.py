@@ -83,7 +83,8 @@ class LoRALinear(nn.Module):
 
 class LoRAConv2d(LoRALinear):
     """The same for a frozen `nn.Conv2d`: A is a convolution of its geometry, B a 1x1
-    convolution."""
+    convolution.
+    """
 
     @staticmethod
     def factors(base: nn.Conv2d, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -112,14 +113,16 @@ class Adapter:
 
     `target` is the smallest of `TARGETS` that holds them all.  `modules` are the endings that name
     these layers and no others of the model: those of the target, or, for an adapter that covers
-    only a part of it, the layers' full names."""
+    only a part of it, the layers' full names.
+    """
 
     def __init__(self, layers: dict[str, LoRALinear], target: str, modules: tuple[str, ...] = ()):
         self.layers, self.target, self.modules = layers, target, modules
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every layer; a list, as clipping would find an iterator empty the second
-        time."""
+        time.
+        """
         layers = self.layers.values()
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
 

@@ -44,7 +44,8 @@ def ratio_objective(
     loss: torch.Tensor, gain: torch.Tensor, lam: float, delta: float = 1e-5
 ) -> torch.Tensor:
     """Eq. 10, SMP-LoRA: L / (1 - lambda G + delta).  At least 0, since L is and the denominator is
-    above 1."""
+    above 1.
+    """
     return loss / denominator(gain, lam, delta)
 
 
@@ -77,7 +78,8 @@ def objective(
     """What `method` minimises, of the scalars L and G (None for plain LoRA).
 
     "smp-detached" is a control: the value of SMP, but D is held, so the step is grad L / D and the
-    gain has no pull. Raises ValueError for another method."""
+    gain has no pull. Raises ValueError for another method.
+    """
     if method == "lora":
         return Terms(loss, None, 1.0, 0.0, loss)
     if method == "mp":
@@ -127,7 +129,8 @@ def gradient_norms(
 
 def clip_(tensors: list[torch.Tensor], limit: float) -> float:
     """Scale gradients in place so that their joint L2 norm is at most `limit`; returns the norm
-    before."""
+    before.
+    """
     before = norm(tensors)
     if before > limit:
         for t in tensors:

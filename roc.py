@@ -5,7 +5,8 @@ Scores are one number per image, higher = member.  Everything is unfolded: an AU
 that the scores point the wrong way, which an attacker who knows it can use.  Empty sets and NaN
 scores raise ValueError.  Intervals are of 95 % unless told otherwise, never of zero width, and
 measured by bench/coverage.py: tests/test_roc.py holds the figures to scikit-learn, DeLong's
-variance to a loop over pairs, and the intervals to the share of simulations that they cover."""
+variance to a loop over pairs, and the intervals to the share of simulations that they cover.
+"""
 
 import numpy as np
 from scipy.special import betainc, ndtr, ndtri, owens_t, stdtrit
@@ -29,13 +30,15 @@ def checked(member: np.ndarray, nonmember: np.ndarray) -> tuple[np.ndarray, np.n
 
 def comparisons(member: np.ndarray, nonmember: np.ndarray) -> np.ndarray:
     """(M, N): 1 where the member scores above the non-member, 1/2 for ties.  Its mean is the
-    AUC."""
+    AUC.
+    """
     return (member[:, None] > nonmember) + 0.5 * (member[:, None] == nonmember)
 
 
 def placements(member: np.ndarray, nonmember: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row and column means of `comparisons`, by ranks: (..., M) the share of non-members below
-    each member, (..., N) the share of members above each non-member."""
+    each member, (..., N) the share of members above each non-member.
+    """
     member, nonmember = checked(member, nonmember)
     m, n = member.shape[-1], nonmember.shape[-1]
     ranks = rankdata(np.concatenate([member, nonmember], -1), axis=-1)
@@ -45,13 +48,15 @@ def placements(member: np.ndarray, nonmember: np.ndarray) -> tuple[np.ndarray, n
 
 def auc(member: np.ndarray, nonmember: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a member scores above a non-member
-    (Mann-Whitney)."""
+    (Mann-Whitney).
+    """
     return float(placements(member, nonmember)[0].mean())
 
 
 def balanced_accuracy(member: np.ndarray, nonmember: np.ndarray, threshold: float) -> float:
     """The paper's ASR on equal halves: mean of the true-positive and the true-negative rate at
-    `threshold`."""
+    `threshold`.
+    """
     member, nonmember = checked(member, nonmember)
     return float(((member >= threshold).mean() + (nonmember < threshold).mean()) / 2)
 
@@ -65,7 +70,8 @@ def best_threshold(member: np.ndarray, nonmember: np.ndarray) -> float:
 
 def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> np.ndarray | float:
     """True-positive rate at a false-positive rate of at most `fpr`; scores (..., M) and (...,
-    N)."""
+    N).
+    """
     member, nonmember = checked(member, nonmember)
     # so many non-members may score above the threshold; where all may, it lies below all scores
     allowed = int(np.floor(fpr * nonmember.shape[-1] + 1e-9))
@@ -77,7 +83,8 @@ def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> np.ndarray 
 
 def hits(member: np.ndarray, cuts: np.ndarray) -> np.ndarray:
     """True-positive rate at each threshold: the share of member scores (M,) at or above `cuts`
-    (K,)."""
+    (K,).
+    """
     return 1 - np.searchsorted(np.sort(member), cuts, side="left") / len(member)
 
 
@@ -101,7 +108,8 @@ def model_variance(area: np.ndarray, m: int, n: int) -> np.ndarray:
 
     P being the variance of a placement: the mean of that of two exponentials (Hanley and McNeil
     1982, in Newcombe's form of 2006) and that of two normals of equal variance.  Near A = 1 the
-    former is too wide and the latter too narrow."""
+    former is too wide and the latter too narrow.
+    """
     square = area**2
     exponentials = (area / (2 - area) + 2 * square / (1 + area)) / 2 - square
     normals = area - 2 * owens_t(ndtri(area), 1 / np.sqrt(3)) - square
@@ -121,7 +129,8 @@ def auc_interval(member: np.ndarray, nonmember: np.ndarray, level: float = LEVEL
 
     Coverage at 95 %, 40 / 200 and 10 / 50 images, normal scores of equal and unequal variance: .93
     to .975, at AUC .998 up to .98: a perfect sample, not rare there, may not exclude .998, so that
-    only the upper end can miss.  Members with a long lower tail (Gumbel) at .99: .92."""
+    only the upper end can miss.  Members with a long lower tail (Gumbel) at .99: .92.
+    """
     above, below = placements(member, nonmember)
     m, n, area = above.shape[-1], below.shape[-1], above.mean(-1)
     x, y = (v.var(-1) / max(v.shape[-1] - 1, 1) for v in (above, below))
@@ -147,7 +156,8 @@ def tpr_interval(member: np.ndarray, nonmember: np.ndarray, fpr: float, level: f
 
     j of N non-members lie above that threshold, j ~ Binomial(N, fpr), and then h_j of M members.
     The limits are the quantiles of Clopper and Pearson's beta distributions, Beta(h_j, M - h_j + 1)
-    and Beta(h_j + 1, M - h_j), mixed over j.  Conservative: coverage .97 to .99."""
+    and Beta(h_j + 1, M - h_j), mixed over j.  Conservative: coverage .97 to .99.
+    """
     member, nonmember = (np.sort(s) for s in checked(member, nonmember))
     m, n = len(member), len(nonmember)
     j = np.arange(n + 1)
@@ -168,7 +178,8 @@ def tpr_interval(member: np.ndarray, nonmember: np.ndarray, fpr: float, level: f
 
 def asr_interval(member: np.ndarray, nonmember: np.ndarray, threshold: float) -> list[float]:
     """[low, high] of the balanced accuracy at a threshold chosen elsewhere: the Wilson intervals of
-    the two rates, joined as in Newcombe (1998), method 10."""
+    the two rates, joined as in Newcombe (1998), method 10.
+    """
     low = high = 0.0
     for hit in (member >= threshold, nonmember < threshold):
         n, p, z = len(hit), hit.mean(), ndtri((1 + LEVEL) / 2)
@@ -181,7 +192,8 @@ def asr_interval(member: np.ndarray, nonmember: np.ndarray, threshold: float) ->
 
 class Bootstrap:
     """A stratified bootstrap over images: the same resampled images for every attack and every
-    model.  Its interval of an AUC is too narrow above .97 and degenerates at 1: `auc_interval`."""
+    model.  Its interval of an AUC is too narrow above .97 and degenerates at 1: `auc_interval`.
+    """
 
     def __init__(self, members: int, nonmembers: int, rounds: int = 1000, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -238,7 +250,8 @@ def summary(
 def delong(scores: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """AUCs (K,) of K (member, nonmember) on the same images, and their covariance (K, K):
     cov(placements of members) / M + cov(placements of non-members) / N (DeLong, DeLong and
-    Clarke-Pearson 1988)."""
+    Clarke-Pearson 1988).
+    """
     above, below = (np.array(v) for v in zip(*(placements(*s) for s in scores), strict=True))
     centred = [v - v.mean(1, keepdims=True) for v in (above, below)]
     parts = [v @ v.T / (v.shape[1] * max(v.shape[1] - 1, 1)) for v in centred]
@@ -259,7 +272,8 @@ def headline(known: dict[str, tuple], test: dict[str, tuple]) -> dict:
     {attack: (member, nonmember)}, and its AUC and interval on the test images.
 
     The choice has not seen the test images, so the interval covers as that of one attack.  Attacks
-    without test scores are left out."""
+    without test scores are left out.
+    """
     areas = {name: auc(*s) for name, s in known.items() if name in test}
     name = max(areas, key=areas.get)
     return {
@@ -313,7 +327,8 @@ def paired_difference(first: tuple, second: tuple, bootstrap=None) -> tuple[floa
 
         d - sqrt(x^2 + y^2 - 2 c x y), x = a - l_a, y = u_b - b; above with x = u_a - a, y = b - l_b
 
-    (Zou 2007).  Nothing is drawn from `bootstrap`: callers may leave it out."""
+    (Zou 2007).  Nothing is drawn from `bootstrap`: callers may leave it out.
+    """
     areas, covariance = delong([first, second])
     low, high = np.array(auc_interval(*(np.array(s) for s in zip(first, second, strict=True))))
     c = _correlation(covariance)[0, 1]
@@ -360,7 +375,8 @@ def _shared(seeds: list[dict[str, tuple]]) -> list[str]:
 
 def pooled_headline(known: list[dict[str, tuple]], test: list[dict[str, tuple]]) -> dict:
     """`headline` over seeds: the attack with the highest mean AUC on known images, on the test
-    images of each seed."""
+    images of each seed.
+    """
     areas = {name: np.mean([auc(*s[name]) for s in known]) for name in _shared([*known, *test])}
     name = max(areas, key=areas.get)
     return {"attack": name, "auc_known": float(areas[name])} | pooled([s[name] for s in test])
@@ -370,7 +386,8 @@ def pooled_worst(seeds: list[dict[str, tuple]], rounds=None) -> dict:
     """The attack with the highest AUC on average over seeds, each {attack: (member, nonmember)}.
 
     The interval is that of this attack and includes the seeds, not the choice among attacks;
-    `auc_by_seed` is each seed's own worst attack.  Nothing is drawn: `rounds` may be left out."""
+    `auc_by_seed` is each seed's own worst attack.  Nothing is drawn: `rounds` may be left out.
+    """
     names = _shared(seeds)
     areas = np.array([[auc(*s[name]) for s in seeds] for name in names])  # (K, S)
     name = names[areas.mean(1).argmax()]
@@ -380,6 +397,7 @@ def pooled_worst(seeds: list[dict[str, tuple]], rounds=None) -> dict:
 
 def pooled_difference(pairs: list[tuple], rounds=None) -> tuple[float, list[float]]:
     """Mean over seeds of AUC(first) - AUC(second) of [(first, second), ...], both on the images of
-    that seed; the interval includes the seeds.  Nothing is drawn: `rounds` may be left out."""
+    that seed; the interval includes the seeds.  Nothing is drawn: `rounds` may be left out.
+    """
     found = [paired_difference(first, second) for first, second in pairs]
     return over_seeds([change for change, _ in found], [interval for _, interval in found])

@@ -20,7 +20,8 @@ products H v.
     spectrum = lanczos(lambda v: hessian_vector_product(gradient, parameters, v), gradient.detach())
 
 Held by tests/test_smoothness.py: products to a dense Hessian, spectra to known ones, the identities
-to autograd."""
+to autograd.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -41,7 +42,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]  # v (P,) -> H v (P,)
 
 def plain_attention() -> AbstractContextManager:
     """Attention of plain matrix products inside; the fused kernels can be differentiated only
-    once."""
+    once.
+    """
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -56,7 +58,8 @@ def hessian_vector_product(
     gradient: torch.Tensor, parameters: list[nn.Parameter], vector: torch.Tensor
 ) -> torch.Tensor:
     """H v = d (gradient . v) / d parameters (Pearlmutter 1994): (P,); one backward pass through
-    `flat_gradient`."""
+    `flat_gradient`.
+    """
     product = torch.autograd.grad(
         gradient, parameters, vector, retain_graph=True, allow_unused=True, materialize_grads=True
     )
@@ -88,7 +91,8 @@ def power_iteration(
 
     The estimate is ||H v||, which rises to the largest |eigenvalue| whatever its sign, also where
     +a and -a tie (there the Rayleigh quotient v.Hv says nothing).  Converged: its relative change
-    is at most `tolerance`."""
+    is at most `tolerance`.
+    """
     vector, norm, products, converged = start / start.norm().clamp_min(1e-30), 0.0, 0, False
     while True:
         image, products = product(vector), products + 1
@@ -113,7 +117,8 @@ def lanczos(
     After k products its estimate is the best in the space that power iteration has walked through,
     so it needs fewer.  Converged: the residual bound is at most `tolerance` of the largest
     |eigenvalue|.  The error of an isolated eigenvalue is of the order of residual^2 / gap, so 1e-3
-    here stands for about 1e-6 in the value."""
+    here stands for about 1e-6 in the value.
+    """
     basis, alphas, betas = [start / start.norm().clamp_min(1e-30)], [], []
     while True:
         image = product(basis[-1])
@@ -158,13 +163,15 @@ def curvature_term(hess_loss_v, hess_gain_v, weight: float, denominator: float) 
     """(hess L + weight hess G) v / D from hess L v and hess G v: (P,).
 
     All of hess v for the sum (weight = lambda, D = 1); for the ratio (weight = lambda J) the part
-    without ||grad J||."""
+    without ||grad J||.
+    """
     return (hess_loss_v + weight * hess_gain_v) / denominator
 
 
 def rank_two_term(grad_total, grad_gain, vector, lam: float, denominator: float) -> torch.Tensor:
     """(lambda / D) (grad J grad G^T + grad G grad J^T) v: (P,); the part of hess J v that carries
-    ||grad J||."""
+    ||grad J||.
+    """
     return (
         lam
         / denominator
@@ -174,7 +181,8 @@ def rank_two_term(grad_total, grad_gain, vector, lam: float, denominator: float)
 
 def rank_two_norm(grad_total, grad_gain, lam: float, denominator: float) -> float:
     """Spectral norm of that term, (lambda / D) (|a.b| + ||a|| ||b||): a b^T + b a^T has eigenvalues
-    a.b +- ||a|| ||b||."""
+    a.b +- ||a|| ||b||.
+    """
     dot = torch.dot(grad_total, grad_gain).abs()
     return (lam / denominator * (dot + grad_total.norm() * grad_gain.norm())).item()
 
@@ -184,7 +192,8 @@ def bound(norm_loss, norm_gain, grad_norm_gain, weight, lam, denominator) -> tup
     G and ||grad G||.
 
     With lam = 0, weight = lambda and D = 1 it is Proposition 1's bound on the sum: L0' = ||hess L||
-    + lambda ||hess G|| and L1' = 0."""
+    + lambda ||hess G|| and L1' = 0.
+    """
     return (norm_loss + weight * norm_gain) / denominator, 2 * lam * grad_norm_gain / denominator
 
 
@@ -194,7 +203,8 @@ def bound(norm_loss, norm_gain, grad_norm_gain, weight, lam, denominator) -> tup
 
 def gradient_scale(gradient: torch.Tensor, parameters: list[nn.Parameter]) -> float:
     """The paper's "gradient scale": the SUM over tensors of their L2 norms (the gradient norm is
-    the root of squares)."""
+    the root of squares).
+    """
     return sum(g.norm() for g in gradient.split([p.numel() for p in parameters])).item()
 
 
@@ -210,7 +220,8 @@ def measure(
 
     `terms` computes the objective anew on a fixed batch with fixed (t, eps), the attacker in eval
     mode.  `fixed_*` is of that batch.  For smp-detached the denominator is held, so the Hessian is
-    hess L / D."""
+    hess L / D.
+    """
     now, gradients, spectra = _spectra(method, terms, parameters, iterations)
     total, coupling = spectra["total"], lam if method == "smp" else 0.0
     d, weight = now.denominator, now.lambda_effective
@@ -294,7 +305,8 @@ def correlation(x, y, enough: int = 30) -> Correlation:
 
     Neighbouring points of a run are alike, so n points count for n (1 - a b) / (1 + a b), a and b
     being the lag-one autocorrelations (Bretherton et al. 1999).  The interval is Fisher's; with 30
-    points it is about +-0.36 wide at r = 0."""
+    points it is about +-0.36 wide at r = 0.
+    """
     import numpy as np
     from scipy.stats import pearsonr
 

@@ -10,7 +10,8 @@ inference.
 
 `algorithm_1` is Algorithm 1 of Luo et al. 2025 (arXiv 2402.11989); everything else here sets it up
 and keeps what it does.  Held by tests/test_train.py, tests/test_parallel.py and
-tests/test_checkpoint.py."""
+tests/test_checkpoint.py.
+"""
 
 from pathlib import Path
 
@@ -44,21 +45,21 @@ from training.run import Run, prepare
 
 
 def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[dict]:
-    """Algorithm 1: the attacker h and the adapter A, B in turn.  Yields a row of metrics.jsonl per
-    step.
+    """Algorithm 1: attacker h and adapter A, B in turn.  Yields a row of metrics.jsonl per step.
 
     Members D_tr = D_aux^m + D_te^m are what the adapter trains on; D_aux, half members and half
     not, is what the attacker trains on.  e (B, C, h, w) are the elementwise squared errors of one
     UNet forward, over all micro-batches and processes.  Raises UserError when a number is no longer
-    finite, before any weight has moved by it."""
+    finite, before any weight has moved by it.
+    """
     s, h = run.settings, learner.attacker
     for step in steps:
         began, row = time.time(), {"step": step}
 
         if s.method != "lora":  # (a) the attacker ascends its gain on a balanced auxiliary batch
-            batch = auxiliary_batch(run, learner)  # (e, t) of members, (e, t) of non-members
-            if batch:
-                loss, accuracy = attacker_step(h, learner.attacker_optimizer, *batch)  # G, Eq. 5
+            pair = auxiliary_batch(run, learner)  # (e, t) of members, (e, t) of non-members
+            if pair:
+                loss, accuracy = attacker_step(h, learner.attacker_optimizer, *pair)  # G, Eq. 5
                 row |= {"attacker_loss": loss, "attacker_accuracy": accuracy}
             run.processes.same(h)
 
@@ -81,11 +82,11 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
 
 
 def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
-    """(errors, timesteps) of auxiliary members and of as many non-members; no gradient through the
-    UNet.
+    """(errors, timesteps) of auxiliary members and of as many non-members; without gradient.
 
     With --attacker-members reused the members are those that the last outer step has sent through
-    the UNet already, and there is no batch where there are none."""
+    the UNet already, and there is no batch where there are none.
+    """
     if learner.reuses and (not learner.reused or not len(learner.reused[0])):
         return None
     batch = learner.auxiliary_batch()
@@ -100,8 +101,7 @@ def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
 
 
 def train(settings: Settings) -> dict:
-    """Run Algorithm 1.  Writes the run folder `settings.out` and returns its summary (also in
-    config.json).
+    """Run Algorithm 1.  Writes the run folder `settings.out`; returns its summary.
 
     Raises UserError for what the user can mend, SystemExit when asked to stop.
     """
@@ -147,7 +147,8 @@ def learn(settings: Settings) -> dict:
 
 def start(run: Run, learner: Learner) -> tuple[int, float]:
     """Begin the run folder, or put `learner` where its newest state was: (first step, seconds
-    before)."""
+    before).
+    """
 
     def take(tensors: dict[str, torch.Tensor], facts: dict) -> None:
         float(facts["seconds"])
@@ -169,7 +170,8 @@ def start(run: Run, learner: Learner) -> tuple[int, float]:
 
 def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: bool) -> None:
     """After a step: adapter with its held-out loss, pictures, the row, and the state, each when it
-    is due."""
+    is due.
+    """
     s, step = run.settings, row["step"]
     last = step == s.steps
     if step % (s.save_every or max(1, s.steps // 8)) == 0 or last:

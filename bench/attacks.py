@@ -6,7 +6,8 @@
 `evaluate.py` is cheaper than the sum of these rows: one pass over the grid serves the loss, the
 proxies and the difference, and one clean prediction serves PIA, PIAN and SimA.  Training of the
 proxies is not counted.  Latents are random, since time does not depend on them; ratios are against
-the loss attack of the same round."""
+the loss attack of the same round.
+"""
 
 import argparse
 import sys
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def attacks_on(args):
     """(adapter, attacks on it merged, attacks on it apart), the latter as {attack: a function that
-    scores all images}."""
+    scores all images}.
+    """
     import numpy as np
     import torch
 

@@ -5,7 +5,8 @@
 
 Scores are normal, those of members with a standard deviation of `spread` times the non-members',
 shifted to a known AUC or TPR.  0.95 is wanted of a 95 % interval; --repetitions counts for the AUC,
-whose simulations run as one array, and the others have a tenth of it.  No model is needed."""
+whose simulations run as one array, and the others have a tenth of it.  No model is needed.
+"""
 
 import argparse
 import sys
@@ -78,7 +79,8 @@ def paired_coverage(areas, correlation, m, n, repetitions, seed=0) -> float:
 
 def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, float, float]:
     """Of `count` attacks with a true AUC of .75, 40 / 200 images: coverage of `roc.worst_case`, of
-    `roc.headline`, and of the highest AUC's own interval, which holds no choice."""
+    `roc.headline`, and of the highest AUC's own interval, which holds no choice.
+    """
     rng, bootstrap, held = np.random.default_rng(seed), roc.Bootstrap(40, 200, 1), np.zeros(3)
     areas = np.full(count, 0.75)
     for _ in range(repetitions):
@@ -94,7 +96,8 @@ def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, flo
 
 def seeds_coverage(area, deviation, seeds, count, repetitions, seed=0) -> tuple[float, float]:
     """Coverage of the mean over seeds, whose shift differs by `deviation`: of a named attack, and
-    of `roc.pooled_worst` of `count` equal ones (correlation .8)."""
+    of `roc.pooled_worst` of `count` equal ones (correlation .8).
+    """
     rng, held = np.random.default_rng(seed), np.zeros(2)
     shift = ndtri(area)
     true = ndtr(shift / np.sqrt(1 + deviation**2))

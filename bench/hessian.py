@@ -36,7 +36,8 @@ def seconds(call, times: int) -> float:
 
 def main() -> None:
     """Three rounds in turn, so that drift of the machine shows; random latents, since time does not
-    depend on them."""
+    depend on them.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -7,7 +7,8 @@ a check on it.
     python bench/step.py --model FOLDER --steps 3 --warm-up 1 --rounds 1
 
 Shapes, memory and time are those of the real model; what it draws is noise.  Not part of the test
-suite."""
+suite.
+"""
 
 import argparse
 import gzip
@@ -110,7 +111,8 @@ def write(folder: Path) -> None:
 
 def check(folder: Path, dtype: str, size: int) -> None:
     """Three steps of each method, what an evaluation asks of a few images, and a Hessian norm at
-    half the size."""
+    half the size.
+    """
     import torch
     from step import peak_gib
 

@@ -78,7 +78,8 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
 
 def ours(args, method: str, proxy: str, kind: str = ""):
     """(a function that takes steps of Algorithm 1, how many): a whole round of what differs between
-    steps."""
+    steps.
+    """
     from train import algorithm_1
 
     run, learner = build(args, method, proxy, members="reused" if kind == "reused" else "drawn")
@@ -158,7 +159,8 @@ def released(args):
 
 def peak_gib(reset: bool = False) -> float:
     """The peak resident set since the last reset, in GiB; not a number where the kernel does not
-    say."""
+    say.
+    """
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")

@@ -5,7 +5,8 @@ one column per candidate, (N, candidates); `evaluate.py` picks the column on ima
 attacker knows, never on test images.  All draws of noise come from one fixed stream: the same for
 members and non-members, for the adapted and the base model.  The functions of tensors alone can be
 read without the rest; those that take `base` query its UNet without gradient.  Held by
-tests/test_attacks.py to models whose answers can be written down, and shown there to work."""
+tests/test_attacks.py to models whose answers can be written down, and shown there to work.
+"""
 
 import copy
 
@@ -57,7 +58,8 @@ def _l4(x: torch.Tensor) -> np.ndarray:
 
 def loss_attack(grid: torch.Tensor) -> np.ndarray:
     """Minus the mean loss over the grid (N, T, K) (Matsumoto et al. 2023): members are fitted
-    better."""
+    better.
+    """
     return -grid.mean((1, 2)).numpy()
 
 
@@ -65,7 +67,8 @@ def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray
     """Mean over the grid of log L_base - log L_adapted at the same (t, eps), both (N, T, K).
 
     The base model is public, so the attacker knows how hard an image is without the adapter (cf.
-    Watson et al. 2022)."""
+    Watson et al. 2022).
+    """
     return (base_grid.log() - grid.log()).mean((1, 2)).numpy()
 
 
@@ -74,7 +77,8 @@ def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
     et al. 2023).
 
     losses (N, T); crop_losses (M, N, T).  A member sits in a local minimum of the loss, its crops
-    lie higher."""
+    lie higher.
+    """
     return ((crop_losses - losses) / losses).mean((0, 2)).numpy()
 
 
@@ -86,7 +90,8 @@ def clid(
 
     losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones
     c*_i: a model that was fitted on the pair misses the caption more.  S standardises by the images
-    `known` to the attacker."""
+    `known` to the attacker.
+    """
 
     def standard(x):
         return (x - x[known].mean()) / x[known].std().clamp_min(1e-12)
@@ -125,7 +130,8 @@ def pia(
     et al. 2024).
 
     eps_0 = eps(z_0, 0) may be handed over as `clean`; `normalised` rescales it to the mean size of
-    Gaussian noise (PIAN)."""
+    Gaussian noise (PIAN).
+    """
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
     if normalised:
         eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
@@ -140,7 +146,8 @@ def pia(
 
 def sima(base: Base, latents, text, timesteps=(100, 200, 300), clean=None) -> np.ndarray:
     """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA,
-    Rao et al. 2025)."""
+    Rao et al. 2025).
+    """
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
     return np.stack(
         [-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1
@@ -158,7 +165,8 @@ def train_proxy(
     the paper).
 
     The checkpoint is that of the best accuracy on *validation* images; the paper takes the test
-    set's."""
+    set's.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -205,7 +213,8 @@ def sweep(
     base: Base, latents, text, attackers: dict
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One pass over the grid for everything that reads error maps: losses (N, T, K), and per
-    attacker the log-odds log h' - log(1 - h') of each error map, (N, T, K)."""
+    attacker the log-odds log h' - log(1 - h') of each error map, (N, T, K).
+    """
     grid = torch.empty(len(latents), len(TIMESTEPS), DRAWS)
     odds = {name: torch.empty_like(grid) for name in attackers}
     for at, j, k, error in error_maps(base, latents, text):
@@ -233,7 +242,8 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     (N, tensors) (GSA1, Pang et al. 2023).
 
     One backward pass serves several images: a weight's gradient from one image is the sum over
-    positions of what its layer was given times what came back for that image."""
+    positions of what its layer was given times what came back for that image.
+    """
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
     noise = torch.randn(
         (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
@@ -268,7 +278,8 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
 def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> torch.Tensor:
     """L2 norm (images,) of the weight's gradient from each image; the rows of an image follow one
     another in the input (B, ..., in) and in the output's gradient (B, ..., out), both with channels
-    first for a convolution."""
+    first for a convolution.
+    """
     if isinstance(layer, torch.nn.Conv2d):
         unfold = torch.nn.functional.unfold
         given = unfold(
@@ -281,7 +292,8 @@ def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> to
 
 def classifier_score(features: np.ndarray, train: tuple[list[int], list[int]]) -> np.ndarray:
     """Log-odds of a logistic regression trained on (member, nonmember) rows of `features` (N,
-    F)."""
+    F).
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -299,7 +311,8 @@ def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
     F).
 
     The paper's black-box attack (after Pang & Wang 2023): only captions go in and only pictures
-    come out."""
+    come out.
+    """
     real = real / np.linalg.norm(real, axis=-1, keepdims=True)
     generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
     return (generated * real[:, None]).sum(-1).max(1) - 1
@@ -307,7 +320,8 @@ def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
 
 def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
     """What can be known without any model: thumbnails (N, 6 * 6 * 3) and words, for the control
-    that must fail."""
+    that must fail.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     n, size = pixels.shape[:2]

@@ -1,5 +1,6 @@
 """The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it
-copied."""
+copied.
+"""
 
 import io
 import textwrap
@@ -15,7 +16,8 @@ from cli import write_whole
 
 def evaluation(subject, found, control, method: str, folder: Path) -> None:
     """The four figures of one evaluated adapter, from the `Measured` of it and of the base
-    model, see queries.py."""
+    model, see queries.py.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     colour = plots.COLOURS.get(method, plots.OTHER)
     worst = found.record["worst"]["attack"]
@@ -77,7 +79,8 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
 
 def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
     """Scores of test members against non-members, one panel per model: {name: (member,
-    nonmember)}."""
+    nonmember)}.
+    """
     figure, axes = plt.subplots(
         1, len(pairs), figsize=(4.6 * len(pairs), 3.4), layout="constrained"
     )
@@ -132,7 +135,8 @@ def leakage_by_timestep(
 
 def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: int = 10) -> None:
     """The generated pictures closest to a member (upper rows) above that member (lower rows), by
-    squared error."""
+    squared error.
+    """
     a, b = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (made, members))
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     order = np.argsort(distance.min(1))[:columns]

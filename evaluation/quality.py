@@ -147,7 +147,8 @@ def nearest(real: torch.Tensor, generated: torch.Tensor) -> tuple[np.ndarray, np
 
 def compare(real: dict[str, torch.Tensor], generated: torch.Tensor) -> dict[str, float]:
     """Frechet distance, KID and distance to the nearest, of features (P, F) to each set (N, F) of
-    `real`."""
+    `real`.
+    """
     found = {"pictures": len(generated)}
     for name, features in real.items():
         found[f"frechet_{name}"] = frechet_distance(features, generated)

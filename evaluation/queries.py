@@ -5,7 +5,8 @@
     scores = attack_scores(subject.data, raw, {"difference": base_raw["losses"]}, seed)  # (N,) each
 
 Open choices (a timestep, a weight, a threshold) are made on images that the attacker knows, never
-on test images. Held by tests/test_evaluate.py."""
+on test images. Held by tests/test_evaluate.py.
+"""
 
 import hashlib
 import io
@@ -78,7 +79,8 @@ class Store:
 @dataclass
 class Model:
     """A base with an adapter in it, by the name that people see, and where what it answers is
-    kept."""
+    kept.
+    """
 
     name: str
     adapter: lora.Adapter
@@ -89,7 +91,8 @@ def query(model: Model, subject: Subject, network, guidance: float, seed: int) -
     """Everything that the attacks ask of a model, as named arrays over the images.
 
     This is where the time goes; what follows is arithmetic.  Raises UserError for a model whose
-    losses are not finite."""
+    losses are not finite.
+    """
     base, data, adapter = subject.base, subject.data, model.adapter
     asked = {
         "grid": lambda: loss_queries(base, data, seed),
@@ -113,7 +116,8 @@ def query(model: Model, subject: Subject, network, guidance: float, seed: int) -
 
 def loss_queries(base: Base, data: Encoded, seed: int) -> dict[str, np.ndarray]:
     """Losses (N, T, K) and (N, T', 1) of the late timesteps, and the log-odds of fresh proxy
-    attackers."""
+    attackers.
+    """
     h = {
         proxy: attacks.train_proxy(base, data.latents, data.text, data.roles, proxy, seed)
         for proxy in ("raw", "pooled")
@@ -152,7 +156,8 @@ def variant_queries(subject: Subject) -> dict[str, np.ndarray]:
 
 def picture_queries(subject: Subject, network, guidance: float) -> dict[str, np.ndarray]:
     """Pictures from the captions of validation and test images, in fewer steps than for quality:
-    (N,)."""
+    (N,).
+    """
     data = subject.data
     index = [i for side in SIDES for part in ("val", "test") for i in data.roles[f"{side}_{part}"]]
     score = np.full(len(data.latents), np.nan)
@@ -175,7 +180,8 @@ def attack_scores(
     known images.
 
     `references` are loss grids (N, T, K) of other models, by the name of the attack that compares
-    with them."""
+    with them.
+    """
     losses, first = torch.from_numpy(raw["losses"]), torch.from_numpy(raw["losses"][:, VARIANTS, 0])
     train = tuple(data.roles[f"{side}_aux"] for side in SIDES)
     scores = {
@@ -198,16 +204,18 @@ def attack_scores(
 
 
 def choose(data: Encoded, score: np.ndarray) -> np.ndarray:
-    """The column of (N, candidates) with the best AUC on the images that the attacker knows; (N,)
-    as it is."""
+    """The column of (N, candidates) with the best AUC on the images that the attacker knows, the
+    first of equals; (N,) as it is."""
     if score.ndim == 1:
         return score
-    return max(score.T, key=lambda column: roc.auc(*data.pair(column, "aux", "val")))
+    # an AUC is a multiple of 1 / 2MN: what differs by less is rounding, and equal
+    return max(score.T, key=lambda column: round(roc.auc(*data.pair(column, "aux", "val")), 12))
 
 
 def threshold(data: Encoded, name: str, score: np.ndarray) -> float:
     """The best threshold on known images: validation alone where the attack was fitted to the
-    auxiliary ones."""
+    auxiliary ones.
+    """
     parts = ("val",) if name in TRAINED or np.isnan(score).any() else ("aux", "val")
     return roc.best_threshold(*data.pair(score, *parts))
 
@@ -332,7 +340,8 @@ class Examination:
 
     def blind(self) -> dict:
         """The control without any model: a classifier on thumbnails and words, which must be at
-        chance."""
+        chance.
+        """
         data = self.subject.data
         features = attacks.blind_features(data.pixels, data.captions)
         train_on = data.roles["member_aux"], data.roles["nonmember_aux"]

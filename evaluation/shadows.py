@@ -12,7 +12,8 @@ An out-shadow has the run's settings and another seed, so another random split o
 and did not train on x: an image that is easy for every adapter of this kind no longer passes for a
 member.  `sd` is pooled over images, as the paper advises for few shadows.  Noise, timesteps and
 captions are those of the run's own queries.  Held by tests/test_shadow.py to the formula and to a
-planted case that the raw score does not see."""
+planted case that the raw score does not see.
+"""
 
 import hashlib
 import json
@@ -41,7 +42,8 @@ def calibrated(run: np.ndarray, shadows: np.ndarray, out: np.ndarray) -> np.ndar
     """(phi(run) - mean_out phi) / sd: run (N, C), shadows (S, N, C), out (S, N) -> (N, C).
 
     sd (C,) is the root of the out-shadows' variance about each image's own mean, pooled over
-    images."""
+    images.
+    """
     keep, count = out[:, :, None], out.sum(0)[:, None]  # (S, N, 1), (N, 1)
     mean = np.where(keep, shadows, 0).sum(0) / count
     variance = np.where(keep, (shadows - mean) ** 2, 0).sum((0, 1)) / (count - 1).sum()
@@ -50,7 +52,8 @@ def calibrated(run: np.ndarray, shadows: np.ndarray, out: np.ndarray) -> np.ndar
 
 def statistics(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """phi of the two attacks, (N, C) each: minus the mean log loss over the grid, and SimA at every
-    candidate t."""
+    candidate t.
+    """
     return {"LiRA-loss": -np.log(raw["losses"]).mean((1, 2))[:, None], "LiRA-SimA": raw["SimA"]}
 
 
@@ -89,7 +92,8 @@ def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], 
 
 def as_trained(target: Target) -> Settings:
     """The settings of a run up to the target's step, without what was only looked at on the way;
-    model and images from where they lie now."""
+    model and images from where they lie now.
+    """
     config = RunFolder(target.run).config()
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
     s = replace(s, model=target.config["model"], data=target.config["data"])
@@ -107,7 +111,8 @@ def query(
     device: str = "cpu",
 ) -> dict[str, np.ndarray]:
     """Ask every shadow what the run was asked: {attack: (S, N, C)}.  `train` makes those that are
-    not there yet."""
+    not there yet.
+    """
     base, data, answers = subject.base, subject.data, []
     for s in shadows:
         folder = RunFolder(s.out)

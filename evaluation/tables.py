@@ -1,5 +1,6 @@
 """What evaluate.py prints: the table of all runs, paired differences, and runs pooled over
-seeds."""
+seeds.
+"""
 
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def print_seeds(
     records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int
 ) -> list[dict]:
     """What runs that differ by their seed alone say together, and each kind of run against the
-    first; returns it."""
+    first; returns it.
+    """
     groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
     called = titles(records)
     for i, (record, same) in enumerate(zip(records, kinds, strict=True)):

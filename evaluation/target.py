@@ -3,7 +3,8 @@
 A target comes from a run folder of train.py, or from flags for an adapter trained elsewhere.  The
 images of a run are found by what they show and say, whatever they are called now.  Only those with
 a role are encoded; `roles` are positions among them.  Held by tests/test_evaluate.py and
-tests/test_evaluate_faults.py."""
+tests/test_evaluate_faults.py.
+"""
 
 import hashlib
 import json
@@ -186,7 +187,8 @@ def sources(target: Target) -> str:
 
 def fingerprint(target: Target, subject: Subject, s) -> str:
     """What the scores and the pictures of the base model depend on, by content and not by name,
-    beside the number and steps of the pictures."""
+    beside the number and steps of the pictures.
+    """
     choices = {name: getattr(s, name) for name in ("nonmembers", "guidance", "features")}
     seeds = [GRID_SEED, SUBSET_SEED, target.config["seed"]]
     base = [base_stamp(target.config["model"]), target.config["dtype"]]
@@ -195,7 +197,8 @@ def fingerprint(target: Target, subject: Subject, s) -> str:
 
 def kind(target: Target) -> str:
     """All that was decided about an adapter but its seed; what is only looked at on the way decides
-    nothing, nor does a flag that a run does not know, at the value it has left out."""
+    nothing, nor does a flag that a run does not know, at the value it has left out.
+    """
     flags = {f.name: f.default for f in fields(Settings)} | Settings.RETIRED
     chosen = flags | target.config
     for name in ("seed", *FREE, *LOOKS):

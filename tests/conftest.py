@@ -1,5 +1,6 @@
 """A tiny Stable Diffusion folder with random weights and a folder of pictures, each built once per
-test run."""
+test run.
+"""
 
 import os
 import random
@@ -26,7 +27,8 @@ def one_thread():
 
 def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
     """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32,
-    seed 0."""
+    seed 0.
+    """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -68,7 +70,8 @@ def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """Path of the tiny base model; its proj_in and proj_out are 1x1 convolutions, as in Stable
-    Diffusion 1.x."""
+    Diffusion 1.x.
+    """
     return save_tiny_base(tmp_path_factory.mktemp("base"))
 
 

@@ -1,5 +1,6 @@
 """attacker.py: log-probabilities, Eq. 5 against numpy, and an inner step that moves the attacker
-and nothing else."""
+and nothing else.
+"""
 
 import math
 
@@ -45,7 +46,8 @@ def test_clueless_attacker_has_gain_minus_log_2(proxy):
 
 def test_gain_equals_equation_5_in_numpy(proxy):
     """G = (1/2) mean log h(e_m) + (1/2) mean log(1 - h(e_n)) and the balanced accuracy, from the
-    logits by hand."""
+    logits by hand.
+    """
     member, nonmember = errors(5, 1, 0.3), errors(7, 2)
     h = []
     for error, timesteps in (member, nonmember):
@@ -62,7 +64,8 @@ def test_gain_equals_equation_5_in_numpy(proxy):
 
 def test_step_moves_the_attacker_only(proxy):
     """Algorithm 1, inner step: even errors that carry a graph leave no gradient in what made
-    them."""
+    them.
+    """
     upstream = torch.nn.Parameter(torch.ones(1))
     before = [p.detach().clone() for p in proxy.parameters()]
     optimizer = torch.optim.Adam(proxy.parameters(), lr=1e-3)
@@ -104,7 +107,8 @@ def test_raw_proxy_drops_out_in_training_only():
 
 def test_pooled_features_equal_numpy():
     """Log mean, log channel means, log quantiles, then sines and cosines of pi t / 1000 in four
-    octaves."""
+    octaves.
+    """
     e, t = errors()
     x, phase = (
         e.double().numpy(),

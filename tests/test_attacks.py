@@ -16,7 +16,8 @@ from evaluation import attacks
 
 class Leaky(torch.nn.Module):
     """A "UNet" that is off by sqrt(h), where h is the constant that the text embedding carries per
-    image."""
+    image.
+    """
 
     config = types.SimpleNamespace(in_channels=4)
     dtype = torch.float32
@@ -78,7 +79,8 @@ def test_large_pictures_go_through_in_small_batches(leaky, monkeypatch):
 @pytest.mark.parametrize("proxy", ["raw", "pooled"])
 def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
     """Members with a smaller error are found on the test images; without a difference they are
-    not."""
+    not.
+    """
     rng = np.random.default_rng(0)
     n = 240
     member = np.arange(n) < n // 2
@@ -198,7 +200,8 @@ def test_classifier_and_black_box():
 @pytest.mark.parametrize("model", ["tiny_base", "tiny_base_linear"])
 def test_gradient_features_equal_autograd_image_by_image(model, request, monkeypatch):
     """One backward pass for several images gives each image's own norms, over linear layers and
-    convolutions."""
+    convolutions.
+    """
     base = load_base(request.getfixturevalue(model))
     adapter = lora.inject(base.unet, "all", 3, 2.0, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)

@@ -73,7 +73,8 @@ def refused(model, *words, **options) -> str:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equals_plain_diffusers(tiny_base, dtype):
     """Every tensor and dtype as `StableDiffusionPipeline.from_pretrained` loads them, and no random
-    number drawn on the way."""
+    number drawn on the way.
+    """
     from diffusers import StableDiffusionPipeline
 
     before = torch.get_rng_state()
@@ -296,7 +297,8 @@ CONFIGS = [
 @pytest.mark.parametrize("name", CONFIGS)
 def test_refuses_damaged_configs(folder, name):
     """Missing, a pipe, a link to itself, another kind of JSON, none, no text, deeper than Python
-    reads."""
+    reads.
+    """
     path = folder / name
     path.unlink()
     refused(folder, path.name)
@@ -524,7 +526,8 @@ VAE_NAMES = [
 
 def single_file(folder: str, path: Path, drop: tuple[str, str] | None = None) -> Path:
     """The tiny base as one checkpoint in the form of Stable Diffusion's first release, its configs
-    beside it; `drop` is a (part, key) to leave out."""
+    beside it; `drop` is a (part, key) to leave out.
+    """
     names = {
         "unet": ("model.diffusion_model.", UNET_NAMES),
         "vae": ("first_stage_model.", VAE_NAMES),
@@ -576,7 +579,8 @@ def test_refuses_a_single_file_that_is_no_safetensors(tmp_path, content):
 
 def test_refuses_a_single_file_of_something_else(tiny_base, tmp_path):
     """Without configs at hand the message says where they belong; with them, that the keys do not
-    fit."""
+    fit.
+    """
     path = tmp_path / "model.safetensors"
     save_file({"something.weight": torch.zeros(2)}, path)
     refused(path, "no configs in", "model/")

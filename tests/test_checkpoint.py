@@ -1,5 +1,6 @@
 """checkpoint.py and --resume: killed twenty times at random moments, a run ends in the same bits as
-one left alone."""
+one left alone.
+"""
 
 import json
 import multiprocessing
@@ -28,7 +29,8 @@ STEPS, KILLS = 30, 20
 
 def life(settings):
     """The process id of a run in a fork of this process, which has loaded and encoded what runs
-    work on."""
+    work on.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -62,7 +64,8 @@ def until(step, out, pid):
 
 def lives(model, images, tmp):
     """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both
-    signals."""
+    signals.
+    """
     torch.set_num_threads(1)
     rng, base, images_once = random.Random(0), load_base(model), load_images(images, 32)
     encoded = encode(base, images_once, {})
@@ -145,7 +148,8 @@ def same(a, b):
 
 def test_killed_twenty_times(three_runs):
     """Data order, noise, dropout, both optimisers and both models go on as if nothing had
-    happened."""
+    happened.
+    """
     tmp, codes = three_runs
     assert codes["alone"] == 0 and codes["killed"] == [-signal.SIGKILL] * KILLS + [0]
     assert (
@@ -173,7 +177,8 @@ def test_resume_of_a_finished_run_does_nothing(three_runs, capsys):
 
 def test_resume_takes_the_settings_of_the_run(three_runs):
     """Flags left out are the run's; one that says something else is refused, one that may change is
-    taken."""
+    taken.
+    """
     out = str(three_runs[0] / "alone")
     settings, _ = stored(Settings(out=out, resume=True, keep=5))
     assert (settings.steps, settings.rank, settings.proxy, settings.keep) == (STEPS, 2, "raw", 5)

@@ -57,7 +57,8 @@ def test_targets_equal_diffusers(base, batch):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_squared_error_by_hand(tiny_base, tiny_base_v, batch, prediction):
     """e = (target - f(z_t, t, tau(y)))^2, elementwise, one example at a time with diffusers' own
-    noising."""
+    noising.
+    """
     base = load_base(tiny_base if prediction == "epsilon" else tiny_base_v)
     assert base.prediction == prediction
     latents, text, timesteps, noise = batch
@@ -75,7 +76,8 @@ def test_squared_error_by_hand(tiny_base, tiny_base_v, batch, prediction):
 
 def test_squared_error_in_bfloat16(tiny_base, batch):
     """A half-precision base under a float32 adapter: the error is float32, near the float32 one,
-    and differentiable."""
+    and differentiable.
+    """
     latents, text, timesteps, noise = batch
     want = squared_error(load_base(tiny_base), latents, text, timesteps, noise)
     base = load_base(tiny_base, dtype="bfloat16")
@@ -127,7 +129,8 @@ def test_the_base_is_frozen_and_in_eval_mode(base):
 
 def test_embedded_base_in_plain_diffusers():
     """`from_pretrained(folder)` without any argument loads it, in one dtype, and samples the
-    picture that we sample."""
+    picture that we sample.
+    """
     from diffusers import StableDiffusionPipeline
 
     base, steps = load_base(EMBEDDED), 4

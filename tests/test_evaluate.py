@@ -50,7 +50,8 @@ def short_run(tiny_base, image_folder, out, **flags):
 
 def test_evaluation_of_a_run(run, capsys, monkeypatch):
     """Every attack gives figures for the run, the control holds all but the difference, and a
-    second call asks nothing of the model again."""
+    second call asks nothing of the model again.
+    """
     settings = evaluate.Settings(runs=[run], pictures=4, sampling_steps=2, bootstrap=50)
     (record,) = evaluate.evaluate(settings)
     saved = json.loads(Path(run, "eval.json").read_text())
@@ -71,7 +72,8 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
 
 def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, capsys):
     """Runs that differ by their seed, and by what was looked at on the way, are one claim; another
-    step of one is not."""
+    step of one is not.
+    """
     other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1, samples=0, norms_every=1)
     records = evaluate.evaluate(
         evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50)
@@ -98,7 +100,8 @@ def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, ca
 
 def test_choice_is_made_on_known_images():
     """A signal planted in auxiliary and validation images alone decides the column; test images
-    have no say."""
+    have no say.
+    """
     rng = np.random.default_rng(0)
     roles = {
         f"{s}_{p}": list(range(k * 10, k * 10 + 10))
@@ -115,9 +118,25 @@ def test_choice_is_made_on_known_images():
     assert queries.threshold(data, "loss", chosen) == before
 
 
+def test_of_equal_columns_the_first_is_chosen():
+    """Equal by the exact count of pairs, whatever the rounding of an AUC."""
+    sizes = {"member_aux": 3, "member_val": 1, "nonmember_aux": 3, "nonmember_val": 2}
+    ends = np.cumsum(list(sizes.values()))
+    roles = {r: list(range(e - n, e)) for (r, n), e in zip(sizes.items(), ends, strict=True)}
+    data, ties = Encoded(*[None] * 5, roles), 0
+    for seed in range(60):
+        score = np.random.default_rng(seed).normal(size=(9, 6))
+        member, nonmember = data.pair(score, "aux", "val")
+        wins = (member[:, None] > nonmember).sum((0, 1))  # of 20 pairs
+        ties += (wins == wins.max()).sum() > 1
+        np.testing.assert_array_equal(queries.choose(data, score), score[:, wins.argmax()])
+    assert ties > 10
+
+
 def test_refusals(run, tmp_path):
     """A folder that is no run, a step that was not saved, an adapter without its data: one sentence
-    each."""
+    each.
+    """
     for settings, words in (
         (evaluate.Settings(runs=[str(tmp_path)]), "not a run folder"),
         (evaluate.Settings(runs=[run], at="99"), "no adapter of step 99"),
@@ -129,7 +148,8 @@ def test_refusals(run, tmp_path):
 
 def test_test_non_members_are_a_random_subset():
     """File names sort emojis by kind: the first ones would all be of a kind, and any attack would
-    tell them apart."""
+    tell them apart.
+    """
     found = subset(list(range(1000)), 200)
     assert len(set(found)) == 200 and found == sorted(found) == subset(list(range(1000)), 200)
     assert 400 < np.mean(found) < 600

@@ -1,5 +1,6 @@
 """evaluate.py where something is wrong or was interrupted: flags that cannot work, images that were
-moved or changed, scores that are stale, cut or damaged."""
+moved or changed, scores that are stale, cut or damaged.
+"""
 
 import json
 import os
@@ -19,7 +20,7 @@ import evaluate
 import train
 from cli import UserError
 from data import load_images
-from evaluation import queries, shadows, target
+from evaluation import precheck, queries, shadows, target
 from evaluation.queries import Store
 from evaluation.target import adapter_digest, base_stamp, dealt, read_run
 from settings import Settings
@@ -131,21 +132,21 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
     ]
     for flags, words in cases:
         with pytest.raises(UserError, match=words):
-            evaluate.check(evaluate.Settings(**flags))
-    evaluate.check(evaluate.Settings(**other, pictures=0, out=str(tmp_path / "new" / "folder")))
-    evaluate.check(evaluate.Settings(**other | {"model": "owner/name"}))
+            precheck.check(evaluate.Settings(**flags))
+    precheck.check(evaluate.Settings(**other, pictures=0, out=str(tmp_path / "new" / "folder")))
+    precheck.check(evaluate.Settings(**other | {"model": "owner/name"}))
 
 
 def test_unusable_runs_are_told_by_their_small_files(run, tmp_path):
     """A run folder that lacks a file, or has one cut, damaged or of another kind."""
-    evaluate.check(evaluate.Settings(runs=[run]))
+    precheck.check(evaluate.Settings(runs=[run]))
     for name, folder, words in spoilt(run, tmp_path):
         with pytest.raises(UserError, match=words) as told:
-            evaluate.check(evaluate.Settings(runs=[folder]))
+            precheck.check(evaluate.Settings(runs=[folder]))
         assert "\n" not in str(told.value), name
     os.mkfifo(tmp_path / "pipe")  # would be waited for
     with pytest.raises(UserError, match="not a file"):
-        evaluate.check_splits(tmp_path / "pipe")
+        precheck.check_splits(tmp_path / "pipe")
 
 
 def test_typos_are_told_before_the_heavy_imports(run):
@@ -207,7 +208,8 @@ def test_images_are_found_by_content(run, renamed, image_folder):
 
 def test_changed_images_are_refused_by_name(run, image_folder, tmp_path):
     """Pixels or a caption changed under the name that a run knows, two exchanged, one gone; runs
-    that hold no hashes go by name."""
+    that hold no hashes go by name.
+    """
     names = json.loads(Path(run, "splits.json").read_text())["member_test"]
     images, victim = tmp_path / "images", Path(names[0]).stem
 
@@ -255,7 +257,8 @@ def test_changed_images_are_refused_by_name(run, image_folder, tmp_path):
 
 def test_killed_and_called_again_and_moved(run, renamed, tmp_path, monkeypatch):
     """Killed in the middle and called again, an evaluation gives the figures of one that never
-    stopped, on the same images under other names; nothing that was asked is asked again."""
+    stopped, on the same images under other names; nothing that was asked is asked again.
+    """
     settings = evaluate.Settings(runs=[run], **FLAGS)
     asked, real = [], queries.gradient_queries
 
@@ -313,7 +316,8 @@ def test_stale_and_damaged_arrays_are_computed_again(tmp_path):
 
 def test_kept_scores_depend_on_content(run, tiny_base, tmp_path):
     """Images, adapter and base count by what they hold: a copy elsewhere is the same, another
-    weight of the same size and time is not."""
+    weight of the same size and time is not.
+    """
     found, subject = read_run(run), type("Subject", (), {"content": "abc"})
     settings = evaluate.Settings()
 

@@ -1,5 +1,6 @@
 """What users and machines do to a run: bad adapters, full disks, numbers that blow up;
-and reuse elsewhere."""
+and reuse elsewhere.
+"""
 
 import importlib
 import json
@@ -213,7 +214,8 @@ def lines(text):
 
 def test_one_writer_per_folder(capsys, small, tmp_path, monkeypatch):
     """A second training into a folder is refused before it loads anything, a resuming one too; the
-    lock is gone with the run, and a killed process leaves none."""
+    lock is gone with the run, and a killed process leaves none.
+    """
     out, honest, seen = tmp_path / "run", train.learn, []
 
     def meanwhile(settings):
@@ -406,7 +408,8 @@ def test_failing_pictures_do_not_stop_a_run(capsys, small, tmp_path, monkeypatch
 
 def test_resume_refuses_other_contents(capsys, small, image_folder, tmp_path, monkeypatch):
     """A picture or caption replaced under its name; a run from before contents were kept goes by
-    names."""
+    names.
+    """
     folder, run = Path(shutil.copytree(image_folder, tmp_path / "images")), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(monitor, "finish", lambda *_: {})
@@ -553,7 +556,8 @@ def kohya_run(small, tmp_path):
 
 def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
     """--format kohya adds a file that says the same; --init starts at exactly that adapter, with
-    its rank and alpha."""
+    its rank and alpha.
+    """
     one = lora_files.read(kohya_run / "adapter")[0]
     two = lora_files.read(kohya_run / "kohya" / lora_files.KOHYA_NAME)[0]
     assert {k.replace(".", "_") for k in one} == set(two)

@@ -1,5 +1,6 @@
 """Where things live: the import rules of the project, held by reading the imports, and docstrings
-where a reader looks."""
+where a reader looks.
+"""
 
 import ast
 from graphlib import TopologicalSorter

@@ -1,6 +1,7 @@
 """Every attack on a model that is known to leak: an adapter over-fitted to few images of the
 embedded model, beside the embedded model itself.  What the formulas promise (tests/test_attacks.py)
-happens on a real UNet and real pictures."""
+happens on a real UNet and real pictures.
+"""
 
 import pytest
 
@@ -16,7 +17,8 @@ OTHERS = 0.8
 @pytest.mark.timeout(900)  # a training and two evaluations in earnest
 def test_attacks_separate_members_of_an_over_fitted_adapter_and_not_of_the_base(tmp_path):
     """Plain LoRA, 40 passes over 48 pictures: each AUC is high.  Without the adapter none is beyond
-    permuted labels."""
+    permuted labels.
+    """
     out = str(tmp_path / "lora")
     small = {
         "members": 48,

@@ -53,7 +53,8 @@ def test_untrained_adapter_changes_nothing(unet, base_output, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_merged_equals_unmerged(unet, target):
     """W x + (alpha / r) B A x = (W + (alpha / r) B A) x, in float64; unmerge gives the base weights
-    back."""
+    back.
+    """
     adapter = trained(inject(unet, target, RANK, ALPHA))
     unet.double()
     weights = {n: layer.base.weight.clone() for n, layer in adapter.layers.items()}
@@ -92,7 +93,8 @@ def test_disabled_is_the_base_model(unet, base_output):
 
 def test_disabled_refuses_a_merged_adapter(unet):
     """The base weights are not there to be shown: better an error than the adapted model under the
-    base's name."""
+    base's name.
+    """
     adapter = trained(inject(unet, "attention", RANK, ALPHA))
     adapter.merge()
     with pytest.raises(RuntimeError, match="unmerge"), adapter.disabled():
@@ -101,7 +103,8 @@ def test_disabled_refuses_a_merged_adapter(unet):
 
 def test_parameter_count(unet):
     """Sum of r (in + out) over the four projections of every attention block, counted without
-    lora.py."""
+    lora.py.
+    """
     from diffusers.models.attention_processor import Attention
 
     blocks = [m for m in unet.modules() if isinstance(m, Attention)]
@@ -116,7 +119,8 @@ def test_parameter_count(unet):
 
 def test_parameters_can_be_asked_twice(unet):
     """The optimiser's list and the clipping's list hold the same tensors; a generator would be
-    empty by then."""
+    empty by then.
+    """
     adapter = trained(inject(unet, "attention", RANK, ALPHA))
     parameters = adapter.parameters()
     optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -130,7 +134,8 @@ def test_parameters_can_be_asked_twice(unet):
 
 def test_the_generator_decides_the_initial_weights(tiny_base):
     """The same seed gives the same A whatever the global random state is; A has a standard
-    deviation of 1 / r."""
+    deviation of 1 / r.
+    """
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(len(drawn))
@@ -146,7 +151,8 @@ def test_the_generator_decides_the_initial_weights(tiny_base):
 
 def test_projections_as_convolution_and_as_linear(tiny_base, tiny_base_linear):
     """proj_in is a 1x1 convolution in Stable Diffusion 1.x and linear in 2.x; target transformer
-    takes both."""
+    takes both.
+    """
     for path, kind in ((tiny_base, nn.Conv2d), (tiny_base_linear, nn.Linear)):
         unet = load_base(path).unet
         layers = inject(unet, "transformer", RANK, ALPHA).layers

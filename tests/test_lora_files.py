@@ -1,5 +1,6 @@
 """lora_files.py: our files in diffusers + peft, theirs and those of other trainers here, and what
-is refused."""
+is refused.
+"""
 
 import contextlib
 import json
@@ -89,7 +90,8 @@ def here(tiny_base, path):
 @pytest.mark.parametrize("target", TARGETS)
 def test_diffusers_and_peft_load_our_file(request, tmp_path, base_output, target, kohya, base):
     """`pipeline.load_lora_weights(folder)` predicts what our own layers predict, alpha != rank
-    included."""
+    included.
+    """
     path = request.getfixturevalue(base)
     unet = load_base(path).unet
     file = save(trained(inject(unet, target, RANK, ALPHA)), tmp_path, {"seed": 1}, kohya=kohya)
@@ -129,7 +131,8 @@ def test_round_trip_is_exact(unet, tiny_base, tmp_path, target, kohya):
 
 def test_metadata_is_what_diffusers_reads(saved):
     """The scale stands in `lora_adapter_metadata`; without it diffusers would take alpha for the
-    rank."""
+    rank.
+    """
     with safe_open(saved[0] / FILE_NAME, framework="pt") as file:
         metadata, keys = file.metadata(), set(file.keys())
     config = json.loads(metadata["lora_adapter_metadata"])
@@ -164,7 +167,8 @@ def test_loads_a_file_that_peft_wrote_without_metadata(unet, tiny_base, tmp_path
 
 def mixed(unet):
     """An adapter whose ranks and alphas differ: the first two layers from the others and each
-    other."""
+    other.
+    """
     from lora import Adapter, wrap
 
     names = [n for n, _ in unet.named_modules() if n.endswith((".to_q", ".conv1", "conv_in"))]
@@ -258,7 +262,8 @@ def peft_config(**more):
 @pytest.mark.parametrize("form", ["save_lora_weights", "save_lora_adapter", "save_pretrained"])
 def test_what_diffusers_and_peft_write(unet, tiny_base, tmp_path, in_diffusers, form, rslora):
     """Their own three ways to save, with patterns, loaded by us from the folder; then saved by
-    us."""
+    us.
+    """
     from diffusers import StableDiffusionPipeline
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -300,7 +305,8 @@ def test_peft_needs_its_config(unet, tmp_path):
 )
 def test_kohya_in_any_dtype(unet, tiny_base, tmp_path, capsys, dtype):
     """With alphas of any shape, or none (then it is the rank), beside a text encoder, which is
-    noted."""
+    noted.
+    """
     adapter = trained(inject(unet, "all", RANK, ALPHA))
     file, shapes = save(adapter, tmp_path, kohya=True), [(), (1,), (1, 1)]
     tensors = {k: v.to(dtype) for k, v in tensors_of(file).items()}
@@ -603,7 +609,8 @@ def raw_file(path, tensors: dict, size: int):
 
 def test_shapes_are_compared_first(unet, tmp_path):
     """A rank of forty million on 80 MB: refused before any of its 10 GB is built or its bytes
-    read."""
+    read.
+    """
     n = 40_000_000
     shapes = {A: ("I8", [n, 1], 0, n), B: ("I8", [1, n], n, 2 * n)}
     path = raw_file(tmp_path / "a.safetensors", shapes, 2 * n)

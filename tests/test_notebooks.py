@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom on the tiny model, in a few steps; what is committed has
-run, without errors."""
+run, without errors.
+"""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
 """objectives.py in float64 on the tiny base: values against numpy, gradients against closed forms
-and differences."""
+and differences.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,8 @@ LAM, DELTA = 0.5, 1e-5
 @dataclass
 class Setting:
     """An adapted UNet, an attacker that has seen a few batches, and one batch of members, all in
-    float64."""
+    float64.
+    """
 
     attacker: torch.nn.Module
     parameters: list[torch.nn.Parameter]
@@ -122,7 +124,8 @@ def test_lambda_zero_is_lora(setting):
 
 def test_the_ratio_is_bounded_and_the_sum_is_not():
     """G has no lower bound: the sum falls below any number, the ratio stays in [0, L / (1 +
-    delta)]."""
+    delta)].
+    """
     loss = torch.tensor(0.3, dtype=torch.float64)
     for gain in -torch.logspace(-6, 9, 16, dtype=torch.float64):
         ratio = ratio_objective(loss, gain, LAM, DELTA)
@@ -152,7 +155,8 @@ def test_gradients_equal_the_closed_forms(setting):
 
 def test_gain_gradient_equals_finite_differences(setting):
     """dG / d(A, B) is not zero, and is the slope of G along three random directions (central
-    differences)."""
+    differences).
+    """
     got = gradient(setting, setting.gain())
     assert np.linalg.norm(got) > 1e-4
     start, h = [p.detach().clone() for p in setting.parameters], 1e-5
@@ -176,7 +180,8 @@ def test_gain_gradient_equals_finite_differences(setting):
 
 def test_hard_accuracy_has_no_gradient(setting):
     """What the two tests above guard against: counting hits as the "gain" trains plain LoRA at a
-    smaller step."""
+    smaller step.
+    """
     hits = (
         (setting.attacker(setting.error(), setting.timesteps).argmax(1) == MEMBER).double().mean()
     )
@@ -209,7 +214,8 @@ def test_detached_denominator_is_a_shorter_plain_step(setting):
 
 def test_outer_step_leaves_the_attacker_alone(setting):
     """Algorithm 1, outer step: no attacker weight moves, and no `.grad` is left there or in A and
-    B."""
+    B.
+    """
     before = [p.detach().clone() for p in setting.attacker.parameters()]
     terms = setting.terms("smp")
     gradient_norms(terms, lambda value: gradients(value, setting.parameters, keep_graph=True))

@@ -1,5 +1,6 @@
 """parallel.py: micro-batches and processes give the step of one big batch, for the ratio too; half
-precision is close."""
+precision is close.
+"""
 
 import json
 import subprocess
@@ -45,7 +46,8 @@ class Toy:
 @pytest.mark.parametrize("size", [8, 4, 2])
 def test_parts_give_the_gradient_of_the_whole(method, size):
     """Against autograd through all images at once; a plain mean of the parts' gradients is wrong
-    for the ratio."""
+    for the ratio.
+    """
     toy, processes = Toy(), Processes()
     (want,) = torch.autograd.grad(toy.value(method, toy.forward(slice(None))), [toy.weight])
     parts = processes.parts(8, size)
@@ -66,7 +68,8 @@ def test_parts_give_the_gradient_of_the_whole(method, size):
 
 def test_small_slopes_survive_half_precision():
     """Slopes of 1e-9 are nothing in float16; scaled to 1 on the way they give the float32
-    gradient."""
+    gradient.
+    """
     g = torch.Generator().manual_seed(0)
     x, slope = torch.randn(5, 4, generator=g), 1e-9 * torch.randn(5, 3, generator=g)
     weight = nn.Parameter(torch.randn(3, 4, generator=g))
@@ -150,7 +153,8 @@ def test_accumulated_run_is_the_big_batch_run(tiny_base, image_folder, tmp_path,
 
 def test_two_processes_follow_one(tiny_base, image_folder, tmp_path, big_batch):
     """`torchrun` with two gloo processes of half the batch; the weights they hold at the end are
-    the same bits."""
+    the same bits.
+    """
     flags = [
         f"--{k.replace('_', '-')}={v}"
         for k, v in vars(settings(tiny_base, image_folder, tmp_path / "r", batch_size=2)).items()
@@ -226,7 +230,8 @@ def test_half_precision_gradient(tiny_base, image_folder, method, dtype, angle):
 
     With the raw proxy: the pooled one has quantiles of e, whose slope sits on single elements, and
     rounding moves it from one to its neighbour (cosine 0.80 in bfloat16, 0.99 in float16 on these
-    256 elements)."""
+    256 elements).
+    """
     got, want = (
         gradient(tiny_base, image_folder, d, method=method, proxy="raw", clip=1e9)
         for d in (dtype, "float32")

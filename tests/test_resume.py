@@ -1,5 +1,6 @@
 """--resume under every flag that changes a run: every pair of values is in one run of COMBINATIONS,
-which ends in the same bits whether it was interrupted or not."""
+which ends in the same bits whether it was interrupted or not.
+"""
 
 import copy
 import json
@@ -131,7 +132,8 @@ def test_interrupted_is_uninterrupted(
 
 def test_restored_tensors_are_fresh(prepare_once, tmp_path):
     """A view into a file lies where it may, and sums round by where they lie: every tensor that a
-    learner takes up is an allocation of its own, aligned as torch aligns them."""
+    learner takes up is an allocation of its own, aligned as torch aligns them.
+    """
     flags = {"method": "smp", "proxy": "raw", "attacker_members": "reused"}
     flags |= {"target": "attention", "batch_size": 4, "dtype": "float32", "lam": 1.0, "epochs": 1}
     run = train.prepare(replace(prepare_once, out=str(tmp_path / "run"), **flags), Processes())

@@ -16,7 +16,8 @@ def scores(seed=0, shift=1.0, n=250):
 
 def test_figures_agree_with_scikit_learn():
     """AUC, balanced ASR and TPR at 5 % FPR by another route; intervals hold the point and narrow
-    with data."""
+    with data.
+    """
     member, nonmember = scores()
     found = roc.summary(member, nonmember, 0.4, roc.Bootstrap(80, 250))
     labels, values = np.r_[np.ones(80), np.zeros(250)], np.r_[member, nonmember]
@@ -72,7 +73,8 @@ def test_threshold_is_the_best():
 
 def test_worst_case_and_its_null():
     """The worst of many useless attacks stays within its null in most draws; a real one does
-    not."""
+    not.
+    """
     rng = np.random.default_rng(0)
     bootstrap, exceeded = roc.Bootstrap(40, 100, 200), 0
     for _ in range(20):
@@ -99,7 +101,8 @@ def test_paired_difference_is_tighter_than_unpaired():
 
 def test_seeds_pooled():
     """Means over seeds by hand; the interval is Student's t over seeds, at least as wide as what
-    their images say; a difference is paired."""
+    their images say; a difference is paired.
+    """
     rng = np.random.default_rng(0)
     seeds = [
         {
@@ -142,7 +145,8 @@ def test_seeds_widen_the_interval():
 def test_auc_interval_covers(m, n, area):
     """The interval holds the true AUC in 95 % of 2,000 simulations (standard error .005), with
     equal and unequal variances; conservative at .99 and above.  The percentile bootstrap has .85 at
-    .99 and .78 at .998."""
+    .99 and .78 at .998.
+    """
     for spread in (1.0, 0.5, 2.0):
         covered, width = coverage.auc_coverage(area, spread, m, n, 2000)
         assert 0.92 < covered < (0.98 if area < 0.99 else 0.99), (spread, covered)
@@ -151,7 +155,8 @@ def test_auc_interval_covers(m, n, area):
 
 def test_perfect_separation_has_a_width():
     """No interval of a perfect sample is a point: not with 13 images, not of AUC, ASR, TPR or a
-    difference."""
+    difference.
+    """
     member, nonmember = np.arange(8.0) + 10, np.arange(5.0)
     low, high = roc.auc_interval(member, nonmember)
     assert 0.5 < low < 0.8 and high == pytest.approx(1)
@@ -219,7 +224,8 @@ def test_paired_difference_covers():
 
 def test_headline_is_chosen_on_known_images():
     """The attack is that of the known images, the figures those of the test images; the choice does
-    not bias them, where the highest test AUC is too high."""
+    not bias them, where the highest test AUC is too high.
+    """
     member, nonmember = scores()
     known = {"good": (member, nonmember), "lucky": (nonmember[:80], nonmember)}
     test = {"good": (member - 0.5, nonmember), "lucky": (member, nonmember)}

@@ -90,7 +90,7 @@ HIGH = {k: v for k, v in (ABOVE_ZERO | FROM_ZERO).items() if v is not None}
 REFUSED = [
     *((name, 0) for name in ABOVE_ZERO),
     *((name, -1) for name in FROM_ZERO),
-    *((name, highest + 1) for name, highest in HIGH.items()),
+    *((name, 2 * highest) for name, highest in HIGH.items()),
     *((name, float("inf")) for name in ("lr", "clip", "lam", "delta", "alpha")),
     *((name, float("nan")) for name in ("lr", "clip", "lam", "delta", "alpha")),
     ("rank", 10**400),

@@ -1,5 +1,6 @@
 """Shadow models: the formula, what calibration finds that the raw score hides, and the command
-line."""
+line.
+"""
 
 import json
 from pathlib import Path
@@ -32,7 +33,8 @@ def test_formula():
 
 def test_calibration_finds_what_the_hardness_of_images_hides():
     """Images differ by far more than membership moves them; without membership there is nothing to
-    find."""
+    find.
+    """
     rng = np.random.default_rng(0)
     hardness, member = rng.normal(0, 5, 200), np.arange(200) < 100
     asked = (hardness + rng.normal(0, 0.3, (8, 200)))[:, :, None]
@@ -57,7 +59,8 @@ def run(tiny_base, image_folder, tmp_path_factory):
 
 def test_evaluation_with_shadows(run, monkeypatch):
     """Both attacks stand beside the others, for the run and the base; shadows differ in their
-    members and are kept."""
+    members and are kept.
+    """
     settings = evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=7)
     (record,) = evaluate.evaluate(settings)
     for model in ("adapted", "base"):

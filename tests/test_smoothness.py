@@ -1,5 +1,6 @@
 """smoothness.py: products to a dense Hessian, spectra to known ones, the identities to autograd,
-the log of a run."""
+the log of a run.
+"""
 
 import json
 from pathlib import Path
@@ -38,7 +39,8 @@ LAM, DELTA = 2.0, 1e-5
 
 def setting(model, dtype, proxy="pooled", rank=2, batch=4):
     """(terms(method) -> Terms on a fixed batch, parameters) of an adapted UNet and a trained
-    attacker in `dtype`."""
+    attacker in `dtype`.
+    """
     g = torch.Generator().manual_seed(0)
     base = load_base(model)
     adapter = inject(base.unet, "attention", rank, 2 * rank, g)
@@ -84,7 +86,8 @@ def products(terms, parameters, method, part="total"):
 
 def test_products_equal_a_dense_hessian():
     """H v of an attention layer small enough to form H with torch.func, which differentiates
-    forward over reverse."""
+    forward over reverse.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
     weights = [
@@ -115,7 +118,8 @@ def test_products_equal_a_dense_hessian():
 @pytest.mark.parametrize("method", METHODS)
 def test_products_equal_differences_of_gradients(tiny_base, method):
     """H v through UNet and attacker is (grad(x + h v) - grad(x - h v)) / 2h; for smp-detached, with
-    D held."""
+    D held.
+    """
     terms, parameters = setting(tiny_base, torch.float64)
     gradient, product = products(terms, parameters, method)
     vector = gradient / gradient.norm()
@@ -145,7 +149,8 @@ def test_products_equal_differences_of_gradients(tiny_base, method):
 
 def quadratic(values, seed=0):
     """A symmetric matrix of the given eigenvalues and a start that has a part of every
-    eigenvector."""
+    eigenvector.
+    """
     g = torch.Generator().manual_seed(seed)
     n = len(values)
     q, _ = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))
@@ -157,7 +162,8 @@ def quadratic(values, seed=0):
 @pytest.mark.parametrize("top", [3.0, -3.0])
 def test_known_spectrum(top):
     """The dominant eigenvalue whatever its sign, and the top few of it in the order of
-    magnitude."""
+    magnitude.
+    """
     matrix, start = quadratic([top, 2.0, -1.5, *np.linspace(-0.5, 0.5, 37)])
     power, lan = power_iteration(matrix.mv, start), lanczos(matrix.mv, start)
     for found in (power, lan):
@@ -180,7 +186,8 @@ def test_a_tie_of_signs():
 
 def test_no_convergence_is_said():
     """Too few products: flagged, and the estimate stays below the norm, Lanczos nearer than power
-    iteration."""
+    iteration.
+    """
     matrix, start = quadratic(np.linspace(0.9, 1.0, 200).tolist())
     power, lan = power_iteration(matrix.mv, start, 6, 1e-9), lanczos(matrix.mv, start, 6)
     assert not power.converged and not lan.converged
@@ -205,7 +212,8 @@ def test_nothing_to_find():
 
 def check_decomposition(terms, parameters, tolerance):
     """grad J, hess J v for three v, the triangle bound and the norm of the rank-two term, against
-    autograd."""
+    autograd.
+    """
     now = terms("smp")
     d, weight = now.denominator, now.lambda_effective
     total, hess_total = products(terms, parameters, "smp")
@@ -256,7 +264,8 @@ def test_rank_two_norm_equals_a_dense_one():
 
 def test_the_bound_by_hand():
     """Proposition 2 with ||hess L|| = 3, ||hess G|| = 5, ||grad G|| = 7, lambda J = 0.5, lambda =
-    2, D = 4."""
+    2, D = 4.
+    """
     assert bound(3, 5, 7, 0.5, 2, 4) == (1.375, 7.0)
     assert bound(3, 5, 7, 2, 0, 1) == (13, 0)  # Proposition 1: no term carries the gradient
 
@@ -267,7 +276,8 @@ def test_the_bound_by_hand():
 @pytest.mark.parametrize("method", METHODS)
 def test_measure_equals_power_iteration(tiny_base, method):
     """A converged point of the log: the norm by the paper's way from another start, gradient scales
-    by a loop."""
+    by a loop.
+    """
     terms, parameters = setting(tiny_base, torch.float64)
     row = measure(method, lambda: terms(method), parameters, LAM, iterations=40)
     gradient, product = products(terms, parameters, method)
@@ -328,7 +338,8 @@ def run(tiny_base, image_folder, out, **more):
 @pytest.mark.parametrize("method", METHODS)
 def test_looking_does_not_change_the_run(tiny_base, image_folder, tmp_path, method):
     """With and without --hessian-every the adapters are bit-equal; the bound holds at every logged
-    point."""
+    point.
+    """
     looked, rows = run(
         tiny_base, image_folder, tmp_path / "a", method=method, steps=3, hessian_every=2
     )
@@ -355,7 +366,8 @@ def test_looking_does_not_change_the_run(tiny_base, image_folder, tmp_path, meth
 
 def test_correlation():
     """r and p are scipy's; independent points count fully, a drift counts for few; too few are
-    warned of."""
+    warned of.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=200)
     y = 0.6 * x + 0.8 * rng.normal(size=200)

@@ -138,7 +138,8 @@ def test_same_seed_same_bits(tiny_base, image_folder, tmp_path):
 
 def test_methods_share_batches_and_noise(tiny_base, image_folder, tmp_path):
     """The first step's loss is the same for every method: only the objective differs between
-    them."""
+    them.
+    """
     first = [
         rows(small_run(tiny_base, image_folder, tmp_path / m, "--steps", 1, "--method", m))[1][
             "adaptation_loss"
@@ -182,7 +183,8 @@ def test_reused_members_are_those_of_the_last_outer_step(
     tiny_base, image_folder, tmp_path, monkeypatch
 ):
     """--attacker-members reused: the attacker steps on errors that are there already and on half as
-    many non-members; the adapter's batches and noise are those of any other run."""
+    many non-members; the adapter's batches and noise are those of any other run.
+    """
     seen, shown, real, keep = [], [], train.attacker_step, Learner.keep
 
     def step(attacker, optimizer, member, nonmember):
@@ -212,7 +214,8 @@ def test_reused_members_are_those_of_the_last_outer_step(
 
 def test_reused_members_outlive_a_kill(tiny_base, image_folder, tmp_path):
     """They are part of the training state: the attacker of a resumed run steps on the same
-    errors."""
+    errors.
+    """
     flags = ["--model", tiny_base, "--data", image_folder, "--out", tmp_path / "r", *SMALL]
     flags += ["--attacker-members", "reused", "--dtype", "float32", "--steps", 9]
     settings = resolve(parse(train.Settings, "", None, [str(a) for a in flags]))

@@ -1,5 +1,6 @@
 """All that changes while a run trains: weights, optimisers, data order, random streams; and all of
-it as tensors."""
+it as tensors.
+"""
 
 from types import ModuleType
 
@@ -65,7 +66,8 @@ class Learner:
         """A fresh batch of D_aux: as many members as non-members, the members first.
 
         With --attacker-members reused, only the non-members: the members are those of the last
-        outer step."""
+        outer step.
+        """
         index = torch.cat(
             [batches.draw() for batches in (self.aux[1:] if self.reuses else self.aux)]
         )
@@ -73,7 +75,8 @@ class Learner:
 
     def keep(self, batch: Batch, error: torch.Tensor) -> None:
         """Remember what the outer step saw of auxiliary members, where the attacker is to reuse
-        it."""
+        it.
+        """
         if self.reuses:
             known = torch.isin(batch.index, self.aux[0].indices).to(error.device)
             self.reused = error.detach()[known], batch.timesteps[known]
@@ -108,7 +111,8 @@ class Learner:
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `tensors`; nothing of the given ones is kept.
 
-        Raises ValueError, before anything has changed, unless they are as this run has them."""
+        Raises ValueError, before anything has changed, unless they are as this run has them.
+        """
         self._require_fit(tensors)
         groups: dict[str, dict[str, torch.Tensor]] = {"reused": {}, "attacker_optimizer": {}}
         for name, tensor in tensors.items():
@@ -155,7 +159,8 @@ def device_streams(device: torch.device) -> tuple[ModuleType, tuple]:
 
 def layout(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """{name: (dtype, shape)}, without the lengths that change as a run goes on, and without the
-    stream of the device, which may change with --resume."""
+    stream of the device, which may change with --resume.
+    """
     return {
         name: (t.dtype, tuple(t.shape[1:] if name.startswith(("queue/", "reused/")) else t.shape))
         for name, t in tensors.items()

@@ -1,5 +1,6 @@
 """What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the plan of
---dry-run, the end."""
+--dry-run, the end.
+"""
 
 import math
 import resource
@@ -44,7 +45,8 @@ def metrics(terms: Terms, grad_norm: float) -> dict[str, float | None]:
 
 def require_finite(row: dict, s: Settings) -> None:
     """Raise UserError if the objective or its gradient has blown up; no weight has moved by it
-    yet."""
+    yet.
+    """
     if finite(row["objective"], row["grad_norm"]):
         return
     start = f"the objective or its gradient is no longer finite at step {row['step']}"
@@ -140,7 +142,8 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
 
 def sample_grid(run: Run, step: int) -> None:
     """Pictures from fixed captions and noise: members' captions in the upper row, others' in the
-    lower."""
+    lower.
+    """
     columns, seed = run.settings.samples, run.settings.seed
     if not columns:
         return
@@ -184,7 +187,8 @@ def base_row(run: Run) -> dict[str, float]:
     """Row 0 of metrics.jsonl: the held-out losses before the first step.
 
     Raises UserError that names what makes them infinite or NaN: nothing has been trained, so that
-    it is an image, the adapter in --init or the base model."""
+    it is an image, the adapter in --init or the base model.
+    """
     s, data = run.settings, run.data
     for kind, encoded in (("picture", data.latents), ("caption", data.text)):
         bad = (~encoded.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
@@ -229,7 +233,8 @@ def hashes(run: Run) -> dict[str, str]:
 
 def require_same(run: Run) -> None:
     """Before going on: the images must be those that the run was begun with, by content and by
-    role; raises UserError."""
+    role; raises UserError.
+    """
     now, before = hashes(run), run.folder.images() or {}
     changed = [name for name, known in before.items() if now.get(name, known) != known]
     if changed:

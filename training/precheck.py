@@ -31,7 +31,8 @@ def precheck(settings: Settings) -> tuple[Settings, dict | None]:
 
 def glance(settings: Settings) -> None:
     """What the command line asks before the heavy imports: `precheck`, and that nobody else trains
-    into the folder just now."""
+    into the folder just now.
+    """
     checked, summary = precheck(settings)
     if summary is None and writes(checked):
         lock.require_free(Path(checked.out))

@@ -10,7 +10,8 @@ J is a function of the error maps e alone, hence
 The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each
 part's slice of dJ/de is pulled back through the UNet.  Micro-batches cost one more forward without
 gradient, since dJ/de wants all of e first; means over images (LoRA, MP) could be spared it, which
-was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process."""
+was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process.
+"""
 
 import os
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class Processes:
 
     def same(self, module: torch.nn.Module) -> None:
         """Give every process the first one's weights; rounding on several GPUs would drift
-        apart."""
+        apart.
+        """
         if self.count > 1:
             with torch.no_grad():
                 broadcast(list(module.state_dict().values()))
@@ -141,7 +143,8 @@ def pull_back(
 
     A mean over a latent has slopes near 1e-5, which half precision rounds to nothing on its way
     through the UNet: the largest is scaled to about 1 by a power of two, which changes no digit,
-    and the gradients are scaled back."""
+    and the gradients are scaled back.
+    """
     scale = 2.0 ** -torch.frexp(slope.abs().max().float())[1].item()
     grads = torch.autograd.grad(error, parameters, slope * scale, retain_graph=keep_graph)
     return [g / scale for g in grads]

@@ -102,7 +102,8 @@ class RunFolder:
 
     def adapter(self, at: str = "last") -> tuple[Path, int]:
         """(folder of the adapter, its step) `at` last, best (lowest held-out loss) or a saved
-        step."""
+        step.
+        """
         saved = self.held_out()
         if not saved or (at == "last" and not (self.path / "adapter").is_dir()):
             raise UserError(f"{self} has no adapter yet: its training did not finish")
@@ -169,7 +170,8 @@ class RunFolder:
 
     def finish(self, summary: dict) -> None:
         """The summary into config.json, whose presence says that the run is finished; no state is
-        left."""
+        left.
+        """
         write_json(self.path / "config.json", self.config() | {"summary": summary})
         state.clear(self.state)
 

@@ -6,7 +6,8 @@ bit.
 
 One safetensors file per step: tensors by name, everything else as JSON in its header; no pickle is
 written or read. The file is written aside, flushed to the disk and renamed, so a file of that name
-is always whole. Held by tests/test_checkpoint.py, which kills a run twenty times."""
+is always whole. Held by tests/test_checkpoint.py, which kills a run twenty times.
+"""
 
 import hashlib
 import json
@@ -27,7 +28,8 @@ LACKING = (KeyError, ValueError, TypeError, RuntimeError)  # what a wrong state 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
     """Write the state of `step` whole, then delete all but the newest `keep` files; returns the
-    file."""
+    file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     facts = {"step": step, "checksum": checksum(tensors)} | facts
@@ -83,8 +85,8 @@ def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
         tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
     if not isinstance(facts, dict):
         raise ValueError("its facts are not an object")
-    step, stated = facts.pop("step"), facts.pop("checksum")
-    if stated != checksum(tensors):
+    step, stated = facts.pop("step"), facts.pop("checksum", None)
+    if stated not in (None, checksum(tensors)):  # states of before had none
         raise ValueError("its checksum does not fit")
     if type(step) is not int:
         raise ValueError(f"its step is {step!r}")
@@ -111,7 +113,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def moments(name: str, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `optimizer_tensors` of an Adam over `parameters` has after a step, with "<name>/" before
-    each; of the values only dtypes and shapes count."""
+    each; of the values only dtypes and shapes count.
+    """
     slots = {"step": torch.tensor(0.0), "exp_avg": None, "exp_avg_sq": None}
     return {
         f"{name}/{i}.{slot}": parameter if value is None else value
@@ -138,7 +141,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one
-    acts at once."""
+    acts at once.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

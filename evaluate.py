@@ -68,7 +68,7 @@ class Settings:
     nonmembers: int = option(
         200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR"
     )
-    bootstrap: int = option(1000, "bootstrap rounds for the intervals")
+    bootstrap: int = option(1000, "rounds of permuted labels: what chance reaches")
     shadow: int = option(
         0,
         "adapters to train as each run was, on other splits, to calibrate with (LiRA); 0: none",
@@ -122,9 +122,9 @@ def evaluate(s: Settings) -> list[dict]:
         for _, m, e in models
     ]
     tables.print_table(records)
-    tables.print_differences(records, scores, s.bootstrap)
+    tables.print_differences(records, scores)
     beside = targets[0].run.parent
-    pooled = tables.print_seeds(records, [kind(target) for target in targets], scores, s.bootstrap)
+    pooled = tables.print_seeds(records, [kind(target) for target in targets], scores)
     if pooled:
         write_json(beside / "seeds.json", pooled)
     if len(records) > 1:

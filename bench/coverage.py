@@ -18,6 +18,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 import roc
+from evaluation import comparisons
 
 AREAS = (0.5, 0.75, 0.9, 0.99, 0.998)
 SIZES = ((40, 200), (10, 50), (8, 5))
@@ -68,18 +69,18 @@ def correlated(rng, areas: np.ndarray, correlation: float, m: int, n: int) -> li
 
 
 def paired_coverage(areas, correlation, m, n, repetitions, seed=0) -> float:
-    """Coverage of `roc.paired_difference` of two attacks with these true AUCs."""
+    """Coverage of `comparisons.paired_difference` of two attacks with these true AUCs."""
     rng, held = np.random.default_rng(seed), 0
     for _ in range(repetitions):
         pair = correlated(rng, np.array(areas), correlation, m, n)
-        _, (low, high) = roc.paired_difference(*pair)
+        _, (low, high) = comparisons.paired_difference(*pair)
         held += low <= areas[0] - areas[1] <= high
     return held / repetitions
 
 
 def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, float, float]:
-    """Of `count` attacks with a true AUC of .75, 40 / 200 images: coverage of `roc.worst_case`, of
-    `roc.headline`, and of the highest AUC's own interval, which holds no choice.
+    """Of `count` attacks with a true AUC of .75, 40 / 200 images: coverage of `worst_case`, of
+    `headline`, and of the highest AUC's own interval, which holds no choice.
     """
     rng, bootstrap, held = np.random.default_rng(seed), roc.Bootstrap(40, 200, 1), np.zeros(3)
     areas = np.full(count, 0.75)
@@ -87,8 +88,8 @@ def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, flo
         known, test = (
             dict(enumerate(correlated(rng, areas, correlation, 40, 200))) for _ in range(2)
         )
-        worst = roc.worst_case(test, bootstrap)
-        found = [worst["auc_interval"], roc.headline(known, test)["auc_interval"]]
+        worst = comparisons.worst_case(test, bootstrap)
+        found = [worst["auc_interval"], comparisons.headline(known, test)["auc_interval"]]
         found.append(roc.auc_interval(*test[worst["attack"]]))
         held += [low <= 0.75 <= high for low, high in found]
     return tuple(held / repetitions)
@@ -96,7 +97,7 @@ def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, flo
 
 def seeds_coverage(area, deviation, seeds, count, repetitions, seed=0) -> tuple[float, float]:
     """Coverage of the mean over seeds, whose shift differs by `deviation`: of a named attack, and
-    of `roc.pooled_worst` of `count` equal ones (correlation .8).
+    of `comparisons.pooled_worst` of `count` equal ones (correlation .8).
     """
     rng, held = np.random.default_rng(seed), np.zeros(2)
     shift = ndtri(area)
@@ -104,7 +105,7 @@ def seeds_coverage(area, deviation, seeds, count, repetitions, seed=0) -> tuple[
     for _ in range(repetitions):
         each = ndtr(shift + deviation * rng.normal(size=seeds))
         runs = [dict(enumerate(correlated(rng, np.full(count, a), 0.8, 40, 200))) for a in each]
-        found = (roc.pooled([run[0] for run in runs]), roc.pooled_worst(runs))
+        found = (comparisons.pooled([run[0] for run in runs]), comparisons.pooled_worst(runs))
         held += [f["auc_interval"][0] <= true <= f["auc_interval"][1] for f in found]
     return tuple(held / repetitions)
 

@@ -34,7 +34,7 @@ from diffusion import (
     loss_grid,
     sample,
 )
-from evaluation import attacks, quality
+from evaluation import attacks, comparisons, quality
 from evaluation.target import Subject, Target, adapter_digest, fingerprint, prepare, sources
 
 DIGEST = 32  # bytes of a SHA-256
@@ -216,8 +216,13 @@ def threshold(data: Encoded, name: str, score: np.ndarray) -> float:
     """The best threshold on known images: validation alone where the attack was fitted to the
     auxiliary ones.
     """
+    return roc.best_threshold(*known_pair(data, name, score))
+
+
+def known_pair(data: Encoded, name: str, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(member, non-member) scores of the images on which the attacker can judge an attack."""
     parts = ("val",) if name in TRAINED or np.isnan(score).any() else ("aux", "val")
-    return roc.best_threshold(*data.pair(score, *parts))
+    return data.pair(score, *parts)
 
 
 def draw(subject: Subject, index, steps: int, guidance: float) -> np.ndarray:
@@ -284,16 +289,20 @@ class Examination:
         return Measured(record, scores, raw, pictures)
 
     def leakage(self, scores: dict[str, np.ndarray]) -> dict:
-        """Figures of every attack on the test images, and the worst case."""
+        """Figures of every attack on the test images; the one that the attacker would choose on
+        images he knows (`headline`), and the highest of all (`worst`).
+        """
         data, s = self.subject.data, self.settings
         test = {name: data.pair(score, "test") for name, score in scores.items()}
         member, nonmember = next(iter(test.values()))
         bootstrap = roc.Bootstrap(len(member), len(nonmember), s.bootstrap, self.seed)
         attacked = {
-            name: roc.summary(*pair, threshold(data, name, scores[name]), bootstrap)
+            name: roc.summary(*pair, threshold(data, name, scores[name]))
             for name, pair in test.items()
         }
-        return {"attacks": attacked, "worst": roc.worst_case(test, bootstrap)}
+        known = {name: known_pair(data, name, score) for name, score in scores.items()}
+        headline, worst = comparisons.headline(known, test), comparisons.worst_case(test, bootstrap)
+        return {"attacks": attacked, "headline": headline, "worst": worst}
 
     def draw(self, model: Model) -> np.ndarray:
         """Pictures from the members' captions, kept with the model's answers: (P, H, W, 3)."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-import roc
+from evaluation import comparisons
 
 
 def cell(figures: dict | None, key: str = "auc") -> str:
@@ -42,6 +42,8 @@ def print_table(records: list[dict]) -> None:
     line("", [name for name, _ in columns])
     for name in names:
         line(name, [cell(c["attacks"].get(name)) for _, c in columns])
+    line("headline", [cell(c["headline"]) for _, c in columns])
+    line("  by, chosen beforehand", [c["headline"]["attack"] for _, c in columns])
     line("worst case", [cell(c["worst"]) for _, c in columns])
     line("  by", [c["worst"]["attack"] for _, c in columns])
     line("  chance reaches (95 %)", [f"{c['worst']['null']:.2f}" for _, c in columns])
@@ -70,25 +72,26 @@ def print_table(records: list[dict]) -> None:
             )
 
 
-def print_differences(records: list[dict], test_scores: list[dict], rounds: int) -> None:
-    """Each later model against the first on the same images, at the first one's worst attack."""
+def print_differences(records: list[dict], test_scores: list[dict]) -> None:
+    """Each later model against the first on the same images, at the first one's headline attack.
+
+    That attack is chosen without the test images: at the worst one on them, the first would be
+    found to leak more than it does.
+    """
     names = titles(records)
     for title, record, scores in zip(names[1:], records[1:], test_scores[1:], strict=True):
-        name = records[0]["adapted"]["worst"]["attack"]
+        name = records[0]["adapted"]["headline"]["attack"]
         first, second = test_scores[0][name], scores[name]
         if record["seed"] != records[0]["seed"] or record["images"] != records[0]["images"]:
             continue
-        bootstrap = roc.Bootstrap(len(first[0]), len(first[1]), rounds, record["seed"])
-        change, (low, high) = roc.paired_difference(second, first, bootstrap)
+        change, (low, high) = comparisons.paired_difference(second, first)
         print(
             f"{title} minus {names[0]}, AUC of {name}: "
             f"{change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
         )
 
 
-def print_seeds(
-    records: list[dict], kinds: list[str], test_scores: list[dict], rounds: int
-) -> list[dict]:
+def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict]) -> list[dict]:
     """What runs that differ by their seed alone say together, and each kind of run against the
     first; returns it.
     """
@@ -99,7 +102,7 @@ def print_seeds(
     groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
     for group in groups.values():
         members = [records[i] for i in group.values()]
-        worst = roc.pooled_worst([test_scores[i] for i in group.values()], rounds)
+        worst = comparisons.pooled_worst([test_scores[i] for i in group.values()])
         losses = [r["adapted"]["held_out_loss"] for r in members]
         names = [called[i] for i in group.values()]
         entry = (
@@ -118,12 +121,13 @@ def print_seeds(
             text += f", Frechet distance {distance:.0f} ({real.replace('_', ' ')})"
         print(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
         if first is None:
-            first, name = group, worst["attack"]
+            # named by one seed's known images, so not by the figures it is compared at
+            first, name = group, members[0]["adapted"]["headline"]["attack"]
         elif shared := [seed for seed in group if seed in first]:
             pairs = [
                 (test_scores[group[seed]][name], test_scores[first[seed]][name]) for seed in shared
             ]
-            change, (low, high) = roc.pooled_difference(pairs, rounds)
+            change, (low, high) = comparisons.pooled_difference(pairs)
             entry["difference"] = {
                 "attack": name,
                 "auc": change,

@@ -7,6 +7,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
 import roc
 from bench import coverage
+from evaluation import comparisons
 
 
 def scores(seed=0, shift=1.0, n=250):
@@ -19,7 +20,7 @@ def test_figures_agree_with_scikit_learn():
     with data.
     """
     member, nonmember = scores()
-    found = roc.summary(member, nonmember, 0.4, roc.Bootstrap(80, 250))
+    found = roc.summary(member, nonmember, 0.4)
     labels, values = np.r_[np.ones(80), np.zeros(250)], np.r_[member, nonmember]
     assert found["auc"] == pytest.approx(roc_auc_score(labels, values))
     assert found["asr"] == pytest.approx(balanced_accuracy_score(labels, values >= 0.4))
@@ -28,7 +29,7 @@ def test_figures_agree_with_scikit_learn():
     assert found["tpr_at_1_fpr"] is None  # wants 1,000 non-members
     low, high = found["auc_interval"]
     assert low < found["auc"] < high and high - low < 0.2
-    wide = roc.summary(member[:8], nonmember[:20], None, roc.Bootstrap(8, 20))["auc_interval"]
+    wide = roc.summary(member[:8], nonmember[:20], None)["auc_interval"]
     assert wide[1] - wide[0] > high - low
 
 
@@ -58,7 +59,7 @@ def test_interval_covers_chance():
 def test_auc_is_unfolded():
     """Scores that point the wrong way read below 0.5, and the folded figure says how far."""
     member, nonmember = scores(shift=-1)
-    found = roc.summary(member, nonmember, None, roc.Bootstrap(80, 250))
+    found = roc.summary(member, nonmember, None)
     assert found["auc"] < 0.4 and found["auc_folded"] == pytest.approx(1 - 2 * found["auc"])
 
 
@@ -79,10 +80,10 @@ def test_worst_case_and_its_null():
     bootstrap, exceeded = roc.Bootstrap(40, 100, 200), 0
     for _ in range(20):
         useless = {str(i): (rng.normal(size=40), rng.normal(size=100)) for i in range(8)}
-        found = roc.worst_case(useless, bootstrap)
+        found = comparisons.worst_case(useless, bootstrap)
         exceeded += found["auc"] > found["null"]
     assert exceeded <= 4 and found["null"] > 0.55
-    found = roc.worst_case(
+    found = comparisons.worst_case(
         useless | {"real": (rng.normal(1, 1, 40), rng.normal(size=100))}, bootstrap
     )
     assert found["attack"] == "real" and found["auc"] > found["null"]
@@ -93,7 +94,7 @@ def test_paired_difference_is_tighter_than_unpaired():
     member, nonmember = scores()
     better = member - 0.15
     bootstrap = roc.Bootstrap(80, 250)
-    change, (low, high) = roc.paired_difference((better, nonmember), (member, nonmember), bootstrap)
+    change, (low, high) = comparisons.paired_difference((better, nonmember), (member, nonmember))
     assert low < change < high < 0
     alone = bootstrap.interval(bootstrap.auc(member, nonmember))
     assert high - low < alone[1] - alone[0]
@@ -111,17 +112,16 @@ def test_seeds_pooled():
         }
         for _ in range(4)
     ]
-    found = roc.pooled_worst(seeds)
+    found = comparisons.pooled_worst(seeds)
     areas = [roc.auc(*s["strong"]) for s in seeds]
     assert found["attack"] == "strong" and found["auc"] == pytest.approx(np.mean(areas))
     assert found["auc_by_seed"] == pytest.approx(
         [max(a, roc.auc(*s["weak"])) for a, s in zip(areas, seeds, strict=True)]
     )
-    assert roc.pooled_headline(seeds, seeds)["auc_interval"] == found["auc_interval"]
-    one = roc.pooled_worst(seeds[:1])
+    one = comparisons.pooled_worst(seeds[:1])
     alone = roc.auc_interval(*seeds[0]["strong"])
     assert one["auc_interval"] == pytest.approx(alone)  # no seeds to compare
-    change, (low, high) = roc.pooled_difference(
+    change, (low, high) = comparisons.pooled_difference(
         [((m - 0.3, n), (m, n)) for m, n in (s["strong"] for s in seeds)]
     )
     wanted = np.mean([roc.auc(m - 0.3, n) - roc.auc(m, n) for m, n in (s["strong"] for s in seeds)])
@@ -131,12 +131,12 @@ def test_seeds_pooled():
 def test_seeds_widen_the_interval():
     """Three seeds .07 apart give +-.174 by scipy's t; three equal ones their own +-.1 / sqrt(3)."""
     values = [0.63, 0.7, 0.77]
-    mean, (low, high) = roc.over_seeds(values, [[v - 0.01, v + 0.01] for v in values])
+    mean, (low, high) = comparisons.over_seeds(values, [[v - 0.01, v + 0.01] for v in values])
     wanted = stats.t.interval(0.95, 2, mean, stats.sem(values))
     assert (low, high) == pytest.approx(wanted) and high - mean == pytest.approx(0.174, abs=1e-3)
-    mean, (low, high) = roc.over_seeds([0.7] * 3, [[0.6, 0.8]] * 3)
+    mean, (low, high) = comparisons.over_seeds([0.7] * 3, [[0.6, 0.8]] * 3)
     assert high - mean == pytest.approx(0.1 / np.sqrt(3))
-    perfect = roc.pooled([(np.arange(8.0) + 9, np.arange(5.0))] * 3)
+    perfect = comparisons.pooled([(np.arange(8.0) + 9, np.arange(5.0))] * 3)
     assert perfect["auc_interval"][0] < 0.9 and perfect["auc_interval"][1] > 0.999
 
 
@@ -167,7 +167,7 @@ def test_perfect_separation_has_a_width():
     assert found["asr"] == 1 and 0.94 < found["asr_interval"][0] < 0.97
     none = roc.tpr_interval(np.zeros(40) - 1, np.arange(200.0), 0.05)
     assert none == pytest.approx([0, 1 - clopper], abs=1e-4)
-    change, (low, high) = roc.paired_difference((member, nonmember), (member, nonmember))
+    change, (low, high) = comparisons.paired_difference((member, nonmember), (member, nonmember))
     assert change == 0 and low < -0.1 and high > 0.1
     low, high = roc.auc_interval(np.zeros(8), np.zeros(5))  # all tied
     assert low < 0.45 and high > 0.55
@@ -189,7 +189,7 @@ def test_delong_against_pairs():
     first, second = (
         (rng.integers(0, 6, m).astype(float), rng.integers(0, 5, n).astype(float)) for _ in range(2)
     )
-    areas, covariance = roc.delong([first, second])
+    areas, covariance = comparisons.delong([first, second])
     for i, a in enumerate((first, second)):
         labels, values = np.r_[np.ones(m), np.zeros(n)], np.concatenate(a)
         assert areas[i] == pytest.approx(roc_auc_score(labels, values))
@@ -229,7 +229,7 @@ def test_headline_is_chosen_on_known_images():
     member, nonmember = scores()
     known = {"good": (member, nonmember), "lucky": (nonmember[:80], nonmember)}
     test = {"good": (member - 0.5, nonmember), "lucky": (member, nonmember)}
-    found = roc.headline(known | {"unknown": (member + 9, nonmember)}, test)
+    found = comparisons.headline(known | {"unknown": (member + 9, nonmember)}, test)
     assert found["attack"] == "good" and found["auc"] == roc.auc(*test["good"])
     assert found["auc_interval"] == roc.auc_interval(*test["good"])
     worst, chosen, own = coverage.choice_coverage(8, 0.0, 60)

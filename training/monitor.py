@@ -262,8 +262,7 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
         grid = loss_grid(run.base, data.latents[index], data.text[index])
         scores[side] = -grid.mean((1, 2)).numpy()
     pair = scores["member"], scores["nonmember"]
-    bootstrap = roc.Bootstrap(len(pair[0]), len(pair[1]), seed=run.settings.seed)
-    return roc.auc(*pair), tuple(bootstrap.interval(bootstrap.auc(*pair)))
+    return roc.auc(*pair), tuple(roc.auc_interval(*pair))
 
 
 def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:

@@ -130,7 +130,7 @@ def test_of_equal_columns_the_first_is_chosen():
         wins = (member[:, None] > nonmember).sum((0, 1))  # of 20 pairs
         ties += (wins == wins.max()).sum() > 1
         np.testing.assert_array_equal(queries.choose(data, score), score[:, wins.argmax()])
-    assert ties > 10
+    assert ties > 5
 
 
 def test_refusals(run, tmp_path):

@@ -136,10 +136,10 @@ def train_all(s: Audit, plan: audit_tasks.Plan, todo: list[int]) -> None:
     with executor as pool, tqdm.tqdm(total=len(todo) * s.steps, unit="step") as bar:
 
         def show() -> None:
-            bar.n = sum(audit_tasks.progress(plan, index) for index in todo)
+            steps = sum(audit_tasks.progress(plan, index) for index in todo)
             done = sum((plan.folder(index) / "answers.npz").is_file() for index in todo)
             bar.set_description(f"{s.method}, adapter {done} of {len(todo)}", refresh=False)
-            bar.refresh()
+            bar.update(steps - bar.n)
 
         tasks = {index: (plan, index, train_adapter) for index in todo}
         workers.complete(pool, audit_tasks.work, tasks, show)
@@ -167,7 +167,7 @@ def audit(s: Audit) -> dict:
             train_all(s, plan, todo)
     record, scores = measure(s, plan)
     folder = Path(s.out)
-    np.savez(folder / "scores.npz", **scores)
+    audit_tasks.write_arrays(folder / "scores.npz", scores)
     write_json(folder / "audit.json", record)
     audit_report.print_record(record)
     audit_report.draw(record, scores, folder)

@@ -132,7 +132,7 @@ def compare(folders: list[str]) -> dict:
     found = {"audits": names, "differences": []}
     for name, other in zip(names[1:], read[1:], strict=True):
         if any(not np.array_equal(read[0][1][k], other[1][k]) for k in ("names", "member")):
-            print(f"{name} has another pool than {names[0]}: no paired difference")
+            print(f"{name} has another pool or more adapters than {names[0]}: not paired")
             continue
         found["differences"] += differences(names[0], read[0], name, other)
     for change in found["differences"]:

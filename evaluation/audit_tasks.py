@@ -177,7 +177,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
         if not all(np.isfinite(a).all() for a in arrays.values()):
             raise UserError(f"the answers of adapter {index} are not finite: lower --lr")
         spent = {"training": time.time() - began - asking, "queries": asking}
-        _write(folder / "answers.npz", arrays | spent | {"key": plan.key})
+        write_arrays(folder / "answers.npz", arrays | spent | {"key": plan.key})
 
 
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
@@ -257,7 +257,8 @@ def _save(adapter: lora.Adapter, folder: Path, s: Settings) -> None:
     lora_files.save(adapter, folder, facts)
 
 
-def _write(path: Path, arrays: dict) -> None:
+def write_arrays(path: Path, arrays: dict) -> None:
+    """Named arrays as an .npz file, which is there whole or not at all."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     write_whole(path, content.getvalue())

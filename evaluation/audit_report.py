@@ -71,8 +71,8 @@ def print_attacks(title: str, attacks: dict[str, dict]) -> None:
 def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
     """roc.png, log axes, of the last step; frontier.png, leakage against held-out loss."""
     step, last = list(record["steps"].items())[-1]
-    chosen = list(dict.fromkeys([*by_auc(last["attacks"])[:3], HEADLINE, THRESHOLD]))[:4]
-    chosen = chosen if THRESHOLD in chosen else [*chosen[:3], THRESHOLD]
+    names = by_auc(last["attacks"])  # the strongest two, and those named beforehand
+    chosen = list(dict.fromkeys([*names[:2], HEADLINE, THRESHOLD, *names]))[: len(LINES)]
     apart = ~scores["canary"]
     decisions = Decisions(scores["member"][:, apart])
     figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")

@@ -11,7 +11,6 @@ Zhang & Tramer 2024.  Every adapter is trained by the whole method, with its own
 several steps: the audit gives leakage against held-out loss.  A killed audit goes on where it was.
 The images are dealt anew: --split and sub-folders say nothing here, --members is half of --pool.
 """
-# ruff: noqa: E402 (the command line is parsed before the heavy imports)
 
 import os
 from dataclasses import asdict, dataclass, fields, replace

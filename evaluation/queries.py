@@ -208,8 +208,7 @@ def choose(data: Encoded, score: np.ndarray) -> np.ndarray:
     first of equals; (N,) as it is."""
     if score.ndim == 1:
         return score
-    # an AUC is a multiple of 1 / 2MN: what differs by less is rounding, and equal
-    return max(score.T, key=lambda column: round(roc.auc(*data.pair(column, "aux", "val")), 12))
+    return max(score.T, key=lambda column: roc.auc(*data.pair(column, "aux", "val")))
 
 
 def threshold(data: Encoded, name: str, score: np.ndarray) -> float:

@@ -222,7 +222,7 @@ def test_one_writer_per_folder(capsys, small, tmp_path, monkeypatch):
         seen.append(1)
         assert len(seen) == 1, "the second was let in"
         for second in (small(), small(resume=True)):
-            refused(capsys, second, "another training is writing into", str(out))
+            refused(capsys, second, "another process is writing into", str(out))
             with pytest.raises(UserError, match="another training"):
                 glance(second)
         return honest(settings)

@@ -65,7 +65,7 @@ def _lock(file: BinaryIO) -> None:
     except BlockingIOError:
         folder = Path(file.name).parent
         raise UserError(
-            f"another training is writing into {folder}: wait until it ends, or give another --out"
+            f"another process is writing into {folder}: wait until it ends, or give another --out"
         ) from None
     except OSError as error:  # some network file systems cannot lock
         print(f"note: {file.name} cannot be locked ({error}): train into it only once at a time")

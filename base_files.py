@@ -127,7 +127,7 @@ def _one_sentence(what: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = shown(" ".join(str(error).split()))[:200]
+        reason = shown(" ".join(str(error).split()))[:400]
         if not isinstance(error, OSError | ValueError | RuntimeError):  # the text alone says little
             reason = f"{type(error).__name__} {reason}"
         raise UserError(f"{what}: {reason}") from None
@@ -259,7 +259,7 @@ def _single_file(path: Path, dtype: torch.dtype):
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        reason = shown(" ".join(str(error).split()))[:200]
+        reason = shown(" ".join(str(error).split()))[:400]
         raise UserError(
             f"{shown(path)} is not a whole safetensors file ({reason}); pickles are not read"
         ) from None

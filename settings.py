@@ -189,7 +189,7 @@ LOOKS = ("norms_every", "hessian_every", "samples", "sample_every", "format")
 # The highest value of each number, so that a slip of the finger is told before anything is loaded.
 ABOVE_ZERO = {
     "size": 16_384, "rank": 4096, "alpha": 1e6, "members": 10**7, "batch_size": 65_536,
-    "accumulate": 10**6, "epochs": 10**6, "steps": 10**9, "lr": 1e30, "attacker_lr": 1e30,
+    "accumulate": 10**6, "epochs": 10**6, "steps": 10**9, "lr": 1e37, "attacker_lr": 1e37,
     "clip": None, "norms_every": 10**9, "save_every": 10**9, "sample_every": 10**9,
     "state_every": 10**9, "keep": 10**9,
 }  # fmt: skip

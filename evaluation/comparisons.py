@@ -65,7 +65,7 @@ def worst_case(scores: dict[str, tuple], bootstrap: roc.Bootstrap, seed: int = 0
     what no leakage at all looks like.
     """
     pairs, rng = list(scores.values()), np.random.default_rng(seed)
-    areas, covariance = delong(pairs)
+    areas, covariance = np.array([roc.auc(*pair) for pair in pairs]), delong(pairs)[1]
     normals = rng.multivariate_normal(
         np.zeros(len(areas)), _correlation(covariance), 10_000, method="eigh"
     )

@@ -223,7 +223,7 @@ def test_one_writer_per_folder(capsys, small, tmp_path, monkeypatch):
         assert len(seen) == 1, "the second was let in"
         for second in (small(), small(resume=True)):
             refused(capsys, second, "another process is writing into", str(out))
-            with pytest.raises(UserError, match="another training"):
+            with pytest.raises(UserError, match="another process"):
                 glance(second)
         return honest(settings)
 

@@ -194,35 +194,6 @@ def asr_interval(member: np.ndarray, nonmember: np.ndarray, threshold: float) ->
     return [float(value - np.sqrt(low) / 2), float(value + np.sqrt(high) / 2)]
 
 
-class Bootstrap:
-    """A stratified bootstrap over images: the same resampled images for every attack and every
-    model.  Its interval of an AUC is too narrow above .97 and degenerates at 1: `auc_interval`.
-    """
-
-    def __init__(self, members: int, nonmembers: int, rounds: int = 1000, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        self.member = rng.integers(members, size=(rounds, members))  # (R, M)
-        self.nonmember = rng.integers(nonmembers, size=(rounds, nonmembers))  # (R, N)
-        self.counts = _counts(self.member, members), _counts(self.nonmember, nonmembers)
-
-    def auc(self, member: np.ndarray, nonmember: np.ndarray) -> np.ndarray:
-        """(R,) AUCs of the resampled scores."""
-        m, n = self.counts
-        return ((m @ comparisons(member, nonmember)) * n).sum(1) / (len(member) * len(nonmember))
-
-    @staticmethod
-    def interval(values: np.ndarray) -> list[float]:
-        """The central 95 % of (R,) values."""
-        return [float(v) for v in np.percentile(values, [2.5, 97.5])]
-
-
-def _counts(index: np.ndarray, n: int) -> np.ndarray:
-    """(R, n): how often each of n images was drawn."""
-    counts = np.zeros((len(index), n), np.float32)
-    np.add.at(counts, (np.arange(len(index))[:, None], index), 1)
-    return counts
-
-
 def summary(member: np.ndarray, nonmember: np.ndarray, threshold: float | None) -> dict:
     """AUC, |AUC - 0.5| / 0.5 as in the paper, balanced ASR at a given threshold, and TPR at 5, 1
     and 0.1 % FPR.

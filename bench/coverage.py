@@ -41,10 +41,11 @@ def auc_coverage(area, spread, m, n, repetitions, seed=0) -> tuple[float, float]
 
 def percentile_coverage(area, spread, m, n, repetitions, seed=0) -> float:
     """The same of the percentile bootstrap, for comparison."""
-    rng, bootstrap, held = np.random.default_rng(seed), roc.Bootstrap(m, n, 300), 0
+    rng, held = np.random.default_rng(seed), 0
     for _ in range(repetitions):
-        draws = bootstrap.auc(*normal_scores(rng, area, spread, (m,), (n,)))
-        low, high = bootstrap.interval(draws)
+        member, nonmember = normal_scores(rng, area, spread, (m,), (n,))
+        drawn = rng.choice(member, (300, m)), rng.choice(nonmember, (300, n))
+        low, high = np.percentile(roc.placements(*drawn)[0].mean(1), [2.5, 97.5])
         held += low <= area <= high
     return held / repetitions
 
@@ -82,13 +83,13 @@ def choice_coverage(count, correlation, repetitions, seed=0) -> tuple[float, flo
     """Of `count` attacks with a true AUC of .75, 40 / 200 images: coverage of `worst_case`, of
     `headline`, and of the highest AUC's own interval, which holds no choice.
     """
-    rng, bootstrap, held = np.random.default_rng(seed), roc.Bootstrap(40, 200, 1), np.zeros(3)
+    rng, held = np.random.default_rng(seed), np.zeros(3)
     areas = np.full(count, 0.75)
     for _ in range(repetitions):
         known, test = (
             dict(enumerate(correlated(rng, areas, correlation, 40, 200))) for _ in range(2)
         )
-        worst = comparisons.worst_case(test, bootstrap)
+        worst = comparisons.worst_case(test, rounds=1)
         found = [worst["auc_interval"], comparisons.headline(known, test)["auc_interval"]]
         found.append(roc.auc_interval(*test[worst["attack"]]))
         held += [low <= 0.75 <= high for low, high in found]

@@ -109,6 +109,54 @@ def write(folder: Path) -> None:
     pipeline(vae, text_encoder, clip_tokenizer(folder / "tokenizer"), unet).save_pretrained(folder)
 
 
+def said(what: str, value: float, tick: float) -> None:
+    """One line: what was done, what came out, seconds since `tick`, peak memory."""
+    from step import peak_gib
+
+    spent = time.time() - tick
+    print(f"{what:28} {value:10.4f}  {spent:7.1f} s  peak {peak_gib():5.2f} GiB", flush=True)
+
+
+def questions(base, adapter, latents, text) -> None:
+    """What an evaluation asks of one or two images, and a Hessian norm at half the size."""
+    import torch
+
+    from diffusion import encode_captions, loss_grid, sample
+    from evaluation import attacks
+
+    def picture():
+        noise = torch.randn(1, *base.latent_shape)
+        return sample(base, text[:1], encode_captions(base, [""]), noise, steps=2)
+
+    two = latents[:2], text[:2]
+    asked = {
+        "loss of 2 images at t = 250": lambda: loss_grid(base, *two, timesteps=(250,), draws=1),
+        "SimA, 2 images": lambda: attacks.sima(base, *two, (100,)),
+        "GSA1, 1 image": lambda: attacks.gradient_features(base, adapter, latents[:1], text[:1]),
+        "1 picture, 2 DDIM steps": picture,
+        "Hessian norm, 3 products": lambda: hessian_norm(base, adapter.parameters(), text[:1]),
+    }
+    for what, ask in asked.items():
+        tick = time.time()
+        said(what, float(ask().mean()), tick)
+
+
+def hessian_norm(base, parameters, text):
+    """Spectral norm of the Hessian of the loss of one random latent of half the size, a tensor."""
+    import torch
+
+    import smoothness
+    from diffusion import squared_error
+
+    c, h, w = base.latent_shape
+    noise, t = torch.randn(1, c, h // 2, w // 2), torch.tensor([250])
+    with smoothness.plain_attention():
+        error = squared_error(base, noise, text, t, noise)
+        gradient = smoothness.flat_gradient(error.mean(), parameters)
+        product = partial(smoothness.hessian_vector_product, gradient, parameters)
+        return torch.tensor(smoothness.power_iteration(product, gradient.detach(), 3).norm)
+
+
 def check(folder: Path, dtype: str, size: int) -> None:
     """Three steps of each method, what an evaluation asks of a few images, and a Hessian norm at
     half the size.
@@ -117,17 +165,8 @@ def check(folder: Path, dtype: str, size: int) -> None:
     from step import peak_gib
 
     import lora
-    import smoothness
     from base_files import load_base
-    from diffusion import (
-        Encoded,
-        encode_captions,
-        encode_images,
-        loss_grid,
-        sample,
-        squared_error,
-    )
-    from evaluation import attacks
+    from diffusion import Encoded, encode_captions, encode_images
     from settings import Settings, resolve
     from train import algorithm_1
     from training.learner import Learner
@@ -144,12 +183,6 @@ def check(folder: Path, dtype: str, size: int) -> None:
     latents = torch.cat([encode_images(base, pixels), torch.randn(5, *base.latent_shape)])
     roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
 
-    def said(what: str, value: float, tick: float) -> None:
-        print(
-            f"{what:28} {value:10.4f}  {time.time() - tick:7.1f} s  peak {peak_gib():5.2f} GiB",
-            flush=True,
-        )
-
     data = Encoded([], [], None, latents, text, roles)
     for method in ("lora", "mp", "smp"):
         settings = resolve(Settings(method=method, model=str(folder), out="/unused", dtype=dtype))
@@ -162,38 +195,7 @@ def check(folder: Path, dtype: str, size: int) -> None:
             said(f"{method} step {i}: objective", row["objective"], tick)
             tick = time.time()
         if method == "smp":
-            tick = time.time()
-            grid = loss_grid(base, latents[:2], text[:2], timesteps=(250,), draws=1)
-            said("loss of 2 images at t = 250", grid.mean().item(), tick)
-            tick = time.time()
-            said("SimA, 2 images", attacks.sima(base, latents[:2], text[:2], (100,)).mean(), tick)
-            tick = time.time()
-            said(
-                "GSA1, 1 image",
-                attacks.gradient_features(base, adapter, latents[:1], text[:1]).mean(),
-                tick,
-            )
-            tick = time.time()
-            made = sample(
-                base,
-                text[:1],
-                encode_captions(base, [""]),
-                torch.randn(1, *base.latent_shape),
-                steps=2,
-            )
-            said("1 picture, 2 DDIM steps", made.mean(), tick)
-            tick, t = time.time(), torch.tensor([250])
-            c, h, w = base.latent_shape
-            noise = torch.randn(1, c, h // 2, w // 2)
-            with smoothness.plain_attention():
-                error = squared_error(base, noise, text[:1], t, noise)
-                gradient = smoothness.flat_gradient(error.mean(), learner.parameters)
-                found = smoothness.power_iteration(
-                    partial(smoothness.hessian_vector_product, gradient, learner.parameters),
-                    gradient.detach(),
-                    3,
-                )
-            said("Hessian norm, 3 products", found.norm, tick)
+            questions(base, adapter, latents, text)
         lora.remove(base.unet, adapter)
 
 

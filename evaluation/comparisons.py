@@ -52,7 +52,7 @@ def headline(known: dict[str, tuple], test: dict[str, tuple]) -> dict:
     }
 
 
-def worst_case(scores: dict[str, tuple], bootstrap: roc.Bootstrap, seed: int = 0) -> dict:
+def worst_case(scores: dict[str, tuple], rounds: int = 1000, seed: int = 0) -> dict:
     """The highest AUC over attacks {name: (member, nonmember)} on the same images: a maximum, and
     biased upwards as such; `headline` is what to report.
 
@@ -61,8 +61,8 @@ def worst_case(scores: dict[str, tuple], bootstrap: roc.Bootstrap, seed: int = 0
     its upper end is the largest upper end of one attack alone, which needs no correction.
 
     A maximum of many noisy figures lies above 0.5 without any leak.  `null` is the 95th percentile
-    of the same maximum with the labels of the images permuted, as often as `bootstrap` has rounds:
-    what no leakage at all looks like.
+    of the same maximum with the labels of the images permuted in `rounds` ways: what no leakage at
+    all looks like.
     """
     pairs, rng = list(scores.values()), np.random.default_rng(seed)
     areas, covariance = np.array([roc.auc(*pair) for pair in pairs]), delong(pairs)[1]
@@ -73,7 +73,7 @@ def worst_case(scores: dict[str, tuple], bootstrap: roc.Bootstrap, seed: int = 0
     members, nonmembers = (np.array(s) for s in zip(*pairs, strict=True))  # (K, M), (K, N)
     m, n = members.shape[1], nonmembers.shape[1]
     ranks = rankdata(np.concatenate([members, nonmembers], 1), axis=1)  # (K, M + N)
-    labels = np.tile(np.arange(m + n) < m, (len(bootstrap.member), 1))
+    labels = np.tile(np.arange(m + n) < m, (rounds, 1))
     sums = rng.permuted(labels, axis=1) @ ranks.T  # (R, K)
     null = (sums.max(1) - m * (m + 1) / 2) / (m * n)
     return {

@@ -293,14 +293,15 @@ class Examination:
         """
         data, s = self.subject.data, self.settings
         test = {name: data.pair(score, "test") for name, score in scores.items()}
-        member, nonmember = next(iter(test.values()))
-        bootstrap = roc.Bootstrap(len(member), len(nonmember), s.bootstrap, self.seed)
         attacked = {
             name: roc.summary(*pair, threshold(data, name, scores[name]))
             for name, pair in test.items()
         }
         known = {name: known_pair(data, name, score) for name, score in scores.items()}
-        headline, worst = comparisons.headline(known, test), comparisons.worst_case(test, bootstrap)
+        headline, worst = (
+            comparisons.headline(known, test),
+            comparisons.worst_case(test, s.bootstrap),
+        )
         return {"attacks": attacked, "headline": headline, "worst": worst}
 
     def draw(self, model: Model) -> np.ndarray:

@@ -33,25 +33,12 @@ def test_figures_agree_with_scikit_learn():
     assert wide[1] - wide[0] > high - low
 
 
-def test_bootstrap_auc_is_the_auc_of_the_resampled_scores():
-    """The matrix form against resampling by index, ties included."""
-    member, nonmember = (np.round(x, 1) for x in scores(n=100))
-    bootstrap = roc.Bootstrap(80, 100, rounds=20)
-    draws = zip(bootstrap.member, bootstrap.nonmember, strict=True)
-    wanted = [
-        roc_auc_score(np.r_[np.ones(80), np.zeros(100)], np.r_[member[m], nonmember[n]])
-        for m, n in draws
-    ]
-    np.testing.assert_allclose(bootstrap.auc(member, nonmember), wanted, rtol=1e-5)
-
-
 def test_interval_covers_chance():
     """Over 40 pairs of samples without signal, the 95 % interval misses 0.5 rarely."""
     misses = 0
     for seed in range(40):
         member, nonmember = scores(seed, shift=0)
-        bootstrap = roc.Bootstrap(80, 250, 200, seed)
-        low, high = bootstrap.interval(bootstrap.auc(member, nonmember))
+        low, high = roc.auc_interval(member, nonmember)
         misses += not low <= 0.5 <= high
     assert misses <= 7
 
@@ -77,14 +64,14 @@ def test_worst_case_and_its_null():
     not.
     """
     rng = np.random.default_rng(0)
-    bootstrap, exceeded = roc.Bootstrap(40, 100, 200), 0
+    exceeded = 0
     for _ in range(20):
         useless = {str(i): (rng.normal(size=40), rng.normal(size=100)) for i in range(8)}
-        found = comparisons.worst_case(useless, bootstrap)
+        found = comparisons.worst_case(useless, rounds=200)
         exceeded += found["auc"] > found["null"]
     assert exceeded <= 4 and found["null"] > 0.55
     found = comparisons.worst_case(
-        useless | {"real": (rng.normal(1, 1, 40), rng.normal(size=100))}, bootstrap
+        useless | {"real": (rng.normal(1, 1, 40), rng.normal(size=100))}, rounds=200
     )
     assert found["attack"] == "real" and found["auc"] > found["null"]
 
@@ -93,10 +80,9 @@ def test_paired_difference_is_tighter_than_unpaired():
     """Two models whose scores move together differ surely where their own intervals overlap."""
     member, nonmember = scores()
     better = member - 0.15
-    bootstrap = roc.Bootstrap(80, 250)
     change, (low, high) = comparisons.paired_difference((better, nonmember), (member, nonmember))
     assert low < change < high < 0
-    alone = bootstrap.interval(bootstrap.auc(member, nonmember))
+    alone = roc.auc_interval(member, nonmember)
     assert high - low < alone[1] - alone[0]
 
 

@@ -61,7 +61,7 @@ def refused(model, *words, **options) -> str:
     with pytest.raises(UserError) as caught:
         load_base(str(model), **options)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 500, message
+    assert "\n" not in message and len(message) < 1000, message  # paths are long
     assert all(word in message for word in words), message
     return message
 

@@ -44,51 +44,18 @@ if __name__ == "__main__":
     # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Audit, __doc__, positional="audits")
 
-from collections.abc import Iterator
-
 import numpy as np
-import torch
-import tqdm
 
-import lora
-import lora_files
 from base_files import load_base, resolve_dtype
 from cli import write_json
 from data import load_images
-from diffusion import Base, Encoded
 from evaluation import audit_report, audit_tasks, lira, workers
 from evaluation.decisions import Decisions
-from train import algorithm_1
+from train import train_adapter
 from training import lock
-from training.learner import Learner
-from training.processes import Processes
-from training.run import Run
 from training.run_folder import provenance
 
 EXPOSED = 20  # images listed
-
-
-def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int, lora.Adapter]]:
-    """Algorithm 1 on images that are encoded already: (step, adapter) after every step.
-
-    The base is as before when the generator is closed.  The same start, batches and noise as those
-    of train.py with this seed; the images differ.
-    """
-    torch.manual_seed(s.seed)  # attacker initialisation and dropout
-    if s.init:
-        adapter, _ = lora_files.load(base.unet, s.init)
-    else:
-        generator = torch.Generator().manual_seed(s.seed)
-        try:
-            adapter = lora.inject(base.unet, s.target, s.rank, s.alpha, generator)
-        except ValueError as error:
-            raise UserError(f"{s.model} cannot be adapted so: {error}") from None
-    try:
-        run = Run(s, base, data, adapter, Processes(s.device))
-        for row in algorithm_1(run, Learner(run), range(1, s.steps + 1)):
-            yield row["step"], adapter
-    finally:
-        lora.remove(base.unet, adapter)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,24 +91,7 @@ def make_plan(s: Audit) -> audit_tasks.Plan:
     each = replace(each, norms_every=10**9, hessian_every=0)  # looked at by nobody
     size = load_base(s.model, "cpu", s.dtype, s.size).size
     images = load_images(s.data, size, s.caption)
-    return audit_tasks.deal(images, each, s.pool, s.canaries, s.out)
-
-
-def train_all(s: Audit, plan: audit_tasks.Plan, todo: list[int]) -> None:
-    """Every adapter of `todo`, in processes here or on a cluster, with a bar over their steps."""
-    executor = workers.cluster(s.cluster) if s.cluster else workers.processes(s.jobs)
-    for index in todo:
-        (plan.folder(index) / "progress").unlink(missing_ok=True)
-    with executor as pool, tqdm.tqdm(total=len(todo) * s.steps, unit="step") as bar:
-
-        def show() -> None:
-            steps = sum(audit_tasks.progress(plan, index) for index in todo)
-            done = sum((plan.folder(index) / "answers.npz").is_file() for index in todo)
-            bar.set_description(f"{s.method}, adapter {done} of {len(todo)}", refresh=False)
-            bar.update(steps - bar.n)
-
-        tasks = {index: (plan, index, train_adapter) for index in todo}
-        workers.complete(pool, audit_tasks.work, tasks, show)
+    return audit_tasks.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,13 +107,13 @@ def audit(s: Audit) -> dict:
         return audit_report.compare(s.audits)
     s = complete(s)
     plan = make_plan(s)
-    todo = [k for k in range(s.adapters) if not audit_tasks.finished(plan, k)]
     if s.dry_run:
-        print(f"dry run: {len(todo)} of {s.adapters} adapters of {s.steps} steps are to train")
+        todo = len(audit_tasks.missing(plan))
+        print(f"dry run: {todo} of {s.adapters} adapters of {s.steps} steps are to train")
         return {}
+    executor = workers.cluster(s.cluster) if s.cluster else workers.processes(s.jobs)
     with lock.held(Path(s.out)):
-        if todo:
-            train_all(s, plan, todo)
+        audit_tasks.train_all(plan, train_adapter, executor, s.method)
     record, scores = measure(s, plan)
     folder = Path(s.out)
     audit_tasks.write_arrays(folder / "scores.npz", scores)
@@ -179,8 +129,8 @@ def measure(s: Audit, plan: audit_tasks.Plan) -> tuple[dict, dict[str, np.ndarra
 
     Canaries are kept apart from the other images.
     """
-    answers, seconds = audit_tasks.collect(plan, s.adapters)
-    member, apart = plan.members(s.adapters), np.isin(np.arange(plan.pool), plan.canaries)
+    answers, seconds = audit_tasks.collect(plan)
+    member, apart = plan.members(), np.isin(np.arange(plan.pool), plan.canaries)
     groups = {"attacks": ~apart} | ({"canaries": apart} if plan.canaries else {})
     decisions = {name: Decisions(member[:, g], s.seed) for name, g in groups.items()}
     steps, kept = (

@@ -1,5 +1,5 @@
-"""What an adapter leaks, and how good its pictures are: twelve attacks on any model, a thirteenth
-on adapters, controls and intervals.
+"""What an adapter leaks, and how good its pictures are: fifteen attacks, controls, intervals and a
+report.
 
     python evaluate.py runs/lora runs/mp runs/smp  # a table, figures, eval.json in each run folder
     python evaluate.py runs/lora --at best         # the adapter with the lowest held-out loss
@@ -13,8 +13,9 @@ checkpoints of trained attacks on validation images.  Scores are kept per attack
 evaluation goes on where it was.
 """
 
+import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cli import one_line_errors, option, parse, write_json
 from evaluation.precheck import check
@@ -70,8 +71,10 @@ class Settings:
     )
     bootstrap: int = option(1000, "rounds of permuted labels: what chance reaches")
     shadow: int = option(
-        0,
-        "adapters to train as each run was, on other splits, to calibrate with (LiRA); 0: none",
+        0, "adapters to train as each run was, on its candidates, to attack with (LiRA); 0: none"
+    )
+    jobs: int | None = option(
+        None, "of them at a time, a process each (default: cores, or 1 on a GPU)"
     )
     dtype: str | None = option(
         None,
@@ -87,21 +90,21 @@ if __name__ == "__main__":
     with one_line_errors():
         check(SETTINGS)
 
-import numpy as np
 import torch
 
 import plots
-from evaluation import figures, quality, shadows, tables
-from evaluation.queries import Examination, Measured
+from evaluation import audit_tasks, figures, quality, report, shadows, tables, workers
+from evaluation.examination import Examination, Measured
 from evaluation.target import Target, kind, read_adapter, read_run, sources
-from train import train
+from train import train_adapter
 
 # --------------------------------------------------------------------------------------------------
 # The evaluation
 
 
 def evaluate(s: Settings) -> list[dict]:
-    """Evaluate every target; writes eval.json and figures, prints the tables, returns the records.
+    """Evaluate every target; writes eval.json, a report and figures, prints the tables, returns the
+    records.
 
     Raises UserError for what the user can mend.
     """
@@ -121,9 +124,9 @@ def evaluate(s: Settings) -> list[dict]:
         {name: e.subject.data.pair(score, "test") for name, score in m.scores.items()}
         for _, m, e in models
     ]
-    tables.print_table(records)
-    tables.print_differences(records, scores)
     beside = targets[0].run.parent
+    tables.print_tables(records)
+    tables.print_differences(records, scores)
     pooled = tables.print_seeds(records, [kind(target) for target in targets], scores)
     if pooled:
         write_json(beside / "seeds.json", pooled)
@@ -133,19 +136,20 @@ def evaluate(s: Settings) -> list[dict]:
         titles = tables.titles(records)
         rows = {t: m.pictures for t, (_, m, _) in zip(titles, models, strict=True)}
         figures.side_by_side(examination, rows, beside / "pictures.png")
+    for target, record in zip(targets, records, strict=True):
+        print(f"\n{record['verdict']}")
+        print(f"files:    {target.folder}/report.html, exposure.csv, eval.json, figures/")
     return records
 
 
 def examine(target: Target, examination: Examination) -> tuple[dict, Measured]:
-    """One target: its record, written into its folder with figures, and what was measured."""
-    started, s, subject = time.time(), examination.settings, examination.subject
-    planned = shadows.plan(target, subject, s.shadow) if s.shadow else None
-    base, adapted = examination.measure_base(target), examination.measure_adapter(target)
-    if planned:
-        answers = shadows.query(subject, train, planned[0], examination.key, s.device)
-        adapted, base = (
-            with_shadows(examination, measured, answers, planned[1]) for measured in (adapted, base)
-        )
+    """One target: its record, written into its folder with figures and a report, and what was
+    measured.
+    """
+    started, subject = time.time(), examination.subject
+    trained = train_shadows(target, examination) if examination.settings.shadow else None
+    base = examination.measure_base(target, trained)
+    adapted = examination.measure_adapter(target, trained)
     record = {
         "run": target.name,
         "method": target.config["method"],
@@ -154,24 +158,27 @@ def examine(target: Target, examination: Examination) -> tuple[dict, Measured]:
         "step": target.step,
         "at": target.at,
         "images": {role: len(index) for role, index in subject.data.roles.items()},
+        "shadows": len(trained) if trained else 0,
         "adapted": adapted.record,
         "base": base.record,
         "blind": examination.blind(),
-        "seconds": round(time.time() - started, 1),
     }
+    record |= {"verdict": tables.verdict(record), "seconds": round(time.time() - started, 1)}
     write_json(target.folder / "eval.json", record)
-    figures.evaluation(subject, adapted, base, target.config["method"], target.folder / "figures")
+    drawn = target.folder / "figures"
+    figures.evaluation(examination, adapted, base, target.config["method"], drawn)
+    report.write(examination, adapted, base, record, target.folder)
     return record, adapted
 
 
-def with_shadows(
-    examination: Examination, measured: Measured, answers: dict, out: np.ndarray
-) -> Measured:
-    """`measured` with the attacks that shadow models calibrate beside the others."""
-    new = shadows.scores(examination.subject.data, measured.raw, answers, out)
-    scores = measured.scores | new
-    record = measured.record | examination.leakage(scores)
-    return replace(measured, scores=scores, record=record)
+def train_shadows(target: Target, examination: Examination) -> audit_tasks.Plan:
+    """The shadows of a run, trained as far as they are not there yet."""
+    s = examination.settings
+    plan = shadows.plan(target, examination.subject, s.shadow, s.device)
+    jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)
+    title = f"shadows of {target.name}"
+    audit_tasks.train_all(plan, train_adapter, workers.processes(jobs), title)
+    return plan
 
 
 if __name__ == "__main__":

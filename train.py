@@ -37,11 +37,13 @@ import torch
 
 from attacker import attacker_step
 from base_files import resolve_dtype
+from diffusion import Base, Encoded
+from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
 from training import monitor, state
 from training.learner import Learner
 from training.processes import Processes
-from training.run import Run, prepare
+from training.run import Run, assemble, prepare
 
 
 def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[dict]:
@@ -94,6 +96,21 @@ def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
     if learner.reuses:
         return learner.reused, (error, batch.timesteps)
     return tuple(zip(error.chunk(2), batch.timesteps.chunk(2), strict=True))
+
+
+def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int, Adapter]]:
+    """Algorithm 1 on images that are encoded already: (step, adapter) after every step.
+
+    The base is as before when the generator is closed.  The same start, batches and noise as those
+    of a run with this seed.
+    """
+    torch.manual_seed(s.seed)  # attacker initialisation and dropout
+    run = assemble(s, base, data, Processes(s.device))
+    try:
+        for row in algorithm_1(run, Learner(run), range(1, run.settings.steps + 1)):
+            yield row["step"], run.adapter
+    finally:
+        remove(base.unet, run.adapter)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@
     python bench/attacks.py --model SD15_FOLDER --images 4
 
 `evaluate.py` is cheaper than the sum of these rows: one pass over the grid serves the loss, the
-proxies and the difference, and one clean prediction serves PIA, PIAN and SimA.  Training of the
-proxies is not counted.  Latents are random, since time does not depend on them; ratios are against
+proxies, ReDiffuse, the difference and half of PFAMI and CLiD, and one clean prediction serves
+SecMI, PIA, PIAN and SimA.  The combined attacker asks nothing of its own.  Training of the proxies
+is not counted.  Latents are random, since time does not depend on them; ratios are against
 the loss attack of the same round.
 """
 
@@ -28,8 +29,10 @@ def attacks_on(args):
     import lora
     from attacker import PROXIES
     from base_files import load_base
-    from diffusion import TIMESTEPS, encode_captions, loss_grid, sample
-    from evaluation import attacks, quality
+    from diffusion import TIMESTEPS, encode_captions, encode_images, loss_grid, sample
+    from evaluation import attacks, proxies, quality
+    from evaluation.queries import PICTURE_STEPS, PICTURES
+    from evaluation.target import CROPS, CUTS, crop
     from settings import Settings, resolve
 
     settings = resolve(Settings(method="lora", model=args.model, device=args.device, out="/unused"))
@@ -40,9 +43,7 @@ def attacks_on(args):
         encode_captions(base, ["a picture"]).expand(n, -1, -1),
         encode_captions(base, [""]),
     )
-    proxies = {
-        name: kind(base.latent_shape).to(base.device).eval() for name, kind in PROXIES.items()
-    }
+    h = {name: kind(base.latent_shape).to(base.device).eval() for name, kind in PROXIES.items()}
     network = quality.load_network("embedded")
     real = np.random.default_rng(0).integers(0, 256, (n, base.size, base.size, 3), np.uint8)
     few = TIMESTEPS[1::2]  # as evaluate.py tries crops and captions
@@ -51,22 +52,35 @@ def attacks_on(args):
         for _ in range(variants):
             loss_grid(base, latents, text, few, draws=1)
 
+    def pfami():
+        for share in CROPS:
+            encode_images(base, crop(real, share))
+        grids(len(CROPS) + 2)
+
+    def rediffuse():
+        averaged = proxies.sweep(base, latents, text, {})[1]
+        attacks.rediffuse(averaged, TIMESTEPS, base.abar.cpu(), base.prediction)
+
     def black_box():
-        made = sample(base, text, empty, torch.randn_like(latents), steps=8)
-        generated = quality.features(network, made).numpy()[:, None]
+        made = [
+            sample(base, text, empty, torch.randn_like(latents), steps=PICTURE_STEPS)
+            for _ in range(PICTURES)
+        ]
+        generated = np.stack([quality.features(network, m).numpy() for m in made], axis=1)
         attacks.black_box(quality.features(network, real).numpy(), generated)
 
     merged = {
         "loss": lambda: loss_grid(base, latents, text),
         "difference": lambda: [loss_grid(base, latents, text) for _ in range(2)],
-        "proxy raw": lambda: attacks.sweep(base, latents, text, {"raw": proxies["raw"]}),
-        "proxy pooled": lambda: attacks.sweep(base, latents, text, {"pooled": proxies["pooled"]}),
+        "proxy raw": lambda: proxies.sweep(base, latents, text, {"raw": h["raw"]}),
+        "proxy pooled": lambda: proxies.sweep(base, latents, text, {"pooled": h["pooled"]}),
         "SecMI-stat": lambda: attacks.secmi(base, latents, text),
         "PIA": lambda: attacks.pia(base, latents, text),
         "PIAN": lambda: attacks.pia(base, latents, text, normalised=True),
         "SimA": lambda: attacks.sima(base, latents, text),
-        "PFAMI": lambda: grids(1 + 2),
-        "CLiD": lambda: grids(1 + 2),
+        "PFAMI": pfami,
+        "CLiD": lambda: grids(len(CUTS) + 1),
+        "ReDiffuse": rediffuse,
         "black-box": black_box,
     }
     return (

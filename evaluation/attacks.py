@@ -4,28 +4,26 @@ Each function states its formula and its paper.  Attacks that leave a hyper-para
 one column per candidate, (N, candidates); `evaluate.py` picks the column on images that the
 attacker knows, never on test images.  All draws of noise come from one fixed stream: the same for
 members and non-members, for the adapted and the base model.  The functions of tensors alone can be
-read without the rest; those that take `base` query its UNet without gradient.  Held by
-tests/test_attacks.py to models whose answers can be written down, and shown there to work.
+read without the rest; those that take `base` query its UNet without gradient.  Attacks that are
+trained are in proxies.py and classifiers.py.  Tested in tests/test_attacks.py against models whose
+answers can be written down, and in tests/test_leaks.py on an over-fitted adapter.
 """
-
-import copy
 
 import numpy as np
 import torch
 
-from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
 from diffusion import (
-    DRAWS,
     GRID_BATCH,
     GRID_SEED,
     TIMESTEPS,
     Base,
     at_once,
-    error_maps,
     squared_error,
 )
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
+AHEAD = (100, 200, 300, 400, 500)  # candidates of PIA, PIAN and, with 0, of SimA
+WALK = (60, 80, 100, 120, 140)  # candidates of SecMI; the authors take 140 for latent models
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,13 +71,15 @@ def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray
 
 
 def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
-    """Fluctuation around the image: mean over t and crops of (L(crop x) - L(x)) / L(x) (PFAMI, Fu
-    et al. 2023).
+    """Fluctuation around the image: mean over crops and t of (L(crop x) - L(x)) / L(x), (N,)
+    (PFAMI, Fu et al. 2023).
 
-    losses (N, T); crop_losses (M, N, T).  A member sits in a local minimum of the loss, its crops
-    lie higher.
+    losses (N, T) of the image.  crop_losses (M, N, T / 2): crops 0, 2, ... at the timesteps 0, 2,
+    ..., the others at 1, 3, ...  A member sits in a local minimum of the loss, its crops lie
+    higher.
     """
-    return ((crop_losses - losses) / losses).mean((0, 2)).numpy()
+    own = torch.stack([losses[:, m % 2 :: 2] for m in range(len(crop_losses))])
+    return ((crop_losses - own) / own).mean((0, 2)).numpy()
 
 
 def clid(
@@ -89,43 +89,60 @@ def clid(
     et al. 2024).
 
     losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones
-    c*_i: a model that was fitted on the pair misses the caption more.  S standardises by the images
-    `known` to the attacker.
+    c*_i: a model that was fitted on the pair misses the caption more.  S takes away the median of
+    the images `known` to the attacker and divides by their interquartile range.
     """
 
-    def standard(x):
-        return (x - x[known].mean()) / x[known].std().clamp_min(1e-12)
+    def robust(x):
+        low, middle, high = x[known].quantile(torch.tensor([0.25, 0.5, 0.75], dtype=x.dtype))
+        return (x - middle) / (high - low).clamp_min(1e-12)
 
-    gap, fit = standard((cut_losses.mean(0) - losses).mean(1)), standard(-losses.mean(1))
+    gap, fit = robust((cut_losses.mean(0) - losses).mean(1)), robust(-losses.mean(1))
     return torch.stack([a * gap + (1 - a) * fit for a in alphas], dim=1).numpy()
+
+
+def rediffuse(averaged: torch.Tensor, timesteps, abar, prediction: str) -> np.ndarray:
+    """Minus the L2 distance of z_0 to the mean of several denoised copies of it, (N, T) (ReDiffuse,
+    Li et al. 2024).
+
+    A copy is z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps_k, denoised in one DDIM step; its error is
+    sqrt((1 - abar) / abar) (eps_k - f), or sqrt(1 - abar) (v_k - f) of a v-prediction model.
+    averaged (N, T, C, h, w) is the mean over k of what stands in the last parentheses.  The authors
+    step from t = 200 or so in strides of 100; here t decides alone, and is a column.
+    """
+    a = abar[list(timesteps)].to(averaged)
+    scale = (1 - a).sqrt() if prediction == "v_prediction" else ((1 - a) / a).sqrt()
+    return -(averaged.flatten(2).norm(dim=2) * scale).numpy()
 
 
 # --------------------------------------------------------------------------------------------------
 # Attacks on the predicted noise
 
 
-def secmi(base: Base, latents, text, t: int = 100, stride: int = 10) -> np.ndarray:
+def secmi(base: Base, latents, text, timesteps=WALK, stride: int = 10, clean=None) -> np.ndarray:
     """SecMI-stat (Duan et al. 2023): minus the squared distance between z_t and its DDIM step
-    forward and back.
+    forward and back, (N, T).
 
-    z_t is reached from z_0 by deterministic DDIM inversion in strides.
+    z_t is reached from z_0 by deterministic DDIM inversion in strides.  The step forward is the
+    walk's own next one, so a single walk answers for every t, which must be multiples of `stride`.
     """
 
     def move(z, eps, start, end):
         a, b = base.abar[start], base.abar[end]
         return b.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
 
-    z = latents
-    for s in range(0, t, stride):
-        z = move(z, predict_noise(base, z, s, text), s, s + stride)
-    ahead = move(z, predict_noise(base, z, t, text), t, t + stride)
-    back = move(ahead, predict_noise(base, ahead, t + stride, text), t + stride, t)
-    return -(back - z).square().flatten(1).sum(1).cpu().numpy()
+    z, columns = latents, {}
+    eps = predict_noise(base, latents, 0, text) if clean is None else clean
+    for t in range(0, max(timesteps) + 1, stride):
+        ahead = move(z, eps, t, t + stride)
+        eps = predict_noise(base, ahead, t + stride, text)
+        back = move(ahead, eps, t + stride, t)
+        columns[t] = -(back - z).square().flatten(1).sum(1).cpu().numpy()
+        z = ahead
+    return np.stack([columns[t] for t in timesteps], axis=1)
 
 
-def pia(
-    base: Base, latents, text, timesteps=(100, 200, 300), clean=None, normalised=False
-) -> np.ndarray:
+def pia(base: Base, latents, text, timesteps=AHEAD, clean=None, normalised=False) -> np.ndarray:
     """Minus the L4 norm of eps_0 - eps(sqrt(abar) z_0 + sqrt(1 - abar) eps_0, t), (N, T) (PIA, Kong
     et al. 2024).
 
@@ -144,7 +161,7 @@ def pia(
     return np.stack(columns, axis=1)
 
 
-def sima(base: Base, latents, text, timesteps=(100, 200, 300), clean=None) -> np.ndarray:
+def sima(base: Base, latents, text, timesteps=AHEAD, clean=None) -> np.ndarray:
     """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA,
     Rao et al. 2025).
     """
@@ -152,85 +169,6 @@ def sima(base: Base, latents, text, timesteps=(100, 200, 300), clean=None) -> np
     return np.stack(
         [-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# The paper's attacker, trained afresh
-
-
-def train_proxy(
-    base: Base, latents, text, roles: dict[str, list[int]], proxy: str, seed: int, epochs: int = 100
-):
-    """A fresh attacker h', trained on the auxiliary images for `epochs` (Luo et al. 2025, 100 in
-    the paper).
-
-    The checkpoint is that of the best accuracy on *validation* images; the paper takes the test
-    set's.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        attacker = PROXIES[proxy](base.latent_shape).to(base.device).eval()
-        optimizer = torch.optim.Adam(attacker.parameters(), lr=1e-4 if proxy == "raw" else 3e-3)
-        best, kept = -1.0, copy.deepcopy(attacker.state_dict())
-
-        @torch.no_grad()
-        def draws(role, count=8):
-            index = torch.tensor(roles[role]).repeat(count)
-            timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator).to(
-                base.device
-            )
-            noise = torch.randn((len(index), *base.latent_shape), generator=generator).to(
-                base.device
-            )
-            errors = [
-                squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
-                for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH))
-            ]
-            return torch.cat(errors), timesteps
-
-        # fresh noise costs a UNet forward; eight draws per image, one of them per epoch, are enough
-        train, valid = (
-            [draws(f"{side}_{part}") for side in ("member", "nonmember")] for part in ("aux", "val")
-        )
-        for epoch in range(epochs):
-            halves = []
-            for error, timesteps in train:
-                size = len(error) // 8
-                order = epoch % 8 * size + torch.randperm(size, generator=generator)
-                halves.append([(error[i], timesteps[i]) for i in order.split(16)])
-            for pair in zip(*halves, strict=False):
-                attacker_step(attacker, optimizer, *pair)
-            with torch.no_grad():
-                _, accuracy = attacker_gain(attacker, *valid)
-            if accuracy > best:
-                best, kept = accuracy, copy.deepcopy(attacker.state_dict())
-    attacker.load_state_dict(kept)
-    return attacker
-
-
-def sweep(
-    base: Base, latents, text, attackers: dict
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One pass over the grid for everything that reads error maps: losses (N, T, K), and per
-    attacker the log-odds log h' - log(1 - h') of each error map, (N, T, K).
-    """
-    grid = torch.empty(len(latents), len(TIMESTEPS), DRAWS)
-    odds = {name: torch.empty_like(grid) for name in attackers}
-    for at, j, k, error in error_maps(base, latents, text):
-        grid[at, j, k] = error.mean((1, 2, 3)).cpu()
-        timesteps = torch.full((len(error),), TIMESTEPS[j], device=base.device)
-        for name, attacker in attackers.items():
-            with torch.no_grad():
-                log_h = attacker(error, timesteps)
-            odds[name][at, j, k] = (log_h[:, MEMBER] - log_h[:, 1 - MEMBER]).cpu()
-    return grid, odds
-
-
-def one_draw(odds: torch.Tensor, seed: int) -> np.ndarray:
-    """The paper's reading of h': one random (t, eps) per image, of (N, T, K)."""
-    pick = np.random.default_rng(seed).integers(odds[0].numel(), size=len(odds))
-    return odds.flatten(1).numpy()[np.arange(len(odds)), pick]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,22 +228,6 @@ def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> to
     return torch.einsum("bpo,bpi->boi", came_back, given).flatten(1).norm(dim=1)
 
 
-def classifier_score(features: np.ndarray, train: tuple[list[int], list[int]]) -> np.ndarray:
-    """Log-odds of a logistic regression trained on (member, nonmember) rows of `features` (N,
-    F).
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    index = [*train[0], *train[1]]
-    labels = np.r_[np.ones(len(train[0])), np.zeros(len(train[1]))]
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.05, max_iter=2000, class_weight="balanced")
-    )
-    return model.fit(features[index], labels).decision_function(features)
-
-
 def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
     """Minus the least cosine distance of an image (N, F) to those generated from its caption (N, K,
     F).
@@ -316,22 +238,3 @@ def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
     real = real / np.linalg.norm(real, axis=-1, keepdims=True)
     generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
     return (generated * real[:, None]).sum(-1).max(1) - 1
-
-
-def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
-    """What can be known without any model: thumbnails (N, 6 * 6 * 3) and words, for the control
-    that must fail.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    n, size = pixels.shape[:2]
-    edge = size // 6
-    thumbs = (
-        pixels[:, : 6 * edge, : 6 * edge]
-        .reshape(n, 6, edge, 6, edge, 3)
-        .mean((2, 4))
-        .reshape(n, -1)
-        / 255
-    )
-    words = TfidfVectorizer(token_pattern=r"\S+").fit_transform(captions).toarray()
-    return np.c_[thumbs, words]

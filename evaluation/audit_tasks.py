@@ -1,9 +1,10 @@
-"""The parts of an audit that are done once per adapter: train on half of a pool, answer queries.
+"""The parts of an audit that are done once per adapter: train on a part of a pool, answer queries.
 
-A plan says which images are in the pool and who trains on what.  One task is one adapter; it needs
-nothing of the others, so tasks run in any order, in any process, on any machine that sees the same
-files.  What it leaves is adapters/<index>/answers.npz, written whole, with the key of its plan, and
-the adapter of the last step.  Held by tests/test_audit.py.
+A plan says which images are in the pool and who trains on what; audit.py makes one, and so does
+evaluation/shadows.py.  One task is one adapter; it needs nothing of the others, so tasks run in any
+order, in any process, on any machine that sees the same files.  What it leaves is
+adapters/<index>/answers.npz, written whole, with a key of all that it depends on, and the adapter
+of the last step.  Tested in tests/test_audit.py.
 """
 
 import contextlib
@@ -13,20 +14,22 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import tqdm
 
 import lora
 import lora_files
 from base_files import load_base
 from cli import UserError, write_whole
-from data import ROLES, Images, load_images, near_duplicates
+from data import PARTS, ROLES, Images, load_images, near_duplicates
 from diffusion import ALL_TIMESTEPS, GRID_SEED, TIMESTEPS, Base, Encoded, add_noise, encode
 from diffusion import loss_grid as held_out_grid
-from evaluation import attacks
+from evaluation import attacks, workers
 from settings import FREE, LOOKS, Settings
 from training.run_folder import git_commit
 
@@ -47,40 +50,33 @@ class Plan:
     out: str
     images: list[int]  # positions in the data: first the pool, then those outside
     pool: int
-    outside: dict[str, list[int]]  # positions in `images` per role of non-members
+    roles: list[dict[str, list[int]]]  # per adapter: role -> positions in `images`
+    held_out: list[int]  # positions in `images` of those that the held-out loss is measured on
     canaries: list[int]  # positions in the pool
     names: list[str]  # of `images`
     captions: list[str]  # of `images`; those of canaries permuted
     digest: str  # of the images as loaded
 
+    def __len__(self) -> int:
+        return len(self.roles)
+
     @property
-    def key(self) -> str:
-        """All that an adapter's answers depend on, but for its index, as a hash."""
-        looks = {*FREE, *LOOKS}
-        trained = {k: v for k, v in asdict(self.settings).items() if k not in looks}
-        asked = [TIMESTEPS, DRAWS, SIMA, GRID_SEED]
-        facts = [trained, asked, self.digest, self.pool, self.outside, self.canaries]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def trained(self) -> dict:
+        """The settings that decide what an adapter becomes."""
+        return {k: v for k, v in asdict(self.settings).items() if k not in {*FREE, *LOOKS}}
 
-    def half(self, index: int) -> list[int]:
-        """Positions of the members of an adapter, in random order; 2k + 1 has what 2k has not."""
-        rng = np.random.default_rng([self.settings.seed, index // 2])
-        order = rng.permutation(self.pool).tolist()
-        middle = self.pool // 2
-        return order[:middle] if index % 2 == 0 else order[middle:]
+    def key(self, index: int) -> str:
+        """All that the answers of an adapter depend on, as a hash."""
+        asked = [TIMESTEPS, DRAWS, SIMA, GRID_SEED, self.due()]
+        facts = [self.trained, asked, self.digest, self.pool, self.held_out, self.canaries]
+        return _hash([*facts, index, self.roles[index]])
 
-    def roles(self, index: int) -> dict[str, list[int]]:
-        """The roles of the images for an adapter: its half cut up as data.split does."""
-        half, (aux, val) = self.half(index), parts(self.pool // 2)
-        cut = {"member_aux": half[:aux], "member_val": half[aux : aux + val]}
-        dealt = cut | {"member_test": half[aux + val :]} | self.outside
-        return {role: sorted(dealt.get(role, [])) for role in ROLES}
-
-    def members(self, count: int) -> np.ndarray:
-        """(count, pool): which adapter trains on which image."""
-        member = np.zeros((count, self.pool), bool)
-        for index in range(count):
-            member[index, self.half(index)] = True
+    def members(self) -> np.ndarray:
+        """(N, pool): which adapter trains on which image."""
+        member = np.zeros((len(self), self.pool), bool)
+        for row, roles in zip(member, self.roles, strict=True):
+            for part in PARTS:
+                row[roles[f"member_{part}"]] = True
         return member
 
     def folder(self, index: int) -> Path:
@@ -105,8 +101,11 @@ def parts(members: int) -> tuple[int, int]:
     return aux, round((members - aux) / 5)
 
 
-def deal(images: Images, settings: Settings, pool: int, canaries: int, out: str) -> Plan:
-    """A pool, non-members for the method's attacker and held-out images, all at random.
+def deal(
+    images: Images, settings: Settings, adapters: int, pool: int, canaries: int, out: str
+) -> Plan:
+    """A pool, non-members for the method's attacker and held-out images, all at random; adapter
+    2k + 1 trains on the half of the pool that 2k does not.
 
     Copies of other images are left out.  Raises UserError if there are too few images.
     """
@@ -132,19 +131,40 @@ def deal(images: Images, settings: Settings, pool: int, canaries: int, out: str)
     for here, there in zip(wrong, np.roll(wrong, 1), strict=True):
         captions[here] = images.captions[chosen[there]]
     names = [images.names[i] for i in chosen]
-    digest = _digest(Images(names, captions, images.pixels[chosen]))
-    return Plan(settings, out, chosen, pool, outside, wrong, names, captions, digest)
+    digest = hash_of(Images(names, captions, images.pixels[chosen]))
+    halves = [half(settings.seed, pool, index) for index in range(adapters)]
+    roles = [{r: (cut_up(h) | outside).get(r, []) for r in ROLES} for h in halves]
+    held_out = outside["nonmember_test"]
+    return Plan(settings, out, chosen, pool, roles, held_out, wrong, names, captions, digest)
 
 
-def _digest(images: Images) -> str:
+def half(seed: int, pool: int, index: int) -> list[int]:
+    """Positions of the members of an adapter, in random order; 2k + 1 has what 2k has not."""
+    order = np.random.default_rng([seed, index // 2]).permutation(pool).tolist()
+    return order[: pool // 2] if index % 2 == 0 else order[pool // 2 :]
+
+
+def cut_up(members: list[int]) -> dict[str, list[int]]:
+    """The roles of an adapter's members, as data.split has them."""
+    aux, val = parts(len(members))
+    cut = members[:aux], members[aux : aux + val], members[aux + val :]
+    return {f"member_{part}": sorted(c) for part, c in zip(PARTS, cut, strict=True)}
+
+
+def hash_of(images: Images) -> str:
+    """SHA-256 of pictures and captions."""
     return hashlib.sha256("".join(images.hashes()).encode()).hexdigest()
+
+
+def _hash(facts: list) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
 # One task
 
 _lock = threading.Lock()  # a process has one base, and so one adapter at a time
-_loaded: dict[str, tuple[Base, Encoded]] = {}  # the base and the images of one plan, by its key
+_loaded: dict[str, tuple[Base, Encoded]] = {}  # the base and the images of one plan
 
 
 def work(plan: Plan, index: int, train: Train) -> None:
@@ -162,8 +182,8 @@ def work(plan: Plan, index: int, train: Train) -> None:
         settings = replace(plan.settings, seed=plan.settings.seed + index)
         answers, due = [], plan.due()
         began, asking = time.time(), 0.0
-        roles = plan.roles(index)
-        with contextlib.closing(train(base, replace(data, roles=roles), settings)) as steps:
+        data = replace(data, roles=plan.roles[index])
+        with contextlib.closing(train(base, data, settings)) as steps:
             for step, adapter in steps:
                 if step in due:
                     asked = time.time()
@@ -177,24 +197,23 @@ def work(plan: Plan, index: int, train: Train) -> None:
         if not all(np.isfinite(a).all() for a in arrays.values()):
             raise UserError(f"the answers of adapter {index} are not finite: lower --lr")
         spent = {"training": time.time() - began - asking, "queries": asking}
-        write_arrays(folder / "answers.npz", arrays | spent | {"key": plan.key})
+        write_arrays(folder / "answers.npz", arrays | spent | {"key": plan.key(index)})
 
 
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
     """The base and the images of the plan, from the last call if it was for the same plan."""
     s = plan.settings
-    if plan.key not in _loaded:
+    key = _hash([plan.trained, s.device, plan.images, plan.digest])
+    if key not in _loaded:
         _loaded.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # whoever made the plan has said it all
             base = load_base(s.model, s.device, s.dtype, s.size)
             images = load_images(s.data, base.size, s.caption)
             images = Images(plan.names, plan.captions, images.pixels[plan.images])
-            if _digest(images) != plan.digest:
+            if hash_of(images) != plan.digest:
                 raise UserError(f"{s.data} is not what the audit was begun with: put it back")
-            if s.gradient_checkpointing:
-                base.unet.enable_gradient_checkpointing()
-            _loaded[plan.key] = base, encode(base, images, {})
-    return _loaded[plan.key]
+            _loaded[key] = base, encode(base, images, {})
+    return _loaded[key]
 
 
 def ask(base: Base, data: Encoded, plan: Plan, adapter: lora.Adapter, last: bool) -> dict:
@@ -203,8 +222,7 @@ def ask(base: Base, data: Encoded, plan: Plan, adapter: lora.Adapter, last: bool
     losses (P, T, DRAWS), predictions (P, T, C h w) float16, sima (P, 1 + SIMA), held_out (H,); at
     the last step also gradient (P,), the mean log norm, which costs as much as all the others.
     """
-    latents, text = data.latents[: plan.pool], data.text[: plan.pool]
-    index = plan.outside["nonmember_test"]
+    latents, text, index = data.latents[: plan.pool], data.text[: plan.pool], plan.held_out
     with merged(adapter):
         losses, predictions = predict(base, latents, text)
         held_out = held_out_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
@@ -265,7 +283,37 @@ def write_arrays(path: Path, arrays: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# All tasks
+
+
+def train_all(plan: Plan, train: Train, executor: AbstractContextManager, title: str) -> None:
+    """Every adapter that is not there yet, by an executor, with a bar over their steps.
+
+    `train` must be a function that other processes can import.
+    """
+    todo = missing(plan)
+    if not todo:
+        return
+    for index in todo:
+        (plan.folder(index) / "progress").unlink(missing_ok=True)
+    with executor as pool, tqdm.tqdm(total=len(todo) * plan.settings.steps, unit="step") as bar:
+
+        def show() -> None:
+            steps = sum(progress(plan, index) for index in todo)
+            done = sum((plan.folder(index) / "answers.npz").is_file() for index in todo)
+            bar.set_description(f"{title}, adapter {done} of {len(todo)}", refresh=False)
+            bar.update(steps - bar.n)
+
+        workers.complete(pool, work, {index: (plan, index, train) for index in todo}, show)
+
+
+# --------------------------------------------------------------------------------------------------
 # What tasks have left
+
+
+def missing(plan: Plan) -> list[int]:
+    """The adapters whose answers are not there; raises UserError if some are another plan's."""
+    return [index for index in range(len(plan)) if not finished(plan, index)]
 
 
 def finished(plan: Plan, index: int) -> bool:
@@ -278,7 +326,7 @@ def finished(plan: Plan, index: int) -> bool:
             key = str(found["key"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it") from None
-    if key != plan.key:
+    if key != plan.key(index):
         raise UserError(
             f"{plan.out} holds an audit with other settings or images: give another --out"
         )
@@ -295,10 +343,10 @@ def progress(plan: Plan, index: int) -> int:
         return 0
 
 
-def collect(plan: Plan, count: int) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
+def collect(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
     """Per asked step the answers of all adapters (N, ...), and seconds of all of them."""
     every = []
-    for index in range(count):
+    for index in range(len(plan)):
         with np.load(plan.folder(index) / "answers.npz") as found:
             every.append({name: found[name] for name in found.files if name != "key"})
     seconds = {k: float(sum(a.pop(k) for a in every)) for k in ("training", "queries")}

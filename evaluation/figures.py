@@ -1,5 +1,5 @@
 """The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it
-copied.
+copied.  What two of them choose to show, `spread` and `closest`, is tested in tests/test_report.py.
 """
 
 import io
@@ -8,17 +8,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 import plots
 import roc
 from cli import write_whole
+from evaluation import quality
 
 
-def evaluation(subject, found, control, method: str, folder: Path) -> None:
-    """The four figures of one evaluated adapter, from the `Measured` of it and of the base
-    model, see queries.py.
+def evaluation(examination, found, control, method: str, folder: Path) -> None:
+    """The four figures of one evaluated adapter, from the `Examination` of its images and the
+    `Measured` of it and of the base model, see examination.py.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    subject = examination.subject
     colour = plots.COLOURS.get(method, plots.OTHER)
     worst = found.record["worst"]["attack"]
     roc_curves(subject, found, folder / "roc.png", colour)
@@ -35,8 +38,7 @@ def evaluation(subject, found, control, method: str, folder: Path) -> None:
         colour,
     )
     if found.pictures is not None:
-        members = subject.data.members()
-        nearest_members(found.pictures, subject.data.pixels[members], folder / "nearest.png")
+        nearest_pictures(examination, found, folder / "nearest.png")
 
 
 def roc_curves(subject, found, path: Path, colour: str) -> None:
@@ -133,16 +135,44 @@ def leakage_by_timestep(
     save(figure, path)
 
 
-def nearest_members(made: np.ndarray, members: np.ndarray, path: Path, columns: int = 10) -> None:
-    """The generated pictures closest to a member (upper rows) above that member (lower rows), by
-    squared error.
+def closest(real: dict, made: torch.Tensor, count: int = 10) -> tuple[np.ndarray, dict]:
+    """The `count` made pictures closest to a member, the closest first: (their positions (K,),
+    {"members": (distance (K,), index (K,)), "held_out": ...} of the nearest picture of each set).
+
+    `real` {"members": (N, F), "held_out": (M, F)} and `made` (P, F) are features; distances are
+    cosine distances in [0, 2], see quality.nearest.
     """
-    a, b = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (made, members))
-    distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-    order = np.argsort(distance.min(1))[:columns]
-    plots.image_grid(
-        np.concatenate([made[order], members[distance[order].argmin(1)]]), columns, path
-    )
+    near = {name: quality.nearest(features, made) for name, features in real.items()}
+    order = np.argsort(near["members"][0], kind="stable")[:count]
+    return order, {name: (far[order].clip(0), at[order]) for name, (far, at) in near.items()}
+
+
+def nearest_pictures(examination, found, path: Path, columns: int = 10) -> None:
+    """The generated pictures closest to a member by their features, above that member and above
+    the nearest held-out picture, each with its distance.
+    """
+    order, near = closest(examination.real, found.features, columns)
+    data, held_out = examination.subject.data, examination.subject.held_out
+    rows = {"generated": found.pictures[order]}
+    rows["nearest member"] = data.pixels[data.members()][near["members"][1]]
+    rows["nearest held-out"] = held_out[near["held_out"][1]]
+    figure, axes = rows_of_pictures(rows, columns, line=1.3)
+    for line, name in zip(axes[1:], ("members", "held_out"), strict=True):
+        for axis, distance in zip(line, near[name][0], strict=True):
+            axis.set_xlabel(f"{distance:.3f}", fontsize=7, labelpad=2)
+    figure.subplots_adjust(left=0.13, right=0.995, bottom=0.06, top=0.99, wspace=0.04, hspace=0.2)
+    save(figure, path)
+
+
+def spread(members: list[int], count: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `columns` of `count` generated pictures, spread over distinct members: (their
+    positions (K,), the images (K,) whose captions they were drawn from).
+
+    Picture i was drawn from the caption of np.resize(members, count)[i].
+    """
+    distinct = min(count, len(members))
+    chosen = np.linspace(0, distinct - 1, min(columns, distinct)).round().astype(int)
+    return chosen, np.resize(members, count)[chosen]
 
 
 def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: int = 8) -> None:
@@ -152,26 +182,30 @@ def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: 
     Captions stand above.  Images are spread over the members, the same for every call.
     """
     data = examination.subject.data
-    made = next(iter(runs.values()))
-    members = np.resize(
-        data.members(), len(made)
-    )  # picture i was drawn from the caption of members[i]
-    distinct = min(len(made), len(data.members()))
-    chosen = np.linspace(0, distinct - 1, min(columns, distinct)).round().astype(int)
-    rows = {"private image": data.pixels[members], "base": examination.control.pictures} | runs
-    captions = [data.captions[members[i]] for i in chosen]
-    size = (1.1 * columns + 1.2, 1.1 * len(rows) + 0.4)
-    figure, axes = plt.subplots(len(rows), len(chosen), figsize=size, squeeze=False)
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        for axis, picture in zip(line, pictures[chosen], strict=True):
+    chosen, members = spread(data.members(), len(next(iter(runs.values()))), columns)
+    rows = {"private image": data.pixels[members]}
+    rows |= {n: p[chosen] for n, p in ({"base": examination.control.pictures} | runs).items()}
+    figure, axes = rows_of_pictures(rows, columns)
+    for axis, i in zip(axes[0], members, strict=True):
+        axis.set_title("\n".join(textwrap.wrap(data.captions[i], 18)), fontsize=7)
+    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.01, top=0.9, wspace=0.04, hspace=0.04)
+    save(figure, path)
+
+
+def rows_of_pictures(rows: dict[str, np.ndarray], columns: int, line: float = 1.1):
+    """(figure, axes) with rows of pictures {name: (K, H, W, 3)}, `line` inches high each, their
+    names at the left.
+    """
+    size = (1.1 * columns + 1.2, line * len(rows) + 0.4)
+    shape = len(rows), len(next(iter(rows.values())))
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    for cells, (name, pictures) in zip(axes, rows.items(), strict=True):
+        cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for axis, picture in zip(cells, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    for axis, caption in zip(axes[0], captions, strict=True):
-        axis.set_title("\n".join(textwrap.wrap(caption, 18)), fontsize=7)
-    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.01, top=0.9, wspace=0.04, hspace=0.04)
-    save(figure, path)
+    return figure, axes
 
 
 def save(figure, path: Path) -> None:

@@ -8,20 +8,22 @@ the target once; for an image x and a statistic phi that is higher for members,
 
 with means over the shadows that trained on x (in) and those that did not (out).
 
-The shadows of a target are the adapters of the other pairs: its own partner is left out.  With the
-partner, an image would have N/2 - 1 in-shadows where the target trained on it and N/2 where it did
-not, and the noise of the means alone would tell which.  So every image has n = N/2 - 1 of each.
+In an audit the shadows of a target are the adapters of the other pairs: its own partner is left
+out.  With the partner, an image would have N/2 - 1 in-shadows where the target trained on it and
+N/2 where it did not, and the noise of the means alone would tell which.  So every image has
+n = N/2 - 1 of each.  A single run is attacked in the same way, as the last of N + 1 adapters, N
+even, which has no partner (evaluation/shadows.py).
 
 Variances: V is pooled over images, v_i is one image's own from n - 1 degrees of freedom, and
 
     var_i = (PRIOR V + (n - 1) v_i) / (PRIOR + n - 1)
 
 With N = 4 a side has one shadow and no freedom, so V alone is left, with the partner in it: V is
-the same for every image and tells nothing of one.  Pure numpy; held by tests/test_lira.py to loops
-written by hand, and to labels without signal.
+the same for every image and tells nothing of one.  Pure numpy; tested in tests/test_lira.py against
+loops written by hand, and on labels without signal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -70,7 +72,7 @@ def variances(x: np.ndarray, member: np.ndarray, target: int, side: bool) -> np.
     inside = member[others]
     squares = residuals(x[others], inside) ** 2
     own = np.where((inside == side)[:, :, None], squares, 0).sum(0)  # (n - 1) v_i
-    freedom = len(others) / 2 - 1
+    freedom = (inside == side).sum(0)[:, None] - 1  # (P, 1)
     return ((PRIOR * pooled + own) / (PRIOR + freedom)).clip(LEAST)
 
 
@@ -146,25 +148,27 @@ def statistics(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found | {"all": np.concatenate([losses, *single], axis=2)}
 
 
-def attacks(answers: dict[str, np.ndarray], member: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores (N, P) of every attack, row k with adapter k as the target.
+def attacks(
+    answers: dict[str, np.ndarray], member: np.ndarray, targets: Iterable[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Scores (N, P) of every attack, row k with adapter k as the target; or of `targets` alone.
 
     member (N, P) is true where an adapter trained on an image.  `answers` as in `statistics`, and
     predictions (N, P, K, D).
     """
     phi = statistics(answers)
-    scores = {THRESHOLD: phi["loss"][:, :, 0]}
+    targets = list(range(len(member)) if targets is None else targets)
+
+    def every(attack: Callable, x: np.ndarray) -> np.ndarray:
+        return np.stack([attack(x, member, target) for target in targets])  # (targets, P)
+
+    scores = {THRESHOLD: phi["loss"][targets, :, 0]}
     for name in ("loss", "SimA", "gradient"):
         if name in phi:
-            scores[f"LiRA offline, {name}"] = every(offline, phi[name], member)
-            scores[f"LiRA online, {name}"] = every(online, phi[name], member)
-    scores["LiRA online, timesteps"] = every(joint, phi["timesteps"], member)
-    scores["LiRA online, all"] = every(joint, phi["all"], member)
+            scores[f"LiRA offline, {name}"] = every(offline, phi[name])
+            scores[f"LiRA online, {name}"] = every(online, phi[name])
+    scores["LiRA online, timesteps"] = every(joint, phi["timesteps"])
+    scores["LiRA online, all"] = every(joint, phi["all"])
     if len(member) >= 6:  # two shadows on each side
-        scores["projected prediction"] = every(projected, answers["predictions"], member)
+        scores["projected prediction"] = every(projected, answers["predictions"])
     return scores
-
-
-def every(attack: Callable, x: np.ndarray, member: np.ndarray) -> np.ndarray:
-    """(N, P): the attack with each adapter as its target; the target's own labels go unread."""
-    return np.stack([attack(x, member, target) for target in range(len(x))])

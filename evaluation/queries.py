@@ -5,12 +5,11 @@
     scores = attack_scores(subject.data, raw, {"difference": base_raw["losses"]}, seed)  # (N,) each
 
 Open choices (a timestep, a weight, a threshold) are made on images that the attacker knows, never
-on test images. Held by tests/test_evaluate.py.
+on test images.  Tested in tests/test_evaluate.py.
 """
 
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,11 @@ import torch
 import tqdm
 
 import lora
-import lora_files
 import roc
 from cli import UserError, write_whole
 from data import SIDES
 from diffusion import (
-    ALL_TIMESTEPS,
+    DRAWS,
     LATE_TIMESTEPS,
     TIMESTEPS,
     Base,
@@ -34,13 +32,18 @@ from diffusion import (
     loss_grid,
     sample,
 )
-from evaluation import attacks, comparisons, quality
-from evaluation.target import Subject, Target, adapter_digest, fingerprint, prepare, sources
+from evaluation import attacks, proxies, quality
+from evaluation.classifiers import classifier_score
+from evaluation.target import CROPS, CUTS, Subject
 
 DIGEST = 32  # bytes of a SHA-256
-VARIANTS = slice(1, None, 2)  # the timesteps of the grid that crops and cut captions are tried at
+CUTS_AT = slice(1, None, 2)  # the timesteps of the grid that cut captions are tried at
 # fitted to auxiliary images, which therefore say nothing about them
-TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled", "GSA1", "blind")
+TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled")
+PICTURES, PICTURE_STEPS = 3, 8  # pictures per caption of the black-box attack, their DDIM steps
+# what kept answers depend on beside images and model; the number rises with any other change
+ASKED = [2, TIMESTEPS, LATE_TIMESTEPS, DRAWS, CROPS, CUTS, PICTURES, PICTURE_STEPS]
+ASKED += [attacks.AHEAD, attacks.WALK, proxies.FRESH]
 
 
 class Store:
@@ -115,55 +118,54 @@ def query(model: Model, subject: Subject, network, guidance: float, seed: int) -
 
 
 def loss_queries(base: Base, data: Encoded, seed: int) -> dict[str, np.ndarray]:
-    """Losses (N, T, K) and (N, T', 1) of the late timesteps, and the log-odds of fresh proxy
-    attackers.
+    """Losses (N, T, K) and (N, T', 1) of the late timesteps, the log-odds of fresh proxy attackers,
+    and ReDiffuse (N, T).
     """
-    h = {
-        proxy: attacks.train_proxy(base, data.latents, data.text, data.roles, proxy, seed)
-        for proxy in ("raw", "pooled")
-    }
-    losses, odds = attacks.sweep(base, data.latents, data.text, h)
-    late = loss_grid(base, data.latents, data.text, LATE_TIMESTEPS, draws=1)
-    named = {f"odds-{proxy}": o.numpy() for proxy, o in odds.items()}
-    return {"losses": losses.numpy(), "late": late.numpy(), **named}
+    latents, text = data.latents, data.text
+    h = proxies.train_proxies(base, latents, text, data.roles, seed)
+    losses, averaged, odds = proxies.sweep(base, latents, text, h)
+    late = loss_grid(base, latents, text, LATE_TIMESTEPS, draws=1)
+    found = {f"odds-{kind}": o.numpy() for kind, o in odds.items()}
+    found["ReDiffuse"] = attacks.rediffuse(averaged, TIMESTEPS, base.abar.cpu(), base.prediction)
+    return {"losses": losses.numpy(), "late": late.numpy(), **found}
 
 
 def noise_queries(base: Base, data: Encoded) -> dict[str, np.ndarray]:
-    """The attacks on the predicted noise: (N,) or (N, candidates) each."""
-    latents, text = data.latents, data.text
-    clean = attacks.predict_noise(base, latents, 0, text)
+    """The attacks on the predicted noise, (N, candidates) each."""
+    given = base, data.latents, data.text
+    clean = attacks.predict_noise(base, data.latents, 0, data.text)
     return {
-        "SecMI-stat": attacks.secmi(base, latents, text),
-        "PIA": attacks.pia(base, latents, text, clean=clean),
-        "PIAN": attacks.pia(base, latents, text, clean=clean, normalised=True),
-        "SimA": attacks.sima(base, latents, text, clean=clean),
+        "SecMI-stat": attacks.secmi(*given, clean=clean),
+        "PIA": attacks.pia(*given, clean=clean),
+        "PIAN": attacks.pia(*given, clean=clean, normalised=True),
+        "SimA": attacks.sima(*given, clean=clean),
     }
 
 
 def variant_queries(subject: Subject) -> dict[str, np.ndarray]:
-    """Losses of crops and of cut captions on the first draw of the grid: (2, N, T) each."""
-    base, data, timesteps = subject.base, subject.data, TIMESTEPS[VARIANTS]
+    """Losses of crops (M, N, T / 2) and of cut captions (M', N, T / 2) on the first draw of the
+    grid; crops take turns at the timesteps, see attacks.pfami.
+    """
+    base, data = subject.base, subject.data
 
-    def losses(pairs) -> np.ndarray:
-        grids = [loss_grid(base, z, c, timesteps, draws=1)[:, :, 0] for z, c in pairs]
-        return torch.stack(grids).numpy()
+    def losses(latents, text, timesteps) -> np.ndarray:
+        return loss_grid(base, latents, text, timesteps, draws=1)[:, :, 0].numpy()
 
-    return {
-        "crops": losses((z, data.text) for z in subject.crops),
-        "cuts": losses((data.latents, c) for c in subject.cuts),
-    }
+    crops = [losses(z, data.text, TIMESTEPS[m % 2 :: 2]) for m, z in enumerate(subject.crops)]
+    cuts = [losses(data.latents, c, TIMESTEPS[CUTS_AT]) for c in subject.cuts]
+    return {"crops": np.stack(crops), "cuts": np.stack(cuts)}
 
 
 def picture_queries(subject: Subject, network, guidance: float) -> dict[str, np.ndarray]:
-    """Pictures from the captions of validation and test images, in fewer steps than for quality:
-    (N,).
+    """PICTURES from each caption of validation and test images, in fewer steps than for quality:
+    (N,), NaN for the others.
     """
     data = subject.data
     index = [i for side in SIDES for part in ("val", "test") for i in data.roles[f"{side}_{part}"]]
     score = np.full(len(data.latents), np.nan)
-    sets = data.pixels[index], draw(subject, index, 8, guidance)
-    real, made = (quality.features(network, pictures).numpy() for pictures in sets)
-    score[index] = attacks.black_box(real, made[:, None])
+    made = [draw(subject, index, PICTURE_STEPS, guidance, 1 + k) for k in range(PICTURES)]
+    real, *drawn = (quality.features(network, p).numpy() for p in (data.pixels[index], *made))
+    score[index] = attacks.black_box(real, np.stack(drawn, axis=1))
     return {"black-box": score}
 
 
@@ -182,20 +184,21 @@ def attack_scores(
     `references` are loss grids (N, T, K) of other models, by the name of the attack that compares
     with them.
     """
-    losses, first = torch.from_numpy(raw["losses"]), torch.from_numpy(raw["losses"][:, VARIANTS, 0])
-    train = tuple(data.roles[f"{side}_aux"] for side in SIDES)
+    losses, first = torch.from_numpy(raw["losses"]), torch.from_numpy(raw["losses"][:, :, 0])
+    crops, cuts = (torch.from_numpy(raw[name]) for name in ("crops", "cuts"))
     scores = {
         "loss": attacks.loss_attack(losses),
-        "proxy-raw-1": attacks.one_draw(torch.from_numpy(raw["odds-raw"]), seed),
+        "proxy-raw-1": proxies.one_draw(torch.from_numpy(raw["odds-raw"]), seed),
         "proxy-raw": raw["odds-raw"].mean((1, 2)),
         "proxy-pooled": raw["odds-pooled"].mean((1, 2)),
         "SecMI-stat": raw["SecMI-stat"],
         "PIA": raw["PIA"],
         "PIAN": raw["PIAN"],
         "SimA": raw["SimA"],
-        "PFAMI": attacks.pfami(first, torch.from_numpy(raw["crops"])),
-        "CLiD": attacks.clid(first, torch.from_numpy(raw["cuts"]), data.known()),
-        "GSA1": attacks.classifier_score(raw["gradients"], train),
+        "PFAMI": attacks.pfami(first, crops),
+        "CLiD": attacks.clid(first[:, CUTS_AT], cuts, data.known()),
+        "ReDiffuse": raw["ReDiffuse"],
+        "GSA1": classifier_score(raw["gradients"], data.sides("aux", "val")),
         "black-box": raw["black-box"],
     }
     for name, grid in references.items():
@@ -224,10 +227,10 @@ def known_pair(data: Encoded, name: str, score: np.ndarray) -> tuple[np.ndarray,
     return data.pair(score, *parts)
 
 
-def draw(subject: Subject, index, steps: int, guidance: float) -> np.ndarray:
+def draw(subject: Subject, index, steps: int, guidance: float, seed: int = 1) -> np.ndarray:
     """Pictures from the captions of `index`, from the same noise for every model."""
     noise = torch.randn(
-        (len(index), *subject.base.latent_shape), generator=torch.Generator().manual_seed(1)
+        (len(index), *subject.base.latent_shape), generator=torch.Generator().manual_seed(seed)
     )
     empty = encode_captions(subject.base, [""])
     return sample(
@@ -238,121 +241,3 @@ def draw(subject: Subject, index, steps: int, guidance: float) -> np.ndarray:
         steps,
         guidance,
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# All figures of one adapter, and of its base
-
-
-@dataclass
-class Measured:
-    """One model: the record that goes into eval.json, and what its figures are drawn from."""
-
-    record: dict
-    scores: dict[str, np.ndarray]  # attack -> (N,)
-    raw: dict[str, np.ndarray]
-    pictures: np.ndarray | None
-
-
-class Examination:
-    """The images of one or several targets, what their models are asked, and the control."""
-
-    def __init__(self, target: Target, s, network):
-        self.settings, self.seed, self.network = s, target.config["seed"], network
-        self.sources = sources(target)
-        self.subject: Subject = prepare(target, s.device, s.nonmembers)
-        self.key = fingerprint(target, self.subject, s)
-        data, held_out = self.subject.data, self.subject.held_out
-        if s.pictures and len(held_out) < 2:
-            raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
-        # what generated pictures are compared with: the members, as in the paper, and held-out ones
-        sets = {"members": data.pixels[data.members()], "held_out": held_out} if s.pictures else {}
-        self.real = {name: quality.features(network, pixels) for name, pixels in sets.items()}
-        self.control: Measured | None = None
-
-    def measure(self, model: Model, references: dict[str, np.ndarray]) -> Measured:
-        """Attack a model as it stands, and judge its pictures."""
-        s, data = self.settings, self.subject.data
-        raw = query(model, self.subject, self.network, s.guidance, self.seed)
-        scores = attack_scores(data, raw, references, self.seed)
-        record = self.leakage(scores)
-        losses = [raw["losses"][:, :, 0], raw["late"][:, :, 0]]
-        grid = np.concatenate(losses, axis=1)  # (N, 8): one draw per timestep
-        record["held_out_loss"] = float(grid[data.roles["nonmember_test"]].mean())
-        areas = [roc.auc(*data.pair(-column, "test")) for column in grid.T]
-        record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
-        pictures = self.draw(model) if s.pictures else None
-        if pictures is not None:
-            made = quality.features(self.network, pictures)
-            record["quality"] = quality.compare(self.real, made)
-        return Measured(record, scores, raw, pictures)
-
-    def leakage(self, scores: dict[str, np.ndarray]) -> dict:
-        """Figures of every attack on the test images; the one that the attacker would choose on
-        images he knows (`headline`), and the highest of all (`worst`).
-        """
-        data, s = self.subject.data, self.settings
-        test = {name: data.pair(score, "test") for name, score in scores.items()}
-        attacked = {
-            name: roc.summary(*pair, threshold(data, name, scores[name]))
-            for name, pair in test.items()
-        }
-        known = {name: known_pair(data, name, score) for name, score in scores.items()}
-        headline, worst = (
-            comparisons.headline(known, test),
-            comparisons.worst_case(test, s.bootstrap),
-        )
-        return {"attacks": attacked, "headline": headline, "worst": worst}
-
-    def draw(self, model: Model) -> np.ndarray:
-        """Pictures from the members' captions, kept with the model's answers: (P, H, W, 3)."""
-        s = self.settings
-        model.adapter.merge()
-        index = np.resize(self.subject.data.members(), s.pictures)
-        return model.store.get(
-            f"pictures-{s.pictures}-{s.sampling_steps}",
-            lambda: {"made": draw(self.subject, index, s.sampling_steps, s.guidance)},
-        )["made"]
-
-    def measure_base(self, target: Target) -> Measured:
-        """The control: an adapter of the same shape before its first step, which is the base with
-        gradients to take.
-
-        Its scores are kept beside the runs, so that every run over the same images finds them.
-        """
-        if self.control is None:
-            unet = self.subject.base.unet
-            trained, _ = lora_files.load(unet, target.adapter)
-            lora.remove(unet, trained)
-            layer = next(iter(trained.layers.values()))
-            generator = torch.Generator().manual_seed(self.seed)
-            untrained = lora.inject(unet, trained.target, layer.rank, layer.alpha, generator)
-            digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
-            store = Store(target.run.parent / f"control-{digest}", self.key)
-            try:
-                self.control = self.measure(Model("the base model", untrained, store), {})
-            finally:
-                lora.remove(unet, untrained)
-        return self.control
-
-    def measure_adapter(self, target: Target) -> Measured:
-        """The adapter of a target, in the base for as long as it takes."""
-        unet = self.subject.base.unet
-        adapter, _ = lora_files.load(unet, target.adapter)
-        key = json.dumps([self.key, adapter_digest(target.adapter)])
-        model = Model(target.name, adapter, Store(target.folder / "scores", key))
-        references = {"difference": self.measure_base(target).raw["losses"]}
-        try:
-            return self.measure(model, references)
-        finally:
-            lora.remove(unet, adapter)
-
-    def blind(self) -> dict:
-        """The control without any model: a classifier on thumbnails and words, which must be at
-        chance.
-        """
-        data = self.subject.data
-        features = attacks.blind_features(data.pixels, data.captions)
-        train_on = data.roles["member_aux"], data.roles["nonmember_aux"]
-        score = attacks.classifier_score(features, train_on)
-        return self.leakage({"blind": score})["attacks"]["blind"]

@@ -3,91 +3,59 @@ run differs from them.
 
     python evaluate.py runs/smp --shadow 8      # eight shadows, kept in runs/shadows-<hash>
 
-LiRA offline (Carlini et al. 2022, Algorithm 1 with the out-models alone): for an image x and a
-statistic phi,
-
-    score(x) = (phi(run, x) - mean over out-shadows of phi(shadow, x)) / sd
-
-An out-shadow has the run's settings and another seed, so another random split of the same images,
-and did not train on x: an image that is easy for every adapter of this kind no longer passes for a
-member.  `sd` is pooled over images, as the paper advises for few shadows.  Noise, timesteps and
-captions are those of the run's own queries.  Held by tests/test_shadow.py to the formula and to a
-planted case that the raw score does not see.
+The candidates are all images whose membership is in question, members of the run or not.  Every
+shadow has the run's settings and another seed, and trains on as many random candidates as the run
+has members; each candidate is in for as many shadows as any other, give or take one.  So the
+attacks of an audit (evaluation/lira.py: LiRA online and offline on several statistics, the
+projected prediction) work on one run: the run is the last of N + 1 adapters.  The draw knows
+nothing of who is a member of the run.  Tested in tests/test_shadow.py.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import numpy as np
-import torch
 
 import lora
-import lora_files
 from cli import UserError, checked
-from data import PARTS, load_images, split
-from diffusion import Encoded, loss_grid
-from evaluation import attacks
-from evaluation.queries import Store, choose
-from evaluation.target import Subject, Target, adapter_digest, base_stamp
+from data import ROLES, Images
+from diffusion import Encoded
+from evaluation import audit_tasks, lira
+from evaluation.target import Subject, Target, base_stamp
 from settings import FREE, Settings
 from training.run_folder import RunFolder
 
-FIRST_SEED = 1001  # of the shadows; the run's own is left out
-LEAST = 2  # out-shadows that every image needs
+SEED = 1001  # added to the run's own
+LEAST = 2  # shadows with and shadows without it that every image needs
 
 
-def calibrated(run: np.ndarray, shadows: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """(phi(run) - mean_out phi) / sd: run (N, C), shadows (S, N, C), out (S, N) -> (N, C).
+def plan(target: Target, subject: Subject, count: int, device: str) -> audit_tasks.Plan:
+    """Who of `count` shadows of a run trains on which candidates.
 
-    sd (C,) is the root of the out-shadows' variance about each image's own mean, pooled over
-    images.
+    Raises UserError, before anything is trained, where that cannot be.
     """
-    keep, count = out[:, :, None], out.sum(0)[:, None]  # (S, N, 1), (N, 1)
-    mean = np.where(keep, shadows, 0).sum(0) / count
-    variance = np.where(keep, (shadows - mean) ** 2, 0).sum((0, 1)) / (count - 1).sum()
-    return (run - mean) / np.sqrt(variance).clip(1e-12)
-
-
-def statistics(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """phi of the two attacks, (N, C) each: minus the mean log loss over the grid, and SimA at every
-    candidate t.
-    """
-    return {"LiRA-loss": -np.log(raw["losses"]).mean((1, 2))[:, None], "LiRA-SimA": raw["SimA"]}
-
-
-def plan(target: Target, subject: Subject, count: int) -> tuple[list[Settings], np.ndarray]:
-    """Settings of `count` shadows of a run, and out (S, N): which images (by name) each does not
-    train on.
-
-    Raises UserError, before anything is trained, for what has no shadows.
-    """
-    s = as_trained(target)
-    images = load_images(s.data, subject.base.size, s.caption)
-    if images.folders is not None:
+    s, data = as_trained(target), subject.data
+    if count < 4 or count % 2:
+        raise UserError(f"--shadow must be 0, or an even number of 4 or more, not {count}")
+    sizes = {role: len(index) for role, index in data.roles.items()}
+    images, members = len(data.names), len(data.members())
+    s = replace(s, seed=s.seed + SEED, members=members, device=device, threads=0)
+    roles = [shadow_roles(sizes, inside) for inside in blocks(images, members, count, s.seed)]
+    times = np.bincount([i for r in roles for i in members_of(r)], minlength=images)
+    if min(times.min(), count - times.max()) < LEAST:
+        needed = -(-LEAST * images // min(members, images - members))
         raise UserError(
-            f"--shadow needs a random split: {s.data} comes split, "
-            "so all shadows would share its members"
+            f"--shadow {count} is too few for {images} images of which {members} are members: "
+            f"every image must be in {LEAST} shadows and out of {LEAST}; "
+            f"take --shadow {needed + needed % 2} or fewer --nonmembers"
         )
-    free = {"seed", *FREE}
-    matters = [{k: v for k, v in asdict(s).items() if k not in free}, base_stamp(s.model)]
-    matters += [images.names, images.hashes()]
-    digest = hashlib.sha256(json.dumps(matters).encode()).hexdigest()[:8]
-    shadows, out = [], []
-    for seed in [k for k in range(FIRST_SEED, FIRST_SEED + count + 1) if k != s.seed][:count]:
-        roles = split(images, seed, s.members, s.split)
-        members = {images.names[i] for part in PARTS for i in roles[f"member_{part}"]}
-        folder = target.run.parent / f"shadows-{digest}" / f"seed-{seed}"
-        shadows.append(replace(s, seed=seed, out=str(folder)))
-        out.append([name not in members for name in subject.data.names])
-    bare = (np.array(out).sum(0) < LEAST).sum()
-    if bare:
-        raise UserError(
-            f"--shadow {count} leaves {bare} images with fewer than {LEAST} shadows without them: "
-            "take more"
-        )
-    return shadows, np.array(out)
+    digest = audit_tasks.hash_of(Images(data.names, data.captions, data.pixels))
+    facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles]
+    folder = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    out = str(target.run.parent / f"shadows-{folder}")
+    pool = subject.positions, images, roles, [], [], data.names, data.captions, digest
+    return audit_tasks.Plan(s, out, *pool)
 
 
 def as_trained(target: Target) -> Settings:
@@ -100,45 +68,53 @@ def as_trained(target: Target) -> Settings:
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
     s = replace(s, steps=target.step, accumulate=whole, save_every=target.step)
     s = replace(s, samples=0, sample_every=None, hessian_every=0, norms_every=10**9)
-    return replace(s, track=None, format="diffusers", dry_run=False, resume=True)
+    return replace(s, dtype=target.config["dtype"], track=None, dry_run=False, resume=False)
 
 
-def query(
-    subject: Subject,
-    train: Callable[[Settings], object],
-    shadows: list[Settings],
-    key: str,
-    device: str = "cpu",
-) -> dict[str, np.ndarray]:
-    """Ask every shadow what the run was asked: {attack: (S, N, C)}.  `train` makes those that are
-    not there yet.
+def blocks(images: int, members: int, count: int, seed: int) -> list[list[int]]:
+    """For each of `count` shadows all candidates in an order whose first `members` it trains on.
+
+    One random order of all after the other is dealt out, so no image is in for two shadows more
+    than another.
     """
-    base, data, answers = subject.base, subject.data, []
-    for s in shadows:
-        folder = RunFolder(s.out)
-        train(replace(s, device=device, threads=torch.get_num_threads()))
-        path, _ = folder.adapter()
-        adapter, _ = lora_files.load(base.unet, path)
-        adapter.merge()
+    rng, orders, left = np.random.default_rng([seed, images]), [], []
+    for _ in range(count):
+        inside, left = left[:members], left[members:]
+        if len(inside) < members:  # the next turn: those of this shadow come last in it
+            others = [i for i in rng.permutation(images).tolist() if i not in inside]
+            turn, more = others + inside, members - len(inside)
+            inside, left = inside + turn[:more], turn[more:]
+        rest = sorted(set(range(images)) - set(inside))
+        orders.append(rng.permutation(inside).tolist() + rng.permutation(rest).tolist())
+    return orders
 
-        def ask():
-            losses = loss_grid(base, data.latents, data.text).numpy()
-            return {"losses": losses, "SimA": attacks.sima(base, data.latents, data.text)}
 
-        store = Store(folder.path / "scores", json.dumps([key, adapter_digest(path)]))
-        answers.append(statistics(store.get("shadow", ask)))
-        lora.remove(base.unet, adapter)
-    return {name: np.stack([answer[name] for answer in answers]) for name in answers[0]}
+def shadow_roles(sizes: dict[str, int], order: list[int]) -> dict[str, list[int]]:
+    """Candidates in the given order cut into roles of the run's sizes, members first."""
+    ends = np.cumsum([sizes.get(role, 0) for role in ROLES]).tolist()
+    return {
+        role: sorted(order[end - sizes.get(role, 0) : end])
+        for role, end in zip(ROLES, ends, strict=True)
+    }
+
+
+def members_of(roles: dict[str, list[int]]) -> list[int]:
+    """Positions that an adapter trains on."""
+    return [i for role, index in roles.items() if role.startswith("member_") for i in index]
+
+
+def ask(subject: Subject, shadows: audit_tasks.Plan, adapter: lora.Adapter) -> dict:
+    """What the run, or the base with an untrained adapter, answers to the shadows' questions."""
+    return audit_tasks.ask(subject.base, subject.data, shadows, adapter, last=True)
 
 
 def scores(
-    data: Encoded, raw: dict[str, np.ndarray], shadows: dict[str, np.ndarray], out: np.ndarray
+    data: Encoded, shadows: audit_tasks.Plan, answers: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The calibrated attacks on the model that answered `raw`: {attack: (N,)}.
-
-    Columns are chosen on known images.
-    """
-    return {
-        name: choose(data, calibrated(phi, shadows[name], out))
-        for name, phi in statistics(raw).items()
-    }
+    """The attacks with shadows on the model that gave `answers`: {attack: (P,)}."""
+    (asked,), _ = audit_tasks.collect(shadows)
+    every = {name: np.concatenate([asked[name], answers[name][None]]) for name in asked}
+    # the labels of the target go unread
+    member = np.concatenate([shadows.members(), np.zeros((1, len(data.names)), bool)])
+    found = lira.attacks(every, member, targets=[len(shadows)])
+    return {name: score[0] for name, score in found.items() if name != lira.THRESHOLD}

@@ -1,12 +1,20 @@
-"""What evaluate.py prints: the table of all runs, paired differences, and runs pooled over
-seeds.
+"""What evaluate.py prints: a verdict, tables within 80 columns, paired differences, and runs pooled
+over seeds.  Tested in tests/test_tables.py.
 """
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from evaluation import comparisons
+
+PERCENT = ("5", "1", "0.1")  # FPRs of eval.json
+ALARMS = {
+    "5": "one false alarm in twenty",
+    "1": "one false alarm in a hundred",
+    "0.1": "one false alarm in a thousand",
+}
 
 
 def cell(figures: dict | None, key: str = "auc") -> str:
@@ -23,53 +31,88 @@ def titles(records: list[dict]) -> list[str]:
     return [r["run"] if short.count(s) > 1 else s for r, s in zip(records, short, strict=True)]
 
 
-def print_table(records: list[dict]) -> None:
-    """AUC per attack (rows) and model (columns), then the headline and the quality of each."""
-    columns = [("base", records[0]["base"])] + [
-        (title, r["adapted"]) for title, r in zip(titles(records), records, strict=True)
-    ]
-    width = max(20, *(len(name) + 2 for name, _ in columns))
-    names = list(dict.fromkeys(a for _, c in reversed(columns) for a in c["attacks"]))
-
-    def line(title, cells):
-        print(f"{title:24}" + "".join(f"{c:>{width}}" for c in cells))
-
-    sizes = records[0]["images"]
-    print(
-        f"\nAUC on {sizes['member_test']} members and {sizes['nonmember_test']} non-members, "
-        "95 % intervals; 0.5 is chance"
-    )
-    line("", [name for name, _ in columns])
-    for name in names:
-        line(name, [cell(c["attacks"].get(name)) for _, c in columns])
-    line("headline", [cell(c["headline"]) for _, c in columns])
-    line("  by, chosen beforehand", [c["headline"]["attack"] for _, c in columns])
-    line("worst case", [cell(c["worst"]) for _, c in columns])
-    line("  by", [c["worst"]["attack"] for _, c in columns])
-    line("  chance reaches (95 %)", [f"{c['worst']['null']:.2f}" for _, c in columns])
-    worst = [c["attacks"][c["worst"]["attack"]] for _, c in columns]
-    line("  its balanced ASR", [cell(w, "asr") for w in worst])
-    for percent in ("5", "1", "0.1"):
-        if any(w[f"tpr_at_{percent}_fpr"] is not None for w in worst):
-            line(f"  its TPR at {percent} % FPR", [cell(w, f"tpr_at_{percent}_fpr") for w in worst])
-    line("held-out loss", [f"{c['held_out_loss']:.4f}" for _, c in columns])
-    if columns[0][1].get("quality"):
-        for key, title in (
-            ("frechet", "Frechet distance"),
-            ("kid", "KID"),
-            ("nearest", "nearest picture"),
-        ):
-            for real in ("members", "held_out"):
-                values = [c["quality"][f"{key}_{real}"] for _, c in columns]
-                line(f"{title}, {real.replace('_', ' ')}", [f"{v:.3f}" for v in values])
+def print_tables(records: list[dict]) -> None:
+    """Every run's attacks beside the base's, then all runs with their quality; 80 columns."""
+    for title, record in zip(titles(records), records, strict=True):
+        print_attacks(title, record)
+    print_models(records)
     print(f"blind control (no model): {cell(records[0]['blind'])}")
-    for name, model in columns[1:]:
-        low = [a for a, f in model["attacks"].items() if f["auc_interval"][1] < 0.5]
-        if low:
-            print(
-                f"note: {name} is over-corrected for {', '.join(low)}: "
-                "AUC below 0.5 gives members away as well"
-            )
+
+
+def print_attacks(title: str, record: dict) -> None:
+    """One line per attack: AUC, TPR at the lowest FPRs that there are non-members for, the base."""
+    adapted, base, sizes = record["adapted"], record["base"], record["images"]
+    print(
+        f"\n{shortened(title, 78)}\n{sizes['member_test']} members, {sizes['nonmember_test']} "
+        "non-members, 95 % intervals; 0.5 is chance"
+    )
+    any_attack = next(iter(adapted["attacks"].values()))
+    rates = [p for p in PERCENT if any_attack[f"tpr_at_{p}_fpr"] is not None][-2:]
+    heads = "".join(f"{f'TPR at {p} % FPR':>17}" for p in rates[-1:])
+    heads = "".join(f"{f'TPR {p} %':>10}" for p in rates[:-1]) + heads
+    print(f"{'':24}{'AUC':17}{heads}{'base, AUC':>19}")
+    for name, found in adapted["attacks"].items():
+        line = f"{name:24}{cell(found):17}"
+        line += "".join(f"{found[f'tpr_at_{p}_fpr']:>10.2f}" for p in rates[:-1])
+        line += "".join(f"{cell(found, f'tpr_at_{p}_fpr'):>17}" for p in rates[-1:])
+        print(f"{line}{cell(base['attacks'].get(name)):>19}")
+    for label, key in (("headline", "headline"), ("maximum", "worst")):
+        chosen = adapted[key]
+        why = "chosen on known images" if key == "headline" else "highest on the test images"
+        print(f"{label:24}{cell(chosen):17}  {chosen['attack']}, {why}")
+    worst = adapted["worst"]
+    print(f"{'  without any leak':24}{worst['null']:.2f} is reached by 5 % (permuted labels)")
+    low = [n for n, f in adapted["attacks"].items() if f["auc_interval"][1] < 0.5]
+    if low:
+        text = f"note: over-corrected for {', '.join(low)}: AUC below 0.5 gives members away too"
+        print(textwrap.fill(text, 80))
+
+
+def print_models(records: list[dict]) -> None:
+    """One line per model: what it leaks and how good its pictures are."""
+    models = {"base": records[0]["base"]}
+    models |= {t: r["adapted"] for t, r in zip(titles(records), records, strict=True)}
+    quality = all(model.get("quality") for model in models.values())
+    distances = ("members", "held_out") if quality else ()
+    print(f"\n{'':22}{'headline AUC':17}{'held-out':>11}", end="")
+    print(f"{'Frechet distance to':>24}" if quality else "")
+    print(f"{'':39}{'loss':>11}" + "".join(f"{k.replace('_', '-'):>12}" for k in distances))
+    for name, model in models.items():
+        line = f"{shortened(name, 21):22}{cell(model['headline']):17}{model['held_out_loss']:11.4f}"
+        print(line + "".join(f"{model['quality'][f'frechet_{k}']:12.0f}" for k in distances))
+
+
+def shortened(name: str, width: int) -> str:
+    """A name cut at its front to `width` letters."""
+    return name if len(name) <= width else f"...{name[3 - width :]}"
+
+
+def verdict(record: dict) -> str:
+    """One sentence for a person: what the attacker's own choice of attack finds in the adapter."""
+    head = record["adapted"]["headline"]
+    figures = record["adapted"]["attacks"][head["attack"]]
+    (low, high), area = head["auc_interval"], head["auc"]
+    attack = f"the {head['attack']} attack"
+    ranks = f"ranks a member above a non-member {100 * area:.0f} % of the time"
+    found = f"{attack} {ranks} [{100 * low:.0f}, {100 * high:.0f}]"
+    names = [p for p in PERCENT if figures[f"tpr_at_{p}_fpr"] is not None]
+    if names:
+        share = 100 * figures[f"tpr_at_{names[-1]}_fpr"]
+        found += f"; at {ALARMS[names[-1]]} it names {share:.0f} % of the members"
+    if low <= 0.5 <= high:
+        begins = "The attacks tried here do not show who was in the training set"
+    elif high < 0.5:
+        begins = "This adapter gives away who was in the training set, with the sign turned"
+    elif area < 0.65:
+        begins = "This adapter gives away a little of who was in the training set"
+    else:
+        begins = "This adapter gives away who was in the training set"
+    ends = (
+        "."
+        if record["shadows"]
+        else (".  An attacker who trains adapters of his own was not tried: --shadow 8.")
+    )
+    return f"{begins}: {found}{ends}"
 
 
 def print_differences(records: list[dict], test_scores: list[dict]) -> None:

@@ -6,8 +6,10 @@ a role are encoded; `roles` are positions among them.  Held by tests/test_evalua
 tests/test_evaluate_faults.py.
 """
 
+import functools
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from settings import FREE, LOOKS, Settings
 from training.run_folder import RunFolder
 
 SUBSET_SEED = 0  # of the choice of test non-members
+CROPS = np.linspace(0.95, 0.7, 10).tolist()  # shares of a side, as PFAMI's authors have them
+CUTS = (0.75, 0.5, 0.25, 0)  # shares of the words of a caption that CLiD keeps
 BASE_FILES = (".safetensors", ".json", ".txt")  # weights, configs, and merges of a tokenizer
 
 
@@ -73,11 +77,20 @@ class Subject:
     base: Base
     data: Encoded
     content: str  # SHA-256 of the pictures and captions of every role, in their order
-    held_out: (
-        np.ndarray
-    )  # (M, H, W, 3): fresh pictures, or the test non-members where there are none
-    crops: torch.Tensor  # (2, N, C, h, w): latents of the central 90 % and 80 %
-    cuts: torch.Tensor  # (2, N, L, D): embeddings of the first half of the caption, and of none
+    # (M, H, W, 3): fresh pictures, or the test non-members where there are none
+    held_out: np.ndarray
+    positions: list[int]  # (N,) of the encoded images among those of the data folder
+
+    @functools.cached_property
+    def crops(self) -> torch.Tensor:
+        """(M, N, C, h, w): latents of the central parts of CROPS, enlarged."""
+        return torch.stack([encode_images(self.base, crop(self.data.pixels, c)) for c in CROPS])
+
+    @functools.cached_property
+    def cuts(self) -> torch.Tensor:
+        """(M, N, L, D): embeddings of the captions' beginnings, CUTS of their words."""
+        cuts = [[cut(caption, share) for caption in self.data.captions] for share in CUTS]
+        return torch.stack([encode_captions(self.base, captions) for captions in cuts])
 
 
 def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject:
@@ -98,13 +111,10 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
     held_out = images.pixels[fresh if len(fresh) > 1 else every["nonmember_test"]]
     names, captions = ([given[i] for i in chosen] for given in (images.names, images.captions))
     data = encode(base, Images(names, captions, images.pixels[chosen]), roles)
-    halves = [" ".join(words[: len(words) // 2]) for words in map(str.split, captions)]
-    crops = [encode_images(base, crop(data.pixels, share)) for share in (0.9, 0.8)]
-    cuts = [encode_captions(base, cut) for cut in (halves, [""] * len(captions))]
     hashes = images.hashes()
     content = json.dumps({role: [hashes[i] for i in index] for role, index in every.items()})
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Subject(base, data, digest, held_out, torch.stack(crops), torch.stack(cuts))
+    return Subject(base, data, digest, held_out, chosen)
 
 
 def dealt(target: Target, images: Images) -> dict[str, list[int]]:
@@ -166,13 +176,20 @@ def subset(positions: list[int], count: int) -> list[int]:
 
 
 def crop(pixels: np.ndarray, share: float) -> np.ndarray:
-    """The central `share` of each side of (N, H, W, 3), enlarged to the full picture."""
-    size = pixels.shape[1]
-    edge = round(size * (1 - share) / 2)
-    inner = pixels[:, edge : size - edge, edge : size - edge]
-    x = torch.from_numpy(inner).permute(0, 3, 1, 2).float()
-    x = torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    """The central `share` of each side of (N, H, W, 3), enlarged to the full picture; its edges may
+    lie between pixels.
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    where = torch.tensor([[share, 0, 0], [0, share, 0]]).expand(len(x), 2, 3)
+    grid = torch.nn.functional.affine_grid(where, x.shape, align_corners=False)
+    x = torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
     return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def cut(caption: str, share: float) -> str:
+    """The first `share` of the words of a caption, rounded up, but never all of several."""
+    words = caption.split()
+    return " ".join(words[: min(math.ceil(share * len(words)), max(len(words) - 1, 0))])
 
 
 # --------------------------------------------------------------------------------------------------

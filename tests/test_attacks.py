@@ -11,7 +11,7 @@ import lora
 import roc
 from base_files import load_base
 from diffusion import GRID_SEED, TIMESTEPS, Base, loss_grid
-from evaluation import attacks
+from evaluation import attacks, proxies
 
 
 class Leaky(torch.nn.Module):
@@ -40,14 +40,13 @@ def leaky(monkeypatch):
         32,
         torch.device("cpu"),
     )
-    real = attacks.squared_error
+    real = diffusion.residual
 
     def told(base, latents, text, timesteps, noise):
         base.unet.truth = noise
         return real(base, latents, text, timesteps, noise)
 
-    for module in (attacks, diffusion):
-        monkeypatch.setattr(module, "squared_error", told)
+    monkeypatch.setattr(diffusion, "residual", told)
     return base
 
 
@@ -64,11 +63,11 @@ def test_loss_grid_and_attacks_on_known_errors(leaky):
 
 def test_large_pictures_go_through_in_small_batches(leaky, monkeypatch):
     """Of 512 px four at a time where small ones go in one batch; the figures are the same."""
-    h, sizes, real = torch.rand(6) + 0.1, [], attacks.squared_error
+    h, sizes, real = torch.rand(6) + 0.1, [], diffusion.residual
     monkeypatch.setattr(
-        diffusion, "squared_error", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest)
+        diffusion, "residual", lambda b, z, *rest: sizes.append(len(z)) or real(b, z, *rest)
     )
-    for pixels, expected in ((32, [6]), (512, [4, 2]), (4096, [1] * 6)):
+    for pixels, expected in ((32, [6]), (512, [2, 2, 2]), (4096, [1] * 6)):
         leaky.size = pixels
         grid = loss_grid(leaky, torch.zeros(6, *leaky.latent_shape), h.view(6, 1, 1), (5,), draws=1)
         assert sizes == expected
@@ -97,9 +96,10 @@ def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
             rng.lognormal(0, 0.2, n) * np.where(member, signal, 1.0), dtype=torch.float32
         )
         latents, text = torch.zeros(n, 4, 8, 8), h.view(n, 1, 1)
-        attacker = attacks.train_proxy(leaky, latents, text, roles, proxy, seed=0, epochs=30)
-        grid, odds = attacks.sweep(leaky, latents, text, {proxy: attacker})
+        h_ = proxies.train_proxies(leaky, latents, text, roles, 0, (proxy,), epochs=30)
+        grid, averaged, odds = proxies.sweep(leaky, latents, text, h_)
         torch.testing.assert_close(grid[:, 0, 0], h)
+        torch.testing.assert_close(averaged[:, 1, 0, 0, 0], -h.sqrt())
         score = odds[proxy].mean((1, 2)).numpy()
         found = roc.auc(score[roles["member_test"]], score[roles["nonmember_test"]])
         assert found > 0.95 if signal < 1 else 0.3 < found < 0.7
@@ -151,7 +151,9 @@ def test_sima_and_pia_closed_forms(scaling):
 
 
 def test_secmi_closed_form(scaling):
-    """With eps = c z each DDIM move is a factor, so the whole walk is a product of factors."""
+    """With eps = c z each DDIM move is a factor, so the whole walk is a product of factors, for
+    each t of a single walk.
+    """
     base, latents, text = scaling
     abar = base.abar.numpy()
 
@@ -161,37 +163,61 @@ def test_secmi_closed_form(scaling):
             + np.sqrt(1 - abar[t]) * 0.3
         )
 
-    z = latents.numpy() * np.prod([factor(s, s + 10) for s in range(0, 100, 10)])
-    back = z * factor(100, 110) * factor(110, 100)
-    np.testing.assert_allclose(
-        attacks.secmi(base, latents, text), -((back - z) ** 2).sum((1, 2, 3)), rtol=1e-9
-    )
+    found = attacks.secmi(base, latents, text, timesteps=(0, 40, 100))
+    for column, t in zip(found.T, (0, 40, 100), strict=True):
+        z = latents.numpy() * np.prod([factor(s, s + 10) for s in range(0, t, 10)])
+        back = z * factor(t, t + 10) * factor(t + 10, t)
+        np.testing.assert_allclose(column, -((back - z) ** 2).sum((1, 2, 3)), rtol=1e-9)
+    assert attacks.secmi(base, latents, text).shape == (3, len(attacks.WALK))
 
 
 def test_pfami_and_clid_formulas():
     """By hand, one image at a time."""
     rng = np.random.default_rng(0)
     losses, crops, cuts = (
-        torch.tensor(rng.uniform(0.1, 1, s)) for s in ((5, 2), (3, 5, 2), (3, 5, 2))
+        torch.tensor(rng.uniform(0.1, 1, s)) for s in ((5, 4), (3, 5, 2), (4, 5, 2))
     )
     for i, score in enumerate(attacks.pfami(losses, crops)):
-        terms = [(crops[m, i, t] - losses[i, t]) / losses[i, t] for m in range(3) for t in range(2)]
+        at = [(0, 2), (1, 3), (0, 2)]  # the timesteps of each crop
+        terms = [
+            (crops[m, i, k] - losses[i, t]) / losses[i, t]
+            for m in range(3)
+            for k, t in enumerate(at[m])
+        ]
         assert score == pytest.approx(float(sum(terms) / 6))
-    known = [0, 1, 2]
+    known, losses = [0, 1, 2, 4], losses[:, :2]
     found = attacks.clid(losses, cuts, known, alphas=(0, 0.25, 1))
     gap, fit = (cuts.mean(0) - losses).mean(1).numpy(), -losses.mean(1).numpy()
-    gap, fit = ((x - x[known].mean()) / x[known].std(ddof=1) for x in (gap, fit))
+    scaled = []
+    for x in (gap, fit):
+        low, high = np.percentile(x[known], [25, 75])
+        scaled.append((x - np.median(x[known])) / (high - low))
+    gap, fit = scaled
     np.testing.assert_allclose(found, np.stack([fit, 0.25 * gap + 0.75 * fit, gap], 1), rtol=1e-9)
 
 
-def test_classifier_and_black_box():
-    """A planted shift is found on images that were not trained on; a copy lies at distance zero."""
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_base_v"])
+def test_rediffuse_averages_denoised_copies(model, request):
+    """Against copies that are made: noised, denoised in one DDIM step to t = 0, averaged."""
+    base = load_base(request.getfixturevalue(model))
+    latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 16, 32)
+    _, averaged, _ = proxies.sweep(base, latents, text, {})
+    found = attacks.rediffuse(averaged, TIMESTEPS, base.abar, base.prediction)
+    for column, t in zip(found.T, TIMESTEPS, strict=True):
+        noise = torch.randn((4, 4, 8, 8), generator=torch.Generator().manual_seed(GRID_SEED + t))
+        copies, a = [], base.abar[t]
+        for eps in noise:
+            noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * eps
+            eps_pred = attacks.predict_noise(base, noisy_latents, t, text)
+            copies.append((noisy_latents - (1 - a).sqrt() * eps_pred) / a.sqrt())
+        away = (torch.stack(copies).mean(0) - latents).flatten(1).norm(dim=1)
+        np.testing.assert_allclose(column, -away.numpy(), rtol=1e-3)
+
+
+def test_black_box():
+    """A copy among the pictures of a caption lies at distance zero."""
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(200, 6))
-    features[:100, 2] += 2
-    score = attacks.classifier_score(features, (list(range(50)), list(range(100, 150))))
-    assert roc.auc(score[50:100], score[150:]) > 0.85
-    generated = rng.normal(size=(200, 2, 6))
+    features, generated = rng.normal(size=(200, 6)), rng.normal(size=(200, 2, 6))
     generated[7, 1] = 3 * features[7]
     found = attacks.black_box(features, generated)
     assert found[7] == pytest.approx(0, abs=1e-12) and np.delete(found, 7).max() < 0

@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 import audit
 import lora
 import roc
+import train
 from base_files import load_base
 from cli import UserError
 from data import ROLES, load_images
@@ -61,13 +62,14 @@ def make_plan(tiny_base, image_folder, out="x", **other):
 def test_halves(tiny_base, image_folder):
     """Pairs are complementary, every image is in for half, roles are disjoint; more adapters do
     not change the first ones."""
-    plan = make_plan(tiny_base, image_folder)
-    member = plan.members(6)
+    plan = make_plan(tiny_base, image_folder, adapters=6)
+    assert plan.roles[:4] == make_plan(tiny_base, image_folder, adapters=4).roles
+    member = plan.members()
     assert (member.sum(0) == 3).all() and (member.sum(1) == 10).all()
     assert (member[0::2] ^ member[1::2]).all()
     assert len({tuple(row) for row in member}) == 6
     for index in range(4):
-        roles = plan.roles(index)
+        roles = plan.roles[index]
         assert list(roles) == list(ROLES)
         used = [i for positions in roles.values() for i in positions]
         assert len(used) == len(set(used))
@@ -82,7 +84,7 @@ def test_canaries_change_captions(tiny_base, image_folder):
     """Among themselves and nobody else's; the images stay, the key does not."""
     plain = make_plan(tiny_base, image_folder)
     plan = make_plan(tiny_base, image_folder, canaries=5)
-    assert plan.names == plain.names and plan.key != plain.key and len(plan.canaries) == 5
+    assert plan.names == plain.names and plan.key(0) != plain.key(0) and len(plan.canaries) == 5
     changed = [
         i
         for i, pair in enumerate(zip(plan.captions, plain.captions, strict=True))
@@ -252,7 +254,7 @@ def test_an_adapter_is_the_same_in_any_process(audited, tiny_base, image_folder)
     with np.load(path) as found:
         before = dict(found)
     path.unlink()
-    audit_tasks.work(plan, 3, audit.train_adapter)
+    audit_tasks.work(plan, 3, train.train_adapter)
     with np.load(path) as found:
         for name in ("losses", "predictions", "sima", "held_out", "last_gradient"):
             np.testing.assert_array_equal(found[name], before[name])
@@ -265,7 +267,7 @@ def test_going_on(audited, tiny_base, image_folder, here, tmp_path, monkeypatch)
     answers = [tmp_path / f"copy/adapters/{k:02d}/answers.npz" for k in range(4)]
     given = tiny_base, image_folder, tmp_path / "copy"
     with monkeypatch.context() as patched:
-        patched.setattr(audit, "train_all", None)
+        patched.setattr(audit_tasks, "work", None)
         again = audit.audit(flags(*given))
     assert again["steps"] == record["steps"]
     with pytest.raises(UserError, match="other settings or images"):
@@ -313,7 +315,7 @@ def wait_for(condition, seconds=240):
 def test_a_killed_process_loses_one_task(tiny_base, image_folder, tmp_path):
     """One of two is killed in the middle: all adapters are there in the end, once."""
     plan = make_plan(tiny_base, image_folder, tmp_path / "x", steps=10)
-    tasks = {index: (plan, index, audit.train_adapter) for index in range(4)}
+    tasks = {index: (plan, index, train.train_adapter) for index in range(4)}
     killed, starts = [], []
     with workers.processes(2) as executor:
 

@@ -378,18 +378,10 @@ def test_runs_of_before_and_now_are_of_one_kind(run):
 
 def test_shadows_go_by_where_the_images_lie_and_what_they_hold(run, renamed, image_folder):
     """Shadows train on the moved images; those of changed images are others."""
-    subject = type("Subject", (), {})
-    subject.base, subject.data = type("Base", (), {"size": 32}), type("Data", (), {})
-    subject.data.names = load_images(renamed, 32).names
     moved = read_run(run, data=renamed)
-    planned, _ = shadows.plan(moved, subject, 8)
-    assert {s.data for s in planned} == {renamed}
-    caption = Path(renamed, "x00.txt")
-    before = caption.read_text()
-    try:
-        caption.write_text("another one")
-        changed, _ = shadows.plan(moved, subject, 8)
-    finally:
-        caption.write_text(before)
-    assert not {s.out for s in changed} & {s.out for s in planned}
-    assert {s.out for s in planned} == {s.out for s in shadows.plan(moved, subject, 8)[0]}
+    planned = shadows.plan(moved, target.prepare(moved), 8, "cpu")
+    assert planned.settings.data == renamed
+    changed = target.prepare(moved)
+    changed.data = replace(changed.data, captions=["another one", *changed.data.captions[1:]])
+    assert shadows.plan(moved, changed, 8, "cpu").out != planned.out
+    assert shadows.plan(moved, target.prepare(moved), 8, "cpu").out == planned.out

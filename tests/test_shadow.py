@@ -1,7 +1,6 @@
-"""Shadow models: the formula, what calibration finds that the raw score hides, and the command
-line.
-"""
+"""Shadows of one run: who trains on what, and the command line.  The attacks are test_lira.py's."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,38 +11,60 @@ import evaluate
 import roc
 import train
 from cli import UserError
-from evaluation import shadows
+from evaluation import audit_tasks, lira, shadows
 from settings import Settings
 
 
-def test_formula():
-    """By hand, one image and one column at a time."""
-    rng = np.random.default_rng(0)
-    run, asked = rng.normal(size=(4, 2)), rng.normal(size=(5, 4, 2))
-    out = np.array([[1, 1, 0, 1], [1, 0, 1, 1], [1, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 1]], bool)
-    found = shadows.calibrated(run, asked, out)
-    for c in range(2):
-        groups = [[asked[s, i, c] for s in range(5) if out[s, i]] for i in range(4)]
-        squares = sum(sum((x - np.mean(g)) ** 2 for x in g) for g in groups)
-        sd = (squares / sum(len(g) - 1 for g in groups)) ** 0.5
-        np.testing.assert_allclose(
-            found[:, c], [(run[i, c] - np.mean(groups[i])) / sd for i in range(4)]
-        )
-
-
-def test_calibration_finds_what_the_hardness_of_images_hides():
-    """Images differ by far more than membership moves them; without membership there is nothing to
-    find.
+@pytest.mark.parametrize(("images", "members"), [(360, 100), (200, 100), (12, 9), (10, 3)])
+def test_blocks_are_balanced(images, members):
+    """Every shadow has as many members as the run, every image is in as often as any other, up to
+    one; no two shadows are alike.
     """
-    rng = np.random.default_rng(0)
-    hardness, member = rng.normal(0, 5, 200), np.arange(200) < 100
-    asked = (hardness + rng.normal(0, 0.3, (8, 200)))[:, :, None]
-    out = np.ones((8, 200), bool)
-    for signal, low, high in ((1.0, 0.9, 1.0), (0.0, 0.35, 0.65)):
-        run = (hardness + signal * member + rng.normal(0, 0.3, 200))[:, None]
-        score = shadows.calibrated(run, asked, out)[:, 0]
-        assert low <= roc.auc(score[member], score[~member]) <= high
-    assert roc.auc(run[member, 0] + 1.0, run[~member, 0]) < 0.7  # the raw score, with the signal
+    for count in (4, 8, 10):
+        orders = shadows.blocks(images, members, count, seed=3)
+        assert all(sorted(order) == list(range(images)) for order in orders)
+        inside = [order[:members] for order in orders]
+        times = np.bincount(list(itertools.chain(*inside)), minlength=images)
+        assert times.max() - times.min() <= 1 and times.sum() == count * members
+        assert len({tuple(sorted(i)) for i in inside}) == count
+
+
+def test_roles_have_the_runs_sizes():
+    """Members first, so they are the block; everyone has one role."""
+    sizes = {"nonmember_aux": 2, "member_aux": 3, "member_test": 4, "nonmember_test": 6}
+    order = np.random.default_rng(0).permutation(15).tolist()
+    roles = shadows.shadow_roles(sizes, order)
+    assert {role: len(index) for role, index in roles.items() if index} == sizes
+    assert sorted(itertools.chain(*roles.values())) == list(range(15))
+    assert set(shadows.members_of(roles)) == set(order[:7])
+
+
+def test_signal_is_found_and_nothing_without_it():
+    """Images differ by far more than membership moves them, and the run's members are unlike the
+    shadows' in number; without a signal nothing is found, also in 200 dimensions.
+    """
+    images, members, count = 360, 100, 8
+    inside = np.zeros((count + 1, images), bool)
+    for row, order in zip(inside, shadows.blocks(images, members, count, 0), strict=False):
+        row[order[:members]] = True
+    rng = np.random.default_rng(1)
+    run = rng.permutation(images) < members
+    truth = np.vstack([inside[:-1], run])
+    for signal, low, high in ((1.0, 0.7, 1.0), (0.0, 0.42, 0.58)):
+        hard, noise = rng.normal(0, 3, (images, 1)), rng.normal(0, 0.6, (count + 1, images, 5))
+        log = hard + noise - signal * truth[:, :, None]
+        axis = rng.normal(size=(images, 4, 50)) * 0.3
+        predictions = rng.normal(size=(count + 1, images, 4, 50))
+        answers = {
+            "losses": np.exp(log[:, :, :4, None]),
+            "sima": np.exp(log[:, :, 4:]),
+            "predictions": predictions + signal * axis * truth[:, :, None, None],
+        }
+        found = lira.attacks(answers, inside, targets=[count])  # whose own labels are all False
+        areas = {name: roc.auc(s[0, run], s[0, ~run]) for name, s in found.items()}
+        threshold = areas.pop(lira.THRESHOLD)
+        assert threshold < 0.65
+        assert all(low <= area <= high for area in areas.values()), str(areas)
 
 
 @pytest.fixture(scope="module")
@@ -58,31 +79,36 @@ def run(tiny_base, image_folder, tmp_path_factory):
 
 
 def test_evaluation_with_shadows(run, monkeypatch):
-    """Both attacks stand beside the others, for the run and the base; shadows differ in their
-    members and are kept.
+    """The attacks with shadows stand beside the others, for the run and the base; adapters and
+    answers are kept, and the whole is the same again.
     """
-    settings = evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=7)
+    settings = evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=8, jobs=2)
     (record,) = evaluate.evaluate(settings)
+    wanted = {"LiRA online, loss", "LiRA offline, SimA", "LiRA online, all", "projected prediction"}
     for model in ("adapted", "base"):
-        assert {"LiRA-loss", "LiRA-SimA"} <= set(record[model]["attacks"])
+        assert wanted <= set(record[model]["attacks"])
         assert record[model]["worst"]["auc"] == max(
             f["auc"] for f in record[model]["attacks"].values()
         )
-    folders = sorted(Path(run).parent.glob("shadows-*/seed-*"))
-    members = {
-        str(sorted(json.loads((f / "splits.json").read_text())["member_aux"]))
-        for f in [*folders, Path(run)]
-    }
-    assert len(folders) == 7 and len(members) == 8
-    monkeypatch.setattr(shadows, "loss_grid", None)
+    assert record["shadows"] == 8 and "--shadow" not in record["verdict"]
+    folders = sorted(Path(run).parent.glob("shadows-*/adapters/*"))
+    assert len(folders) == 8 and all((f / "answers.npz").is_file() for f in folders)
+    assert json.loads((Path(run) / "eval.json").read_text())["shadows"] == 8
+    monkeypatch.setattr(audit_tasks, "ask", None)
+    monkeypatch.setattr(audit_tasks, "work", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
 
 def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     """Too few shadows for an image, and an adapter of which nobody knows how it was trained."""
-    monkeypatch.setattr(shadows, "query", None)  # refused before any training
-    for count, words in ((1, "fewer than 2 shadows"), (-1, "--shadow must be 0 to")):
+    monkeypatch.setattr(audit_tasks, "train_all", None)  # refused before any training
+    for count, words in (
+        (4, "take --shadow 8"),
+        (2, "an even number of 4 or more"),
+        (7, "an even number of 4 or more"),
+        (-1, "--shadow must be 0 to"),
+    ):
         with pytest.raises(UserError, match=words):
             evaluate.evaluate(evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=count))
     flags = {
@@ -93,5 +119,5 @@ def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     }
     with pytest.raises(UserError, match=r"needs a run of train\.py"):
         evaluate.evaluate(
-            evaluate.Settings(pictures=0, bootstrap=50, shadow=2, out=str(tmp_path), **flags)
+            evaluate.Settings(pictures=0, bootstrap=50, shadow=8, out=str(tmp_path), **flags)
         )

@@ -77,7 +77,14 @@ def prepare(settings: Settings, processes: Processes) -> Run:
     base = load_base(settings.model, processes.device, settings.dtype, settings.size)
     images = load_images(settings.data, base.size, settings.caption)
     roles = split(images, settings.seed, settings.members, settings.split)
-    data = encode(base, images, roles)
+    return assemble(settings, base, encode(base, images, roles), processes)
+
+
+def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes) -> Run:
+    """A run on images that are encoded already: the adapter injected, `steps` complete.
+
+    Raises UserError for an adapter that does not fit.
+    """
     if settings.init:
         adapter, _ = lora_files.load(base.unet, settings.init)
         rank, alpha = adapter.rank_and_alpha()

@@ -1,0 +1,57 @@
+"""Attacks by regression: a planted shift is found, nothing is found in noise, and no known image is
+scored by a regression that has seen it."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+import roc
+from evaluation import classifiers
+
+KNOWN = list(range(50)), list(range(100, 150))
+
+
+def planted(shift, features=30, seed=0):
+    """(200, F) features of which the first hundred rows are shifted in one column."""
+    x = np.random.default_rng(seed).normal(size=(200, features))
+    x[:100, 2] += shift
+    return x
+
+
+def test_a_planted_shift_is_found_on_images_not_trained_on():
+    """And on the known ones by folds that have not seen them, about as well."""
+    score = classifiers.classifier_score(planted(3), KNOWN)
+    assert roc.auc(score[50:100], score[150:]) > 0.85
+    assert roc.auc(score[:50], score[100:150]) > 0.85
+
+
+def test_noise_is_not_found_even_on_known_images():
+    """Sixty features of a hundred images: a regression on them would rank its own images well."""
+    x = planted(0, features=60)
+    score = classifiers.classifier_score(x, KNOWN)
+    assert 0.35 < roc.auc(score[:50], score[100:150]) < 0.65
+    index = [*KNOWN[0], *KNOWN[1]]
+    own = LogisticRegression(C=0.05).fit(x[index], np.arange(100) < 50).decision_function(x)
+    assert roc.auc(own[:50], own[100:150]) > 0.9
+
+
+def test_one_image_of_a_side_leaves_no_folds():
+    """Then there is one regression; a score for every image all the same."""
+    score = classifiers.classifier_score(planted(5), ([0], [100, 101]))
+    assert np.isfinite(score).all() and score[0] > score[100]
+
+
+def test_combined_features_are_logs_of_distances_and_all_candidates():
+    """One column per candidate, higher for members; gradients by their mean log."""
+    rng = np.random.default_rng(0)
+    distance = {n: -rng.uniform(1, 2, (5, k)) for n, k in (("PIA", 3), ("SimA", 2), ("PIAN", 1))}
+    distance |= {"SecMI-stat": -rng.uniform(1, 2, (5, 2)), "ReDiffuse": -rng.uniform(1, 2, (5, 4))}
+    losses, gradients = rng.uniform(1, 2, (5, 4, 2)), rng.normal(size=(5, 7))
+    scores = {name: rng.normal(size=5) for name in ("PFAMI", "CLiD", "GSA1")}
+    found = classifiers.combined_features(
+        {**distance, "losses": losses, "gradients": gradients}, scores
+    )
+    assert sum(x.shape[1] for x in found.values()) == 1 + 3 + 2 + 1 + 2 + 4 + 3 + 1
+    assert found["SimA"][3, 1] == pytest.approx(-np.log(-distance["SimA"][3, 1]))
+    assert found["loss"][2, 0] == pytest.approx(-np.log(losses[2]).mean())
+    assert found["gradient"][4, 0] == pytest.approx(-gradients[4].mean())

@@ -138,6 +138,8 @@ def evaluate(s: Settings) -> list[dict]:
         figures.side_by_side(examination, rows, beside / "pictures.png")
     for target, record in zip(targets, records, strict=True):
         print(f"\n{record['verdict']}")
+        if not record["shadows"]:
+            print("An attacker who trains adapters of his own was not tried: --shadow 8.")
         print(f"files:    {target.folder}/report.html, exposure.csv, eval.json, figures/")
     return records
 

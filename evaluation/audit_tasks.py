@@ -173,6 +173,8 @@ def work(plan: Plan, index: int, train: Train) -> None:
     Raises UserError if its numbers are no longer finite.
     """
     with _lock:
+        if finished(plan, index):  # by a worker that died before it could say so
+            return
         torch.set_num_threads(plan.settings.threads or 1)
         base, data = _subject(plan)
         folder = plan.folder(index)

@@ -23,9 +23,9 @@ def evaluation(examination, found, control, method: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     subject = examination.subject
     colour = plots.COLOURS.get(method, plots.OTHER)
-    worst = found.record["worst"]["attack"]
+    headline = found.record["headline"]["attack"]
     roc_curves(subject, found, folder / "roc.png", colour)
-    name = worst if worst in control.scores else "loss"
+    name = headline if headline in control.scores else "loss"
     pairs = {
         n: subject.data.pair(m.scores[name], "test")
         for n, m in (("base model", control), ("adapted", found))
@@ -42,14 +42,14 @@ def evaluation(examination, found, control, method: str, folder: Path) -> None:
 
 
 def roc_curves(subject, found, path: Path, colour: str) -> None:
-    """ROC of every attack on log axes, the worst one with its 95 % band."""
+    """ROC of every attack on log axes, that of the headline with its 95 % band."""
     figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")
-    worst = found.record["worst"]["attack"]
+    headline = found.record["headline"]["attack"]
     for name, score in found.scores.items():
         member, nonmember = subject.data.pair(score, "test")
         rates = np.arange(1, len(nonmember) + 1) / len(nonmember)
         cuts = np.sort(nonmember)[::-1]  # just below the i-th highest non-member: FPR i / N
-        if name != worst:
+        if name != headline:
             axis.plot(rates, roc.hits(member, cuts), color="grey", lw=0.8, alpha=0.6)
             continue
         axis.plot(
@@ -58,7 +58,7 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
             color=colour,
             lw=2.2,
             zorder=3,
-            label=f"{name} (worst case)",
+            label=f"{name} (headline)",
         )
         drawn = np.random.default_rng(0).choice(member, (1000, len(member)))
         low, high = np.percentile([roc.hits(m, cuts) for m in drawn], [2.5, 97.5], axis=0)

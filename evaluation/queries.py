@@ -8,6 +8,7 @@ Open choices (a timestep, a weight, a threshold) are made on images that the att
 on test images.  Tested in tests/test_evaluate.py.
 """
 
+import functools
 import hashlib
 import io
 from collections.abc import Callable
@@ -21,7 +22,6 @@ import tqdm
 import lora
 import roc
 from cli import UserError, write_whole
-from data import SIDES
 from diffusion import (
     DRAWS,
     LATE_TIMESTEPS,
@@ -161,12 +161,19 @@ def picture_queries(subject: Subject, network, guidance: float) -> dict[str, np.
     (N,), NaN for the others.
     """
     data = subject.data
-    index = [i for side in SIDES for part in ("val", "test") for i in data.roles[f"{side}_{part}"]]
+    members, nonmembers = data.sides("val", "test")
+    index = members + nonmembers
     score = np.full(len(data.latents), np.nan)
     made = [draw(subject, index, PICTURE_STEPS, guidance, 1 + k) for k in range(PICTURES)]
-    real, *drawn = (quality.features(network, p).numpy() for p in (data.pixels[index], *made))
-    score[index] = attacks.black_box(real, np.stack(drawn, axis=1))
+    drawn = np.stack([quality.features(network, p).numpy() for p in made], axis=1)
+    score[index] = attacks.black_box(real_features(subject, network).numpy()[index], drawn)
     return {"black-box": score}
+
+
+@functools.lru_cache(maxsize=1)
+def real_features(subject: Subject, network) -> torch.Tensor:
+    """Features (N, F) of the images themselves, for every model that is attacked on them."""
+    return quality.features(network, subject.data.pixels)
 
 
 def gradient_queries(base: Base, data: Encoded, adapter: lora.Adapter) -> dict[str, np.ndarray]:

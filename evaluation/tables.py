@@ -40,22 +40,20 @@ def print_tables(records: list[dict]) -> None:
 
 
 def print_attacks(title: str, record: dict) -> None:
-    """One line per attack: AUC, TPR at the lowest FPRs that there are non-members for, the base."""
+    """One line per attack: AUC, TPR at the lowest FPR that there are non-members for, the base."""
     adapted, base, sizes = record["adapted"], record["base"], record["images"]
     print(
         f"\n{shortened(title, 78)}\n{sizes['member_test']} members, {sizes['nonmember_test']} "
         "non-members, 95 % intervals; 0.5 is chance"
     )
     any_attack = next(iter(adapted["attacks"].values()))
-    rates = [p for p in PERCENT if any_attack[f"tpr_at_{p}_fpr"] is not None][-2:]
-    heads = "".join(f"{f'TPR at {p} % FPR':>17}" for p in rates[-1:])
-    heads = "".join(f"{f'TPR {p} %':>10}" for p in rates[:-1]) + heads
-    print(f"{'':24}{'AUC':17}{heads}{'base, AUC':>19}")
+    rates = [p for p in PERCENT if any_attack[f"tpr_at_{p}_fpr"] is not None][-1:]
+    heads = "".join(f"{f'TPR at {p} % FPR':19}" for p in rates)
+    print(f"{'':24}{'AUC':19}{heads}AUC on the base")
     for name, found in adapted["attacks"].items():
-        line = f"{name:24}{cell(found):17}"
-        line += "".join(f"{found[f'tpr_at_{p}_fpr']:>10.2f}" for p in rates[:-1])
-        line += "".join(f"{cell(found, f'tpr_at_{p}_fpr'):>17}" for p in rates[-1:])
-        print(f"{line}{cell(base['attacks'].get(name)):>19}")
+        cells = [cell(found), *(cell(found, f"tpr_at_{p}_fpr") for p in rates)]
+        line = "".join(f"{c:19}" for c in cells)
+        print(f"{name:24}{line}{cell(base['attacks'].get(name))}")
     for label, key in (("headline", "headline"), ("maximum", "worst")):
         chosen = adapted[key]
         why = "chosen on known images" if key == "headline" else "highest on the test images"
@@ -107,12 +105,7 @@ def verdict(record: dict) -> str:
         begins = "This adapter gives away a little of who was in the training set"
     else:
         begins = "This adapter gives away who was in the training set"
-    ends = (
-        "."
-        if record["shadows"]
-        else (".  An attacker who trains adapters of his own was not tried: --shadow 8.")
-    )
-    return f"{begins}: {found}{ends}"
+    return f"{begins}: {found}."
 
 
 def print_differences(records: list[dict], test_scores: list[dict]) -> None:

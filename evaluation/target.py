@@ -70,7 +70,7 @@ def read_adapter(s) -> Target:
     return Target(s.adapter, folder, folder, Path(s.adapter), None, "file", config, splits)
 
 
-@dataclass
+@dataclass(eq=False)
 class Subject:
     """The images of a target with the base model, encoded once."""
 

@@ -4,14 +4,17 @@
         workers.complete(executor, function, {index: arguments}, show)
 
 A process that dies loses its own task and no other; that task is submitted again.  Held by
-tests/test_audit.py, which kills one.
+tests/test_audit.py, which kills a process, and tests/test_cluster.py, which kills a Dask worker.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ from cli import UserError
 
 AGAIN = 2  # times that the task of a dead worker is submitted again
 POLL = 0.5  # seconds between two looks at the progress
+ANSWER = 10  # seconds that a Dask scheduler has to answer
 
 
 class WorkerDied(Exception):
@@ -103,26 +107,69 @@ def processes(jobs: int) -> Iterator[Processes]:
         executor.shutdown()
 
 
-@contextlib.contextmanager
-def cluster(address: str) -> Iterator[futures.Executor]:
-    """The workers of a Dask scheduler; they must see the same files and have this code.
+class Cluster(futures.Executor):
+    """The workers of a Dask client.  The scheduler needs nothing of ours: tasks are bytes to it."""
 
-    Dask itself submits the task of a dead worker again.  Raises UserError without the package or
-    the scheduler, and for a task whose workers die every time.
+    def __init__(self, client):
+        self.executor = client.get_executor(pure=False)
+
+    def submit(self, function, /, *args) -> futures.Future:
+        """A future of function(*args) in one of the workers."""
+
+        def run(task: bytes):  # nested: sent by value, so that the scheduler can read it
+            function, args = pickle.loads(task)
+            return function(*args)
+
+        return self.executor.submit(run, pickle.dumps((function, args)))
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator[Cluster]:
+    """The workers of a Dask scheduler; they must see the same files, at the same paths.
+
+    Each is started in the repository: python -m dask worker ADDRESS --nthreads 1.  Dask itself
+    submits the task of a dead worker again.  Raises UserError without the package or the
+    scheduler, also if it goes away, for workers that lack this code, and for a task whose workers
+    die every time.
     """
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         raise UserError("--cluster needs a package: pip install distributed") from None
     try:
-        client = Client(address, timeout=10)
-    except (OSError, ValueError) as error:
+        _call(address)
+        client = Client(address, timeout=ANSWER)
+    except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError is of tls://
         raise UserError(f"there is no Dask scheduler at {address}: {error}") from None
     with client:
+        if not client.scheduler_info()["workers"]:
+            print(f"note: {address} has no workers yet, the audit waits for them")
         try:
-            yield client.get_executor(pure=False)
+            yield Cluster(client)
         except KilledWorker as error:
             raise UserError(f"an adapter's workers died every time: {error}") from None
+        except futures.CancelledError:
+            logging.getLogger("distributed.client").disabled = True  # it would log a traceback
+            raise UserError(
+                f"the Dask scheduler at {address} went away: start the audit again when it is back"
+            ) from None
+        except ImportError as error:
+            raise UserError(
+                f"a worker of {address} cannot run this code ({error}): "
+                "start it as `python -m dask worker` in this folder"
+            ) from None
+
+
+def _call(address: str) -> None:
+    """Raise OSError if no scheduler answers at a tcp address: Client itself tries a closed port for
+    ANSWER seconds and waits for ever at one that is open and silent.  A scheduler speaks first."""
+    from distributed.comm import get_address_host_port, parse_address
+
+    if parse_address(address)[0] == "tcp":
+        host_port = get_address_host_port(address)
+        with socket.create_connection(host_port, ANSWER) as connection:
+            if not connection.recv(1):
+                raise OSError("it hung up")
 
 
 def complete(

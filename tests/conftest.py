@@ -25,6 +25,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_picture():
+    """Of each caption, for the black-box attack: the tiny base draws nothing worth a second."""
+    from evaluation import queries
+
+    queries.PICTURES = 1
+
+
 def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
     """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32,
     seed 0.

@@ -1,0 +1,262 @@
+"""audit.py --cluster: a Dask scheduler and workers in processes of their own, one worker killed in
+the middle of an adapter, and what a user is told when something of it is not there."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import audit
+from cli import UserError, one_line_errors, read_json
+from evaluation import workers
+
+ROOT = Path(audit.__file__).parent
+STEPS, ASKED = 8, 4  # an adapter is asked at the fourth step, which takes a while, and at the last
+FLAGS = {"method": "lora", "adapters": 4, "rank": 2, "alpha": 4.0, "batch_size": 4, "lr": 0.02}
+FLAGS |= {"steps": STEPS, "save_every": ASKED, "pool": 10}
+
+
+@pytest.fixture
+def dask(tmp_path):
+    """Starts `python -m dask ...` in a folder, as a user would; they end with the test."""
+    pytest.importorskip("distributed")
+    begun = []
+
+    def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "dask", *words, "--no-dashboard"]
+        with open(tmp_path / "dask.log", "a") as log:
+            process = subprocess.Popen(
+                command, cwd=folder, env=os.environ | environment, stdout=log, stderr=log
+            )
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def scheduler(dask, tmp_path):
+    """Starts a scheduler where none of our modules are: its process and its address."""
+
+    def start(**environment: str) -> tuple[subprocess.Popen, str]:
+        file = tmp_path / "scheduler.json"
+        where = "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)
+        forgotten = "--idle-timeout", "10 minutes"
+        process = dask(tmp_path, "scheduler", *where, *forgotten, **environment)
+        while True:  # the file may be there before its content
+            with contextlib.suppress(OSError, ValueError):
+                return process, json.loads(file.read_text())["address"]
+            assert process.poll() is None, (tmp_path / "dask.log").read_text()
+            time.sleep(0.05)
+
+    return start
+
+
+@pytest.fixture
+def worker(dask, tmp_path):
+    """Starts a worker of one thread in the repository; nothing starts it again after its end."""
+
+    def start(address: str, *words: str) -> subprocess.Popen:
+        given = "--nthreads", "1", "--local-directory", str(tmp_path), *words
+        return dask(ROOT, "worker", address, "--no-nanny", *given)
+
+    return start
+
+
+# --------------------------------------------------------------------------------------------------
+# An audit
+
+
+def undisturbed(monkeypatch, **flags) -> dict:
+    """The record of the same audit in a thread of this process."""
+    monkeypatch.setattr(workers, "processes", lambda jobs: ThreadPoolExecutor(1))
+    return audit.audit(audit.Audit(**FLAGS | flags))
+
+
+def begin(out: Path, **flags) -> subprocess.Popen:
+    """`python audit.py` with these flags, its bar in audit.log beside `out`."""
+    command = [sys.executable, str(ROOT / "audit.py"), "--out", str(out)]
+    for name, value in (FLAGS | flags).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    with open(out.with_name("audit.log"), "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def kill_in_the_middle(
+    process: subprocess.Popen, doomed: subprocess.Popen, out: Path
+) -> tuple[list[str], dict[str, set[int]]]:
+    """SIGKILL for `doomed` when two adapters are half done; waits for the end of `process`.
+
+    Returns the adapters whose steps were seen to begin again, and per adapter the files that its
+    answers were: one, if they were written once.
+    """
+    reached, again, files = defaultdict(int), [], defaultdict(set)
+    while process.poll() is None:
+        for folder in out.glob("adapters/*"):
+            with contextlib.suppress(OSError, ValueError):  # absent, or being written
+                step = int((folder / "progress").read_text())
+                again += [folder.name] if step < reached[folder.name] else []
+                reached[folder.name] = step
+            with contextlib.suppress(FileNotFoundError):
+                file = (folder / "answers.npz").stat().st_ino
+                files[folder.name].add(file)
+        half_done = [k for k in reached if ASKED <= reached[k] < STEPS and k not in files]
+        if len(half_done) == 2 and doomed.poll() is None:
+            doomed.kill()
+            doomed.wait()
+        time.sleep(0.02)
+    return again, dict(files)
+
+
+def assert_equal_audits(found: Path, wanted: Path) -> None:
+    """The same record but for where and when, and the same bits in the scores."""
+    one, two = (json.loads((out / "audit.json").read_text()) for out in (found, wanted))
+    for record in (one, two):
+        assert record.pop("seconds")["training"] > 0
+        del record["provenance"]
+        for flag in ("out", "jobs", "cluster"):
+            del record["settings"][flag]
+    assert one == two
+    with np.load(found / "scores.npz") as a, np.load(wanted / "scores.npz") as b:
+        assert a.files == b.files and len(a.files) > 10
+        for name in a.files:
+            assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes()
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, monkeypatch):
+    """One of two goes away in the middle of an adapter: the other one trains that again and no
+    more, the bar gets to its end, and the audit is the same as one in this process."""
+    _, address = scheduler()
+    doomed = worker(address, "--preload", "audit")  # its imports, while the other audit runs
+    worker(address, "--preload", "audit")
+    given = {"model": tiny_base, "data": image_folder}
+    undisturbed(monkeypatch, out=str(tmp_path / "quiet"), **given)
+    with pytest.importorskip("distributed").Client(address) as client:
+        client.wait_for_workers(2, timeout=240)
+    process = begin(tmp_path / "killed", cluster=address, **given)
+    again, files = kill_in_the_middle(process, doomed, tmp_path / "killed")
+    log = (tmp_path / "audit.log").read_text()
+    assert process.returncode == 0, log
+    assert doomed.poll() == -9 and len(again) == 1, (again, log)
+    assert sorted(files) == ["00", "01", "02", "03"] and {len(f) for f in files.values()} == {1}
+    assert not list(tmp_path.glob("killed/adapters/*/*.tmp"))
+    assert_equal_audits(tmp_path / "killed", tmp_path / "quiet")
+    counts = [int(n) for n in re.findall(r"lora, adapter \d of 4: .*?(\d+)/32 ", log)]
+    assert counts[-1] == 32 and set(counts) - {0, 32}
+    assert "adapter 0 of 4" in log and "adapter 4 of 4: 100%" in log and "Traceback" not in log
+
+
+# --------------------------------------------------------------------------------------------------
+# What a user is told
+
+
+def free_port() -> int:
+    """A port at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_no_scheduler(tiny_base, image_folder, tmp_path, capsys):
+    """One line, exit code 2, nothing left behind; at once if the port is closed."""
+    pytest.importorskip("distributed")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    flags = FLAGS | {"model": tiny_base, "data": image_folder, "out": str(tmp_path / "x")}
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        audit.audit(audit.Audit(**flags, cluster=address))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith(f"error: there is no Dask scheduler at {address}: ")
+    assert not (tmp_path / "x").exists()
+    began = time.monotonic()
+    with pytest.raises(UserError, match="refused"), workers.cluster(address):
+        pass
+    assert time.monotonic() - began < workers.ANSWER / 2
+
+
+@pytest.mark.timeout(60)
+def test_a_port_of_something_else(monkeypatch):
+    """A port that is open and silent is not waited for longer than ANSWER."""
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(workers, "ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="no Dask scheduler"), workers.cluster(address):
+            pass
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "host:port", "http://127.0.0.1:8787", "tls://h:1"]
+)
+def test_not_an_address(address):
+    """Is one sentence, whatever Dask raises."""
+    pytest.importorskip("distributed")
+    with pytest.raises(UserError, match="no Dask scheduler at"), workers.cluster(address):
+        pass
+
+
+def test_no_package(monkeypatch):
+    """The sentence names what to install."""
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match="pip install distributed"), workers.cluster("127.0.0.1:1"):
+        pass
+
+
+def run(address: str, function, *args) -> list[bool]:
+    """Whether show() was called, after function(*args) on a cluster; it raises what that does."""
+    shown = []
+    with workers.cluster(address) as executor:
+        workers.complete(executor, function, {5: args}, lambda: shown.append(True))
+    return shown
+
+
+def unknown_to_workers():
+    """The module of this function is not on the path of a worker."""
+
+
+def test_faults_of_workers(scheduler, worker, tmp_path, capsys):
+    """What a task raises comes through; a worker without the code, and one that always dies, are
+    one sentence."""
+    _, address = scheduler(DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+    worker(address)
+    with pytest.raises(UserError, match=r"cannot read .*nothing\.json"):
+        run(address, read_json, tmp_path / "nothing.json")
+    with pytest.raises(UserError, match=r"test_cluster.*python -m dask worker"):
+        run(address, unknown_to_workers)
+    capsys.readouterr()
+    assert run(address, os.getpid) and not capsys.readouterr().out  # no note on missing workers
+    with pytest.raises(UserError, match="workers died every time"):
+        run(address, os._exit, 1)
+
+
+@pytest.mark.timeout(60)
+def test_the_scheduler_goes_away(scheduler, capsys, caplog):
+    """While the audit waits for workers, which it says: one sentence, soon, and no traceback."""
+    process, address = scheduler()
+    calls = []
+
+    def show():
+        calls.append(time.monotonic())
+        process.kill()
+
+    with (
+        pytest.raises(UserError, match=f"scheduler at {address} went away"),
+        workers.cluster(address) as executor,
+    ):
+        workers.complete(executor, os.getpid, {0: (), 1: ()}, show)
+    assert time.monotonic() - calls[0] < 30
+    assert f"{address} has no workers yet" in capsys.readouterr().out
+    assert "distributed.client" not in {record.name for record in caplog.records}

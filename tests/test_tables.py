@@ -1,0 +1,67 @@
+"""What a person reads after an evaluation: one sentence, and tables within 80 columns."""
+
+import numpy as np
+import pytest
+
+import roc
+from evaluation import comparisons, tables
+
+
+def record(name="runs/lora @400", shift=2.0, nonmembers=200, shadows=0, quality=True):
+    """A record as in eval.json, of made-up scores."""
+    rng = np.random.default_rng(0)
+    scores = {
+        attack: (rng.normal(strength * shift, 1, 40), rng.normal(0, 1, nonmembers))
+        for attack, strength in (("loss", 0.5), ("LiRA offline, gradient", 0.8), ("combined", 1))
+    }
+    found = {
+        "attacks": {a: roc.summary(*pair, 0.0) for a, pair in scores.items()},
+        "headline": comparisons.headline(scores, scores),
+        "worst": comparisons.worst_case(scores, 50),
+        "held_out_loss": 0.1234,
+    }
+    if quality:
+        found["quality"] = {"frechet_members": 626.4, "frechet_held_out": 12345.6}
+    sizes = {"member_test": 40, "nonmember_test": nonmembers}
+    blind = roc.summary(*scores["loss"], 0.0)
+    return {"run": name, "images": sizes, "adapted": found, "base": found, "blind": blind} | {
+        "shadows": shadows
+    }
+
+
+@pytest.mark.parametrize("nonmembers", [50, 200, 1000, 10000])
+@pytest.mark.parametrize("quality", [True, False])
+def test_tables_are_80_columns_wide(nonmembers, quality, capsys):
+    """Whatever the length of a run's name, the number of runs and the FPRs that are stated."""
+    long = "runs/a-very-long-name-of-a-run-that-a-person-gave-to-it-with-many-words/lora @1600"
+    runs = [record("runs/lora @400", nonmembers=nonmembers, quality=quality)]
+    runs += [record(long, 0.0, nonmembers, quality=quality), record(long + "0", -2.0, nonmembers)]
+    tables.print_tables(runs if quality else runs[:2])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert ("TPR at 5 % FPR" in printed) == (nonmembers == 200)
+    assert ("TPR at 1 % FPR" in printed) == (nonmembers == 1000)
+    assert ("12346" in printed) == quality
+    assert "over-corrected for loss" in printed or not quality
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [
+        (2.0, "This adapter gives away who was"),
+        (0.45, "a little of who was"),
+        (0.0, "do not show who was"),
+        (-2.0, "with the sign turned"),
+    ],
+)
+def test_verdict(shift, words):
+    """One sentence, whose figures are those of the headline attack."""
+    given = record(shift=shift)
+    sentence, head = tables.verdict(given), given["adapted"]["headline"]
+    assert words in sentence and sentence.endswith(".") and sentence.count(". ") == 0
+    assert f"the {head['attack']} attack" in sentence
+    assert f"{100 * head['auc']:.0f} % of the time" in sentence
+    share = given["adapted"]["attacks"][head["attack"]]["tpr_at_5_fpr"]
+    assert f"one false alarm in twenty it names {100 * share:.0f} % of the members" in sentence
+    assert "false alarm" not in tables.verdict(record(shift=shift, nonmembers=50))
+    assert "one false alarm in a hundred" in tables.verdict(record(shift=shift, nonmembers=1000))

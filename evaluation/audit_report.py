@@ -13,17 +13,10 @@ import roc
 from cli import UserError, read_json, write_json
 from evaluation.decisions import Decisions, difference
 from evaluation.lira import HEADLINE, THRESHOLD
+from evaluation.tables import cell, rounded
 
 SHOWN = 5  # exposed images in the table
 LINES = (plots.COLOURS["smp"], plots.COLOURS["lora"], plots.SECOND, plots.OTHER)
-
-
-def cell(figures: dict, key: str = "auc") -> str:
-    """0.71 [0.60, 0.80], or a dash."""
-    if figures[key] is None:
-        return "-"
-    low, high = figures[f"{key}_interval"]
-    return f"{figures[key]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def by_auc(attacks: dict[str, dict]) -> list[str]:
@@ -49,8 +42,8 @@ def print_record(record: dict) -> None:
     print_steps({record["settings"]["method"]: record})
     print("\nmost exposed, by the strongest attack at 1 % FPR")
     for image in record["exposed"][:SHOWN]:
-        mark = " (canary)" if image["canary"] else ""
-        print(f"  {image['caught']} of {image['of']}  {image['name']:.30}{mark}")
+        name, caption = image["name"], image["caption"] + " (canary)" * image["canary"]
+        print(f"  {image['caught']} of {image['of']}  {name:30.30}  {caption:.38}")
     training, queries = record["seconds"]["training"], record["seconds"]["queries"]
     print(f"\n{training:.0f} s of training and {queries:.0f} s of queries, over all processes")
 
@@ -63,7 +56,7 @@ def print_attacks(title: str, attacks: dict[str, dict]) -> None:
         rates = [found[f"tpr_at_{fpr * 100:g}_fpr"] for fpr in roc.FPRS]
         five, one, tenth = ("-" if r is None else f"{r:.2f}" for r in rates)
         print(
-            f"{name:24} {cell(found)} {found['auc_sd']:5.2f} {five:>8} {one:>6} {tenth:>6} "
+            f"{name:24} {cell(found):17} {found['auc_sd']:5.2f} {five:>8} {one:>6} {tenth:>6} "
             f"{found['epsilon']:6.2f}"
         )
 
@@ -78,7 +71,7 @@ def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")
     for name, colour in zip(chosen, LINES, strict=True):
         alarms, hits = (r[0] for r in decisions.rates(scores[f"{step}/{name}"][:, apart]))
-        label = f"{name}: AUC {last['attacks'][name]['auc']:.2f}"
+        label = f"{name}: AUC {rounded(last['attacks'][name]['auc'])}"
         axis.plot(alarms, hits, color=colour, lw=1.8, label=label)
     low = 1 / (~decisions.member).sum()
     axis.plot([low, 1], [low, 1], "k:", lw=1, label="guessing")
@@ -93,7 +86,10 @@ def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
 
 
 def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: Path) -> None:
-    """AUC against held-out loss over the steps of {label: (record, attack)}, as a PNG."""
+    """AUC against held-out loss over the steps of {label: (record, attack)}, as a PNG; of several
+    lines of one audit the last one names the steps.
+    """
+    naming = {id(record): label for label, (record, _) in lines.items()}
     figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     for label, (record, attack) in lines.items():
         found = [(at, step) for at, step in record["steps"].items() if attack in step["attacks"]]
@@ -102,7 +98,9 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: 
         ends = np.array([step["attacks"][attack]["auc_interval"] for _, step in found]).T
         error = np.abs(ends - y)
         axis.errorbar(x, y, error, fmt="o-", ms=4, capsize=3, color=colours[label], label=label)
-        for (at, _), place in zip(found, zip(x, y, strict=True), strict=True):
+        for (at, _), *place in zip(found, x, y, strict=True):
+            if naming[id(record)] != label:
+                break
             text = {"textcoords": "offset points", "xytext": (5, -10), "fontsize": 7}
             axis.annotate(at, place, **text)
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
@@ -160,7 +158,7 @@ def print_steps(records: dict[str, dict]) -> None:
             named, top = step["attacks"][HEADLINE], step["attacks"][by_auc(step["attacks"])[0]]
             rate = "-" if named["tpr_at_1_fpr"] is None else f"{named['tpr_at_1_fpr']:.2f}"
             loss = f"{at:>5} {step['held_out_loss']:8.4f}"
-            print(f"{name:{width}} {loss}  {cell(named)} {rate:>7} {top['auc']:10.2f}")
+            print(f"{name:{width}} {loss}  {cell(named):17} {rate:>7} {rounded(top['auc']):>10}")
 
 
 def differences(name: str, first: tuple, other_name: str, other: tuple) -> list[dict]:

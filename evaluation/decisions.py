@@ -4,7 +4,9 @@
     figures = decisions.figures(score)             # (N, P), higher = member
 
 An image comes N times, so the bootstrap draws images, each with all its decisions; how far adapters
-are apart is stated beside it.  Held by tests/test_audit.py to roc.py and to scipy.
+are apart is stated beside it.  Where the bootstrap is narrower than the interval of independent
+decisions, as at perfect separation, where it has no width, that interval is taken.  Tested in
+tests/test_audit.py against roc.py and scipy.
 """
 
 import math
@@ -52,12 +54,15 @@ class Decisions:
         """
         alarms, hits = self.rates(score)
         area = _area(alarms, hits)
-        found = {"auc": float(area[0]), "auc_interval": _interval(area[1:])}
+        pair = score[self.member], score[~self.member]
+        found = {"auc": float(area[0])}
+        found["auc_interval"] = _wider(_interval(area[1:]), roc.auc_interval(*pair))
         for fpr in roc.FPRS:
             key, enough = f"tpr_at_{fpr * 100:g}_fpr", fpr * (~self.member).sum() >= ALLOWED
             rate = np.where(alarms <= fpr + 1e-9, hits, 0).max(1)
             found[key] = float(rate[0]) if enough else None
-            found[f"{key}_interval"] = _interval(rate[1:]) if enough else None
+            alone = _clopper_pearson(float(rate[0]), int(self.member.sum()))
+            found[f"{key}_interval"] = _wider(_interval(rate[1:]), alone) if enough else None
         by_adapter = [roc.auc(s[m], s[~m]) for s, m in zip(score, self.member, strict=True)]
         mean, sd, count = np.mean(by_adapter), np.std(by_adapter, ddof=1), len(by_adapter)
         half = t.ppf(0.975, count - 1) * sd / math.sqrt(count)
@@ -108,6 +113,18 @@ def _bounds(values: np.ndarray, inside: np.ndarray, cuts: np.ndarray) -> np.ndar
 
 def _area(alarms: np.ndarray, hits: np.ndarray) -> np.ndarray:
     return (np.diff(alarms, axis=1) * (hits[:, 1:] + hits[:, :-1]) / 2).sum(1)
+
+
+def _wider(first: list[float], second: list[float]) -> list[float]:
+    return [min(first[0], second[0]), max(first[1], second[1])]
+
+
+def _clopper_pearson(rate: float, count: int) -> list[float]:
+    """The 95 % interval of a rate among `count` independent decisions."""
+    hits = round(rate * count)
+    low = beta.ppf(0.025, hits, count - hits + 1) if hits else 0.0
+    high = beta.ppf(0.975, hits + 1, count - hits) if hits < count else 1.0
+    return [float(low), float(high)]
 
 
 def _interval(values: np.ndarray) -> list[float]:

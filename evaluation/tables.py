@@ -18,11 +18,16 @@ ALARMS = {
 
 
 def cell(figures: dict | None, key: str = "auc") -> str:
-    """0.71 [0.60, 0.80], or a dash."""
+    """0.71 [0.60, 0.80], near one .997 [.985, 1.00], or a dash; at most 17 letters."""
     if figures is None or figures.get(key) is None:
         return "-"
     low, high = figures[f"{key}_interval"]
-    return f"{figures[key]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{rounded(figures[key])} [{rounded(low)}, {rounded(high)}]"
+
+
+def rounded(share: float) -> str:
+    """Two digits, above .985 three: 0.71, .997, and 1.00 from .9995 on."""
+    return f"{share:.2f}" if share < 0.985 or share >= 0.9995 else f"{share:.3f}"[1:]
 
 
 def titles(records: list[dict]) -> list[str]:

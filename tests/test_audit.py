@@ -133,6 +133,15 @@ def scored(seed=0, adapters=4, images=60):
     return np.round(rng.normal(size=member.shape) + member, 1), member
 
 
+def test_perfect_separation_has_an_interval_of_some_width():
+    """The bootstrap of it has none; that of independent decisions, which is wider, is taken."""
+    _, member = scored()
+    found = decisions.Decisions(member).figures(member + np.linspace(0, 0.1, member.shape[1]))
+    assert found["auc"] == 1 and 0.9 < found["auc_interval"][0] < 0.9999
+    rate = binomtest(120, 120).proportion_ci(0.95, "exact")
+    assert found["tpr_at_5_fpr_interval"] == pytest.approx([rate.low, 1.0])
+
+
 def test_figures_against_roc():
     """AUC and TPR as roc.py has them on the same decisions, ties and all."""
     score, member = scored()

@@ -65,3 +65,20 @@ def test_verdict(shift, words):
     assert f"one false alarm in twenty it names {100 * share:.0f} % of the members" in sentence
     assert "false alarm" not in tables.verdict(record(shift=shift, nonmembers=50))
     assert "one false alarm in a hundred" in tables.verdict(record(shift=shift, nonmembers=1000))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "0.50"),
+        (0.9849, "0.98"),
+        (0.9961, ".996"),
+        (0.9994, ".999"),
+        (1.0, "1.00"),
+        (0, "0.00"),
+    ],
+)
+def test_near_one_there_is_a_third_digit(value, text):
+    """1.00 [1.00, 1.00] would say that nothing else is possible."""
+    assert tables.rounded(value) == text
+    assert tables.cell({"auc": value, "auc_interval": [value, 1]}) == f"{text} [{text}, 1.00]"

@@ -49,7 +49,7 @@ import numpy as np
 from base_files import load_base, resolve_dtype
 from cli import write_json
 from data import load_images
-from evaluation import audit_report, audit_tasks, lira, workers
+from evaluation import audit_plan, audit_report, audit_tasks, lira, workers
 from evaluation.decisions import Decisions
 from train import train_adapter
 from training import lock
@@ -67,8 +67,8 @@ def complete(s: Audit) -> Audit:
     pool = s.pool or 2 * (s.members or 100)
     if s.adapters < 4 or s.adapters % 2:
         raise UserError(f"--adapters must be an even number of 4 or more, not {s.adapters}")
-    if pool < audit_tasks.LEAST_POOL or pool % 2:
-        least = audit_tasks.LEAST_POOL
+    if pool < audit_plan.LEAST_POOL or pool % 2:
+        least = audit_plan.LEAST_POOL
         raise UserError(f"--pool must be an even number of {least} or more, not {pool}")
     if s.members not in (None, pool // 2):
         raise UserError(f"--members is half of --pool, {pool // 2}, not {s.members}: leave one out")
@@ -85,13 +85,13 @@ def complete(s: Audit) -> Audit:
     return replace(s, steps=steps, dtype=resolve_dtype(s.dtype, s.device))
 
 
-def make_plan(s: Audit) -> audit_tasks.Plan:
+def make_plan(s: Audit) -> audit_plan.Plan:
     """Who trains on what; raises UserError for images or a base that cannot be used."""
     each = Settings(**{f.name: getattr(s, f.name) for f in fields(Settings)})
     each = replace(each, norms_every=10**9, hessian_every=0)  # looked at by nobody
     size = load_base(s.model, "cpu", s.dtype, s.size).size
     images = load_images(s.data, size, s.caption)
-    return audit_tasks.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
+    return audit_plan.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def audit(s: Audit) -> dict:
     return record
 
 
-def measure(s: Audit, plan: audit_tasks.Plan) -> tuple[dict, dict[str, np.ndarray]]:
+def measure(s: Audit, plan: audit_plan.Plan) -> tuple[dict, dict[str, np.ndarray]]:
     """The record of an audit, and its scores (N, P) as "<step>/<attack>" beside names and member.
 
     Canaries are kept apart from the other images.
@@ -165,7 +165,7 @@ def strongest(step: dict) -> str:
     return max(step["attacks"], key=lambda name: step["attacks"][name]["auc"])
 
 
-def exposed(plan: audit_tasks.Plan, member: np.ndarray, score: np.ndarray) -> list[dict]:
+def exposed(plan: audit_plan.Plan, member: np.ndarray, score: np.ndarray) -> list[dict]:
     """The images that a score gives away most, caught at 1 % FPR; the count is of memberships."""
     caught = Decisions(member).caught(score)
     gap = np.where(member, score, 0).sum(0) - np.where(member, 0, score).sum(0)

@@ -93,7 +93,7 @@ if __name__ == "__main__":
 import torch
 
 import plots
-from evaluation import audit_tasks, figures, quality, report, shadows, tables, workers
+from evaluation import audit_plan, audit_tasks, figures, quality, report, shadows, tables, workers
 from evaluation.examination import Examination, Measured
 from evaluation.target import Target, kind, read_adapter, read_run, sources
 from train import train_adapter
@@ -173,7 +173,7 @@ def examine(target: Target, examination: Examination) -> tuple[dict, Measured]:
     return record, adapted
 
 
-def train_shadows(target: Target, examination: Examination) -> audit_tasks.Plan:
+def train_shadows(target: Target, examination: Examination) -> audit_plan.Plan:
     """The shadows of a run, trained as far as they are not there yet."""
     s = examination.settings
     plan = shadows.plan(target, examination.subject, s.shadow, s.device)

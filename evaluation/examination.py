@@ -21,7 +21,7 @@ import roc
 from cli import UserError
 from diffusion import ALL_TIMESTEPS
 from evaluation import comparisons, quality
-from evaluation.audit_tasks import Plan
+from evaluation.audit_plan import Plan
 from evaluation.classifiers import blind_features, classifier_score, combined_features
 from evaluation.queries import (
     ASKED,

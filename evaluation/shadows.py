@@ -21,7 +21,7 @@ import lora
 from cli import UserError, checked
 from data import ROLES, Images
 from diffusion import Encoded
-from evaluation import audit_tasks, lira
+from evaluation import audit_plan, audit_tasks, lira
 from evaluation.target import Subject, Target, base_stamp
 from settings import FREE, Settings
 from training.run_folder import RunFolder
@@ -30,7 +30,7 @@ SEED = 1001  # added to the run's own
 LEAST = 2  # shadows with and shadows without it that every image needs
 
 
-def plan(target: Target, subject: Subject, count: int, device: str) -> audit_tasks.Plan:
+def plan(target: Target, subject: Subject, count: int, device: str) -> audit_plan.Plan:
     """Who of `count` shadows of a run trains on which candidates.
 
     Raises UserError, before anything is trained, where that cannot be.
@@ -50,12 +50,12 @@ def plan(target: Target, subject: Subject, count: int, device: str) -> audit_tas
             f"every image must be in {LEAST} shadows and out of {LEAST}; "
             f"take --shadow {needed + needed % 2} or fewer --nonmembers"
         )
-    digest = audit_tasks.hash_of(Images(data.names, data.captions, data.pixels))
+    digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles]
     folder = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     out = str(target.run.parent / f"shadows-{folder}")
     pool = subject.positions, images, roles, [], [], data.names, data.captions, digest
-    return audit_tasks.Plan(s, out, *pool)
+    return audit_plan.Plan(s, out, *pool)
 
 
 def as_trained(target: Target) -> Settings:
@@ -103,13 +103,13 @@ def members_of(roles: dict[str, list[int]]) -> list[int]:
     return [i for role, index in roles.items() if role.startswith("member_") for i in index]
 
 
-def ask(subject: Subject, shadows: audit_tasks.Plan, adapter: lora.Adapter) -> dict:
+def ask(subject: Subject, shadows: audit_plan.Plan, adapter: lora.Adapter) -> dict:
     """What the run, or the base with an untrained adapter, answers to the shadows' questions."""
     return audit_tasks.ask(subject.base, subject.data, shadows, adapter, last=True)
 
 
 def scores(
-    data: Encoded, shadows: audit_tasks.Plan, answers: dict[str, np.ndarray]
+    data: Encoded, shadows: audit_plan.Plan, answers: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The attacks with shadows on the model that gave `answers`: {attack: (P,)}."""
     (asked,), _ = audit_tasks.collect(shadows)

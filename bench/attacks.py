@@ -55,7 +55,7 @@ def attacks_on(args):
     def pfami():
         for share in CROPS:
             encode_images(base, crop(real, share))
-        grids(len(CROPS) + 2)
+        loss_grid(base, latents, text, TIMESTEPS[:1], draws=len(CROPS) + len(TIMESTEPS))
 
     def rediffuse():
         averaged = proxies.sweep(base, latents, text, {})[1]

@@ -22,7 +22,7 @@ from diffusion import (
 )
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
-AHEAD = (100, 200, 300, 400, 500)  # candidates of PIA, PIAN and, with 0, of SimA
+AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA
 WALK = (60, 80, 100, 120, 140)  # candidates of SecMI; the authors take 140 for latent models
 
 
@@ -71,15 +71,14 @@ def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray
 
 
 def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
-    """Fluctuation around the image: mean over crops and t of (L(crop x) - L(x)) / L(x), (N,)
-    (PFAMI, Fu et al. 2023).
+    """Fluctuation around the image: mean over crops of (L(crop x) - L(x)) / L(x), (N,) (PFAMI, Fu
+    et al. 2023).
 
-    losses (N, T) of the image.  crop_losses (M, N, T / 2): crops 0, 2, ... at the timesteps 0, 2,
-    ..., the others at 1, 3, ...  A member sits in a local minimum of the loss, its crops lie
-    higher.
+    losses (N, T) of the image.  crop_losses (M, N): crop m at timestep m modulo T; all crops at all
+    timesteps tell no more.  A member sits in a local minimum of the loss, its crops lie higher.
     """
-    own = torch.stack([losses[:, m % 2 :: 2] for m in range(len(crop_losses))])
-    return ((crop_losses - own) / own).mean((0, 2)).numpy()
+    own = torch.stack([losses[:, m % losses.shape[1]] for m in range(len(crop_losses))])
+    return ((crop_losses - own) / own).mean(0).numpy()
 
 
 def clid(

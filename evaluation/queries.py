@@ -40,7 +40,7 @@ DIGEST = 32  # bytes of a SHA-256
 CUTS_AT = slice(1, None, 2)  # the timesteps of the grid that cut captions are tried at
 # fitted to auxiliary images, which therefore say nothing about them
 TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled")
-PICTURES, PICTURE_STEPS = 3, 8  # pictures per caption of the black-box attack, their DDIM steps
+PICTURES, PICTURE_STEPS = 2, 6  # pictures per caption of the black-box attack, their DDIM steps
 # what kept answers depend on beside images and model; the number rises with any other change
 ASKED = [2, TIMESTEPS, LATE_TIMESTEPS, DRAWS, CROPS, CUTS, PICTURES, PICTURE_STEPS]
 ASKED += [attacks.AHEAD, attacks.WALK, proxies.FRESH]
@@ -143,15 +143,16 @@ def noise_queries(base: Base, data: Encoded) -> dict[str, np.ndarray]:
 
 
 def variant_queries(subject: Subject) -> dict[str, np.ndarray]:
-    """Losses of crops (M, N, T / 2) and of cut captions (M', N, T / 2) on the first draw of the
-    grid; crops take turns at the timesteps, see attacks.pfami.
+    """Losses of crops (M, N) and of cut captions (M', N, T') on the first draw of the grid; crops
+    take turns at the timesteps, see attacks.pfami.
     """
     base, data = subject.base, subject.data
 
     def losses(latents, text, timesteps) -> np.ndarray:
         return loss_grid(base, latents, text, timesteps, draws=1)[:, :, 0].numpy()
 
-    crops = [losses(z, data.text, TIMESTEPS[m % 2 :: 2]) for m, z in enumerate(subject.crops)]
+    turns = [(TIMESTEPS[m % len(TIMESTEPS)],) for m in range(len(subject.crops))]
+    crops = [losses(z, data.text, t)[:, 0] for z, t in zip(subject.crops, turns, strict=True)]
     cuts = [losses(data.latents, c, TIMESTEPS[CUTS_AT]) for c in subject.cuts]
     return {"crops": np.stack(crops), "cuts": np.stack(cuts)}
 

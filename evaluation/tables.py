@@ -30,6 +30,11 @@ def rounded(share: float) -> str:
     return f"{share:.2f}" if share < 0.985 or share >= 0.9995 else f"{share:.3f}"[1:]
 
 
+def percent(share: float) -> int:
+    """Whole per cent, of the two digits that a table shows."""
+    return round(100 * round(share, 2))
+
+
 def titles(records: list[dict]) -> list[str]:
     """What to call each run: the last part of its path, or all of it where that names two."""
     short = [Path(r["run"]).name for r in records]
@@ -96,12 +101,12 @@ def verdict(record: dict) -> str:
     figures = record["adapted"]["attacks"][head["attack"]]
     (low, high), area = head["auc_interval"], head["auc"]
     attack = f"the {head['attack']} attack"
-    ranks = f"ranks a member above a non-member {100 * area:.0f} % of the time"
-    found = f"{attack} {ranks} [{100 * low:.0f}, {100 * high:.0f}]"
+    ranks = f"ranks a member above a non-member {percent(area)} % of the time"
+    found = f"{attack} {ranks} [{percent(low)}, {percent(high)}]"
     names = [p for p in PERCENT if figures[f"tpr_at_{p}_fpr"] is not None]
     if names:
-        share = 100 * figures[f"tpr_at_{names[-1]}_fpr"]
-        found += f"; at {ALARMS[names[-1]]} it names {share:.0f} % of the members"
+        share = percent(figures[f"tpr_at_{names[-1]}_fpr"])
+        found += f"; at {ALARMS[names[-1]]} it names {share} % of the members"
     if low <= 0.5 <= high:
         begins = "The attacks tried here do not show who was in the training set"
     elif high < 0.5:

@@ -379,9 +379,9 @@ def test_runs_of_before_and_now_are_of_one_kind(run):
 def test_shadows_go_by_where_the_images_lie_and_what_they_hold(run, renamed, image_folder):
     """Shadows train on the moved images; those of changed images are others."""
     moved = read_run(run, data=renamed)
-    planned = shadows.plan(moved, target.prepare(moved), 8, "cpu")
+    planned = shadows.plan(moved, target.prepare(moved), 12, "cpu")
     assert planned.settings.data == renamed
     changed = target.prepare(moved)
     changed.data = replace(changed.data, captions=["another one", *changed.data.captions[1:]])
-    assert shadows.plan(moved, changed, 8, "cpu").out != planned.out
-    assert shadows.plan(moved, target.prepare(moved), 8, "cpu").out == planned.out
+    assert shadows.plan(moved, changed, 12, "cpu").out != planned.out
+    assert shadows.plan(moved, target.prepare(moved), 12, "cpu").out == planned.out

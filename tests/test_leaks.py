@@ -16,12 +16,12 @@ OTHERS = 0.8
 
 @pytest.mark.timeout(900)  # a training and two evaluations in earnest
 def test_attacks_separate_members_of_an_over_fitted_adapter_and_not_of_the_base(tmp_path):
-    """Plain LoRA, 40 passes over 24 pictures: each AUC is high.  Without the adapter none is beyond
+    """Plain LoRA, 27 passes over 24 pictures: each AUC is high.  Without the adapter none is beyond
     permuted labels.
     """
-    out, steps = str(tmp_path / "lora"), 120
+    out, steps = str(tmp_path / "lora"), 80
     small = {"members": 24, "samples": 0, "lr": 1.5e-3, "save_every": steps, "state_every": steps}
-    train.train(Settings(method="lora", out=out, steps=steps, **small))
+    train.train(Settings(method="lora", out=out, seed=1, steps=steps, **small))
     (record,) = evaluate.evaluate(
         evaluate.Settings(runs=[out], nonmembers=24, pictures=0, bootstrap=200)
     )

@@ -60,9 +60,12 @@ def test_verdict(shift, words):
     sentence, head = tables.verdict(given), given["adapted"]["headline"]
     assert words in sentence and sentence.endswith(".") and sentence.count(". ") == 0
     assert f"the {head['attack']} attack" in sentence
-    assert f"{100 * head['auc']:.0f} % of the time" in sentence
+    assert f"{head['auc']:.2f}"[2:].lstrip("0") + " % of the time" in sentence
     share = given["adapted"]["attacks"][head["attack"]]["tpr_at_5_fpr"]
-    assert f"one false alarm in twenty it names {100 * share:.0f} % of the members" in sentence
+    assert (
+        f"one false alarm in twenty it names {round(100 * round(share, 2))} % of the members"
+        in sentence
+    )
     assert "false alarm" not in tables.verdict(record(shift=shift, nonmembers=50))
     assert "one false alarm in a hundred" in tables.verdict(record(shift=shift, nonmembers=1000))
 

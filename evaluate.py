@@ -137,7 +137,8 @@ def evaluate(s: Settings) -> list[dict]:
         rows = {t: m.pictures for t, (_, m, _) in zip(titles, models, strict=True)}
         figures.side_by_side(examination, rows, beside / "pictures.png")
     for target, record in zip(targets, records, strict=True):
-        print(f"\n{record['verdict']}")
+        print()
+        tables.say(record["verdict"])
         if not record["shadows"]:
             print("An attacker who trains adapters of his own was not tried: --shadow 8.")
         print(f"files:    {target.folder}/report.html, exposure.csv, eval.json, figures/")

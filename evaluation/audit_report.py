@@ -13,7 +13,7 @@ import roc
 from cli import UserError, read_json, write_json
 from evaluation.decisions import Decisions, difference
 from evaluation.lira import HEADLINE, THRESHOLD
-from evaluation.tables import cell, rounded
+from evaluation.tables import cell, rounded, say
 
 SHOWN = 5  # exposed images in the table
 LINES = (plots.COLOURS["smp"], plots.COLOURS["lora"], plots.SECOND, plots.OTHER)
@@ -135,7 +135,7 @@ def compare(folders: list[str]) -> dict:
         found["differences"] += differences(names[0], read[0], name, other)
     for change in found["differences"]:
         low, high = change["auc_interval"]
-        print(
+        say(
             f"{change['audit']} minus {change['minus']}, {change['at']} step: "
             f"AUC {change['auc']:+.2f} [{low:+.2f}, {high:+.2f}], "
             f"held-out loss {change['held_out_loss']:+.4f}"

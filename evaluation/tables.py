@@ -72,8 +72,7 @@ def print_attacks(title: str, record: dict) -> None:
     print(f"{'  without any leak':24}{worst['null']:.2f} is reached by 5 % (permuted labels)")
     low = [n for n, f in adapted["attacks"].items() if f["auc_interval"][1] < 0.5]
     if low:
-        text = f"note: over-corrected for {', '.join(low)}: AUC below 0.5 gives members away too"
-        print(textwrap.fill(text, 80))
+        say(f"note: over-corrected for {', '.join(low)}: AUC below 0.5 gives members away too")
 
 
 def print_models(records: list[dict]) -> None:
@@ -88,6 +87,11 @@ def print_models(records: list[dict]) -> None:
     for name, model in models.items():
         line = f"{shortened(name, 21):22}{cell(model['headline']):17}{model['held_out_loss']:11.4f}"
         print(line + "".join(f"{model['quality'][f'frechet_{k}']:12.0f}" for k in distances))
+
+
+def say(text: str) -> None:
+    """Print a sentence within 80 columns."""
+    print(textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False))
 
 
 def shortened(name: str, width: int) -> str:
@@ -131,10 +135,8 @@ def print_differences(records: list[dict], test_scores: list[dict]) -> None:
         if record["seed"] != records[0]["seed"] or record["images"] != records[0]["images"]:
             continue
         change, (low, high) = comparisons.paired_difference(second, first)
-        print(
-            f"{title} minus {names[0]}, AUC of {name}: "
-            f"{change:+.2f} [{low:+.2f}, {high:+.2f}] (paired)"
-        )
+        interval = f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+        say(f"{title} minus {names[0]}, AUC of {name}: {interval} (paired)")
 
 
 def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict]) -> list[dict]:
@@ -165,7 +167,7 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict]) 
         for real in ("members", "held_out") if "quality" in entry else ():
             distance = entry["quality"][f"frechet_{real}"]
             text += f", Frechet distance {distance:.0f} ({real.replace('_', ' ')})"
-        print(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
+        say(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
         if first is None:
             # named by one seed's known images, so not by the figures it is compared at
             first, name = group, members[0]["adapted"]["headline"]["attack"]
@@ -180,9 +182,7 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict]) 
                 "interval": [low, high],
                 "seeds": shared,
             }
-            print(
-                f"    minus the first, AUC of {name}: "
-                f"{change:+.2f} [{low:+.2f}, {high:+.2f}] (paired, {len(shared)} seeds)"
-            )
+            interval = f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+            say(f"    minus the first, AUC of {name}: {interval} (paired, {len(shared)} seeds)")
         found.append(entry)
     return found

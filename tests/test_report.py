@@ -55,7 +55,13 @@ def made_up(pictures: int | None = 8, names: dict = ORDINARY, size: int = 16):
     adapted.scores["SimA"][:4] = 30 - np.arange(4)
     for model in (adapted, base):
         model.record = leakage(data, model.scores)
-    record = {"run": "runs/<b>x</b>", "step": 4, "shadows": 0, "method": "smp", "verdict": "It <i>leaks</i>."}
+    record = {
+        "run": "runs/<b>x</b>",
+        "step": 4,
+        "shadows": 0,
+        "method": "smp",
+        "verdict": "It <i>leaks</i>.",
+    }
     record |= {"images": {role: len(index) for role, index in roles.items()}}
     record |= {"adapted": adapted.record, "base": base.record}
     record["blind"] = base.record["attacks"]["loss"]

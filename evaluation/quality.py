@@ -80,7 +80,7 @@ def load_network(name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def features(network: nn.Module, images: np.ndarray, batch: int = 32) -> torch.Tensor:
+def features(network: nn.Module, images: np.ndarray, batch: int = 16) -> torch.Tensor:
     """Features (N, F) of pictures uint8 (N, H, W, 3)."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     return torch.cat([network(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])

@@ -29,6 +29,7 @@ GROUPS = (
     "optimisation",
     "saving and looking",
     "advanced",
+    "regularisation",
 )  # as --help shows them
 
 
@@ -137,7 +138,7 @@ def _typed(value) -> str:
         return str(value)
     digits, exponent = f"{value:e}".split("e")
     short = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return short if abs(value) < 0.01 and float(short) == value else repr(value).removesuffix(".0")
+    return short if 0 < abs(value) < 0.01 and float(short) == value else repr(value).removesuffix(".0")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Settings:
     # Optimisation
     lr: float | None = option(
         None,
-        "learning rate of the adapter (AdamW, constant)",
+        "learning rate of the adapter (AdamW)",
         group="optimisation",
         tables=TABLES,
     )
@@ -103,6 +103,24 @@ class Settings:
     seed: int = option(
         0, "decides split, initialisation, data order and noise", group="optimisation"
     )
+
+    # Regularisation: what stops the adapter from memorising, without an attacker
+    schedule: str = option(
+        "constant",
+        "learning rate over the run: from --lr down to 0 along half a cosine or a line",
+        ("constant", "cosine", "linear"),
+        group="regularisation",
+    )
+    weight_decay: float = option(0.01, "of A and B (AdamW)", group="regularisation")
+    ema: float = option(
+        0.0,
+        "decay of a running mean of A and B, such as 0.98; the mean is what is saved and judged",
+        group="regularisation",
+    )
+    caption_dropout: float = option(
+        0.0, "share of the members' draws that are shown without a caption", group="regularisation"
+    )
+    flip: bool = option(False, "mirror every other draw of a member", group="regularisation")
 
     # Saving and looking
     save_every: int | None = option(
@@ -194,7 +212,8 @@ ABOVE_ZERO = {
     "state_every": 10**9, "keep": 10**9,
 }  # fmt: skip
 FROM_ZERO = {
-    "lam": 1e9, "delta": 1e9, "samples": 10_000, "hessian_every": 10**9, "threads": 4096,
+    "lam": 1e9, "delta": 1e9, "weight_decay": 1e6, "ema": 0.999999, "caption_dropout": 1.0,
+    "samples": 10_000, "hessian_every": 10**9, "threads": 4096,
     "seed": 2**62 - 1,
 }  # fmt: skip
 

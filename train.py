@@ -79,7 +79,7 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         monitor.require_finite(row, s)
         row |= monitor.local_smoothness(run, h, step)
         learner.keep(batch, e)
-        learner.descend(gradients)  # AdamW
+        learner.descend(gradients, step)  # AdamW
         yield row | {"seconds": time.time() - began}
 
 
@@ -106,9 +106,11 @@ def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int,
     """
     torch.manual_seed(s.seed)  # attacker initialisation and dropout
     run = assemble(s, base, data, Processes(s.device))
+    learner = Learner(run)
     try:
-        for row in algorithm_1(run, Learner(run), range(1, run.settings.steps + 1)):
-            yield row["step"], run.adapter
+        for row in algorithm_1(run, learner, range(1, run.settings.steps + 1)):
+            with learner.averaged():
+                yield row["step"], run.adapter
     finally:
         remove(base.unet, run.adapter)
 
@@ -157,7 +159,8 @@ def learn(settings: Settings) -> dict:
             if stopped:
                 leave(run, row["step"], caught)
     seconds = before + time.time() - started
-    summary = monitor.finish(run, learner.attacker, seconds) if processes.main else {}
+    with learner.averaged():
+        summary = monitor.finish(run, learner.attacker, seconds) if processes.main else {}
     processes.close()
     return summary
 
@@ -191,11 +194,12 @@ def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: 
     """
     s, step = run.settings, row["step"]
     last = step == s.steps
-    if step % (s.save_every or max(1, s.steps // 8)) == 0 or last:
-        row |= monitor.held_out(run)
-        monitor.save_adapter(run, run.folder.checkpoint(step), step)
-    if s.sample_every and step % s.sample_every == 0:
-        monitor.samples_on_the_way(run, step)
+    with learner.averaged():
+        if step % (s.save_every or max(1, s.steps // 8)) == 0 or last:
+            row |= monitor.held_out(run)
+            monitor.save_adapter(run, run.folder.checkpoint(step), step)
+        if s.sample_every and step % s.sample_every == 0:
+            monitor.samples_on_the_way(run, step)
     log(row)
     if step % s.state_every == 0 or last or stopped:
         log.sync()

@@ -152,7 +152,7 @@ def released(args):
         )
         grads = gradients(ratio_objective(loss, gain, s.lam), learner.parameters)
         clip_(grads, s.clip)
-        learner.descend(grads)
+        learner.descend(grads, 1)
 
     return step
 

@@ -43,6 +43,7 @@ class Flags:
     note: str | None = option(None, "words")
     steps: int | None = option(None, "how many", group="optimisation", beats="epochs")
     epochs: int | None = option(None, "passes", group="optimisation")
+    ema: float = option(0.0, "decay", group="regularisation")
     fast: bool = option(False, "hurry", group="saving and looking")
     out: str | None = option(None, "folder", group="what and where")
     resume: bool = option(False, "go on", group="what and where")
@@ -115,7 +116,8 @@ def test_help_shows_groups_in_order(capsys):
     heads = re.findall(r"^(\w[\w ]*):$", text, re.M)
     assert heads == list(GROUPS)
     assert heads[:3] == ["what and where", "method", "adapter"]
-    assert heads[3:] == ["optimisation", "saving and looking", "advanced"]
+    assert heads[3:] == ["optimisation", "saving and looking", "advanced", "regularisation"]
+    assert "decay (default: 0)" in " ".join(text.split())
     parts = dict(zip(heads, re.split(r"^\w[\w ]*:$", text, flags=re.M)[1:], strict=True))
     assert text.index("an example") < text.index("what and where:")
     assert {"runs", "--out", "--resume", "--config"} <= set(parts["what and where"].split())

@@ -102,14 +102,18 @@ def result(out):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], tensors
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+REGULARISED = {"schedule": "cosine", "ema": 0.9, "caption_dropout": 0.3, "flip": True}
+
+
+@pytest.mark.parametrize("combination", [*COMBINATIONS, COMBINATIONS[0] + (REGULARISED,)], ids=str)
 def test_interrupted_is_uninterrupted(
     prepare_once, first_adapter, tmp_path, monkeypatch, combination
 ):
     """The folder as it is after step k, continued, ends as the run that went on."""
     stop, *values = combination
-    flags = dict(zip(FLAGS, values, strict=True))
+    flags = dict(zip(FLAGS, values, strict=False))
     flags["init"] = first_adapter if flags["init"] else None
+    flags |= values[len(FLAGS)] if len(values) > len(FLAGS) else {}
     settings = replace(prepare_once, steps=stop + AFTER, state_every=stop, **flags)
     record = train.record
 

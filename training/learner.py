@@ -2,6 +2,9 @@
 it as tensors.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -55,12 +58,23 @@ class Learner:
         self.attacker_optimizer = torch.optim.Adam(
             self.attacker.parameters(), lr=settings.attacker_lr
         )
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self.settings = settings
+        # running means of the parameters, with --ema
+        self.means = [p.detach().clone() for p in self.parameters] if settings.ema else []
 
     def member_batch(self) -> Batch:
-        """A fresh batch of D_tr, the members."""
+        """A fresh batch of D_tr, the members, mirrored or without a caption as the flags say."""
         index = self.private.draw()
-        return Batch(index, *draw_noise(self.base, len(index), self.outer))
+        batch = Batch(index, *draw_noise(self.base, len(index), self.outer))
+        shares = {"mirrored": self.settings.flip / 2, "bare": self.settings.caption_dropout}
+        for name, share in shares.items():
+            if share:
+                chosen = torch.rand(len(index), generator=self.outer) < share
+                setattr(batch, name, chosen.to(self.base.device))
+        return batch
 
     def auxiliary_batch(self) -> Batch:
         """A fresh batch of D_aux: as many members as non-members, the members first.
@@ -81,11 +95,35 @@ class Learner:
             known = torch.isin(batch.index, self.aux[0].indices).to(error.device)
             self.reused = error.detach()[known], batch.timesteps[known]
 
-    def descend(self, gradients: list[torch.Tensor]) -> None:
-        """One step of AdamW on A and B along `gradients`, which stay in their `.grad`."""
+    def descend(self, gradients: list[torch.Tensor], step: int) -> None:
+        """One step of AdamW on A and B along `gradients`, which stay in their `.grad`.
+
+        `step` counts from 1.  The mean's decay begins low, as in diffusers' EMAModel.
+        """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * share_of_rate(s.schedule, step, s.steps)
         self.optimizer.step()
+        if self.means:
+            decay = min(s.ema, (1 + step) / (10 + step))
+            for mean, parameter in zip(self.means, self.parameters, strict=True):
+                mean.lerp_(parameter.detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the adapter is the running mean where there is one: what is saved and judged."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for i, mean in enumerate(self.means):
+            parameter = self.parameters[i]
+            self.means[i], parameter.data = parameter.data, mean
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything as named tensors; random streams as the bytes of their state."""
@@ -97,6 +135,7 @@ class Learner:
             "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state()},
             "queue": {str(i): b.queue for i, b in enumerate([self.private, *self.aux])},
             "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
+            "means": {str(i): mean for i, mean in enumerate(self.means)},
         }
         groups["random"]["cpu"] = torch.get_rng_state()
         if (device := self.base.device).type != "cpu":
@@ -134,6 +173,7 @@ class Learner:
             streams.set_rng_state(groups["random"]["device"], *at)
         for i, batches in enumerate([self.private, *self.aux]):
             batches.queue = groups["queue"][str(i)]
+        self.means = [groups["means"][str(i)].to(device) for i in range(len(self.means))]
         self.reused = tuple(tensor.to(device) for _, tensor in sorted(groups["reused"].items()))
 
     def _require_fit(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -150,6 +190,13 @@ class Learner:
         for name in sorted(mine.keys() | given.keys()):
             if mine.get(name) != given.get(name):
                 raise ValueError(f"{name} is not what this run has: {given.get(name, 'nothing')}")
+
+
+def share_of_rate(schedule: str, step: int, steps: int) -> float:
+    """The learning rate of step 1, 2, ..., `steps` as a share of --lr: in (0, 1], 1 at step 1."""
+    done = (step - 1) / steps
+    shares = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return shares[schedule]
 
 
 def device_streams(device: torch.device) -> tuple[ModuleType, tuple]:

@@ -10,7 +10,7 @@ import lora_files
 from base_files import load_base
 from cli import UserError
 from data import load_images, split
-from diffusion import Base, Encoded, encode, squared_error
+from diffusion import Base, Encoded, encode, encode_captions, encode_images, squared_error
 from settings import Settings
 from training.processes import Processes, WholeBatch
 from training.run_folder import RunFolder
@@ -23,6 +23,8 @@ class Batch:
     index: torch.Tensor  # (B,) positions among the run's images
     timesteps: torch.Tensor  # (B,) in 0..T-1
     noise: torch.Tensor  # (B, C, h, w)
+    mirrored: torch.Tensor | None = None  # (B,) bool, with --flip
+    bare: torch.Tensor | None = None  # (B,) bool: without a caption, with --caption-dropout
 
     def __len__(self) -> int:
         return len(self.index)
@@ -37,6 +39,8 @@ class Run:
     data: Encoded
     adapter: lora.Adapter
     processes: Processes
+    mirror: torch.Tensor | None = None  # (N, C, h, w) latents of the mirrored images, with --flip
+    empty: torch.Tensor | None = None  # (1, L, D) embedding of "", with --caption-dropout
 
     @property
     def folder(self) -> RunFolder:
@@ -52,6 +56,11 @@ class Run:
         """Error maps e (b, C, h, w) of a part of a batch: one UNet forward."""
         index = batch.index[part]
         latents, text = self.data.latents[index], self.data.text[index]
+        if batch.mirrored is not None:
+            where = batch.mirrored[part].view(-1, 1, 1, 1)
+            latents = torch.where(where, self.mirror[index], latents)
+        if batch.bare is not None:
+            text = torch.where(batch.bare[part].view(-1, 1, 1), self.empty, text)
         return squared_error(self.base, latents, text, batch.timesteps[part], batch.noise[part])
 
     def through(self, batch: Batch) -> WholeBatch:
@@ -99,6 +108,8 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
             raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    run = Run(settings, base, data, adapter, processes)
+    mirror = encode_images(base, data.pixels[:, :, ::-1].copy()) if settings.flip else None
+    empty = encode_captions(base, [""]) if settings.caption_dropout else None
+    run = Run(settings, base, data, adapter, processes, mirror, empty)
     steps = settings.steps or -(-settings.epochs * len(data.members()) // run.batch)
     return replace(run, settings=replace(settings, steps=steps))

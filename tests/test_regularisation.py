@@ -1,0 +1,159 @@
+"""Flags that keep an adapter from memorising: schedule, weight decay, running mean, caption dropout
+and mirrored images, each against a second way to have it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from base_files import load_base
+from cli import UserError
+from data import load_images
+from diffusion import encode, encode_captions, encode_images
+from settings import Settings, resolve
+from training.learner import Learner, share_of_rate
+from training.processes import Processes
+from training.run import Batch, assemble
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_base, image_folder):
+    """Base and encoded images, two thirds of them members."""
+    base, images = load_base(tiny_base), load_images(image_folder, 32)
+    parts = {"aux": 4, "val": 1, "test": 3}
+    roles, start = {"fresh": []}, 0
+    for side in ("member", "nonmember"):
+        for part, count in parts.items():
+            roles[f"{side}_{part}"] = list(range(start, start + count))
+            start += count
+    return base, encode(base, images, roles)
+
+
+def settings(tiny_base, **flags):
+    """Of six small steps of plain LoRA."""
+    small = {"rank": 2, "alpha": 2.0, "target": "attention", "batch_size": 4, "lr": 0.01}
+    small |= {"method": "lora", "model": tiny_base, "steps": 6, "norms_every": 10**6}
+    return resolve(Settings(out="/nowhere/run", **(small | flags)))
+
+
+def weights(subject, s):
+    """A copy of the adapter's parameters after every step."""
+    steps = train.train_adapter(*subject, s)
+    return [[p.detach().clone() for p in adapter.parameters()] for _, adapter in steps]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=7)),
+        ("linear", lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=7)),
+        ("constant", lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+    ],
+)
+def test_schedules_are_torchs(schedule, reference):
+    """Step by step; the rate would be 0 at the step after the last."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = reference(optimizer)
+    for step in range(1, 8):
+        wanted = optimizer.param_groups[0]["lr"]
+        assert 0.3 * share_of_rate(schedule, step, 7) == pytest.approx(wanted, rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedule_reaches_the_optimizer(subject, tiny_base):
+    """The first steps are equal, since both begin at --lr; the later ones are smaller."""
+    plain, cosine = (
+        weights(subject, settings(tiny_base, schedule=k)) for k in ("constant", "cosine")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], cosine[0], strict=True))
+    moved = [
+        sum((b - a).abs().sum().item() for a, b in zip(run[4], run[5], strict=True))
+        for run in (plain, cosine)
+    ]
+    assert moved[1] < 0.3 * moved[0]
+
+
+def test_weight_decay_is_adamws(subject, tiny_base):
+    """One step from the same start differs by lr * decay * weight and nothing else."""
+    none, some = (
+        weights(subject, settings(tiny_base, weight_decay=d, steps=1)) for d in (0.0, 0.5)
+    )
+    base, data = subject
+    start = assemble(settings(tiny_base), base, data, Processes())
+    for before, a, b in zip(start.adapter.parameters(), none[0], some[0], strict=True):
+        torch.testing.assert_close(a - b, 0.01 * 0.5 * before.detach(), atol=1e-7, rtol=1e-4)
+    train.remove(base.unet, start.adapter)
+
+
+def test_the_mean_is_what_is_yielded_and_does_not_steer(subject, tiny_base):
+    """Against the recursion by hand on the weights of a run without --ema."""
+    plain, means = (weights(subject, settings(tiny_base, ema=e)) for e in (0.0, 0.5))
+    base, data = subject
+    start = assemble(settings(tiny_base), base, data, Processes())
+    mean = [p.detach().clone() for p in start.adapter.parameters()]
+    train.remove(base.unet, start.adapter)
+    for step, (raw, found) in enumerate(zip(plain, means, strict=True), start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = [decay * m + (1 - decay) * p for m, p in zip(mean, raw, strict=True)]
+        for a, b in zip(mean, found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_dropped_captions_and_mirrored_images(subject, tiny_base):
+    """The error of a draw is that of the empty caption, or of the mirrored picture, where it says
+    so, and the draw's own elsewhere.
+    """
+    base, data = subject
+    run = assemble(settings(tiny_base, flip=True, caption_dropout=0.5), base, data, Processes())
+    try:
+        noise = torch.randn(3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+        batch = Batch(torch.tensor([0, 1, 2]), torch.tensor([10, 200, 500]), noise)
+        plain = run.errors(batch)
+        batch.bare, batch.mirrored = (
+            torch.tensor([True, False, False]),
+            torch.tensor([False, True, False]),
+        )
+        changed = run.errors(batch)
+        pixels = data.pixels.copy()
+        pixels[1] = pixels[1][:, ::-1]
+        text = data.text.clone()
+        text[0] = encode_captions(base, [""])[0]
+        other = replace(data, latents=encode_images(base, pixels), text=text)
+        wanted = replace(run, data=other).errors(replace(batch, bare=None, mirrored=None))
+        torch.testing.assert_close(changed, wanted)
+        assert torch.equal(changed[2], plain[2])
+        assert not torch.equal(changed[0], plain[0]) and not torch.equal(changed[1], plain[1])
+    finally:
+        train.remove(base.unet, run.adapter)
+
+
+def test_shares_of_draws(subject, tiny_base):
+    """About the share that was asked for; without the flags nothing is drawn from the stream."""
+    base, data = subject
+    run = assemble(
+        settings(tiny_base, flip=True, caption_dropout=0.2, batch_size=500), base, data, Processes()
+    )
+    train.remove(base.unet, run.adapter)
+    batch = Learner(run).member_batch()
+    assert 0.42 < batch.mirrored.float().mean() < 0.58 and 0.13 < batch.bare.float().mean() < 0.27
+    off = Learner(replace(run, settings=replace(run.settings, flip=False, caption_dropout=0.0)))
+    first = off.member_batch()
+    assert first.mirrored is None and torch.equal(first.noise, batch.noise)
+
+
+def test_accumulated_batches_are_one(subject, tiny_base):
+    """Who is mirrored or bare is drawn for the whole batch."""
+    flags = {"flip": True, "caption_dropout": 0.3, "steps": 2}
+    whole = weights(subject, settings(tiny_base, batch_size=4, **flags))
+    parts = weights(subject, settings(tiny_base, batch_size=2, accumulate=2, **flags))
+    for a, b in zip(whole[-1], parts[-1], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [{"ema": 1.0}, {"ema": -0.1}, {"caption_dropout": 1.5}])
+def test_out_of_range(tiny_base, flags):
+    """One sentence with the flag."""
+    with pytest.raises(UserError, match="must be"):
+        settings(tiny_base, **flags)

@@ -78,6 +78,8 @@ def complete(s: Audit) -> Audit:
         raise UserError(f"--jobs must be 1 or more, not {s.jobs}")
     if s.split != "default":
         raise UserError("--split says nothing in an audit, which deals the images itself")
+    if s.stop != "last":
+        raise UserError("--stop says nothing in an audit, which asks adapters at several steps")
     jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)
     out = s.out or f"runs/audit-{s.method}"
     s = resolve(replace(s, pool=pool, members=pool // 2, jobs=jobs, out=out))

@@ -138,7 +138,8 @@ def _typed(value) -> str:
         return str(value)
     digits, exponent = f"{value:e}".split("e")
     short = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return short if 0 < abs(value) < 0.01 and float(short) == value else repr(value).removesuffix(".0")
+    small = 0 < abs(value) < 0.01 and float(short) == value
+    return short if small else repr(value).removesuffix(".0")
 
 
 # --------------------------------------------------------------------------------------------------

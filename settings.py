@@ -121,6 +121,12 @@ class Settings:
         0.0, "share of the members' draws that are shown without a caption", group="regularisation"
     )
     flip: bool = option(False, "mirror every other draw of a member", group="regularisation")
+    stop: str = option(
+        "last",
+        "which of the saved steps becomes the adapter: the last, or that of the best held-out loss",
+        ("last", "best"),
+        group="regularisation",
+    )
 
     # Saving and looking
     save_every: int | None = option(

@@ -38,6 +38,7 @@ class Plan:
     names: list[str]  # of `images`
     captions: list[str]  # of `images`; those of canaries permuted
     digest: str  # of the images as loaded
+    steps: list[int] | None = None  # at which an adapter is asked; None: see `due`
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -66,11 +67,14 @@ class Plan:
         return Path(self.out) / "adapters" / f"{index:02d}"
 
     def due(self) -> list[int]:
-        """The steps at which an adapter is asked: every --save-every, and the last.
+        """The steps at which an adapter is asked, trained to the last of them: `steps`, or every
+        --save-every and the last.
 
         Without the flag an eighth, a quarter, half and the whole: leakage grows early, and asking
         should not cost more than training.
         """
+        if self.steps:
+            return self.steps
         steps, every = self.settings.steps, self.settings.save_every
         if every:
             return sorted({*range(every, steps + 1, every), steps})

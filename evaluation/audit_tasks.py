@@ -68,7 +68,8 @@ def work(plan: Plan, index: int, train: Train) -> None:
                     asking += time.time() - asked
                 (folder / "progress").write_text(str(step))
                 if step == due[-1]:
-                    _save(adapter, folder / "adapter", settings)
+                    _save(adapter, folder / "adapter", settings, step)
+                    break
         arrays = {name: np.stack([a[name] for a in answers]) for name in answers[0]}
         arrays |= {f"last_{name}": a for name, a in answers[-1].items() if name not in arrays}
         if not all(np.isfinite(a).all() for a in arrays.values()):
@@ -146,9 +147,9 @@ def merged(adapter: lora.Adapter) -> Iterator[None]:
             layer.merged = False
 
 
-def _save(adapter: lora.Adapter, folder: Path, s: Settings) -> None:
+def _save(adapter: lora.Adapter, folder: Path, s: Settings, step: int) -> None:
     facts = {"base_model": Path(s.model).name, "method": s.method, "lambda": s.lam}
-    facts |= {"seed": s.seed, "steps": s.steps, "git_commit": git_commit()}
+    facts |= {"seed": s.seed, "steps": step, "git_commit": git_commit()}
     lora_files.save(adapter, folder, facts)
 
 
@@ -173,7 +174,7 @@ def train_all(plan: Plan, train: Train, executor: AbstractContextManager, title:
         return
     for index in todo:
         (plan.folder(index) / "progress").unlink(missing_ok=True)
-    with executor as pool, tqdm.tqdm(total=len(todo) * plan.settings.steps, unit="step") as bar:
+    with executor as pool, tqdm.tqdm(total=len(todo) * plan.due()[-1], unit="step") as bar:
 
         def show() -> None:
             steps = sum(progress(plan, index) for index in todo)
@@ -213,7 +214,7 @@ def finished(plan: Plan, index: int) -> bool:
 def progress(plan: Plan, index: int) -> int:
     """Steps that an adapter has behind it, as far as its process has said."""
     if (plan.folder(index) / "answers.npz").is_file():
-        return plan.settings.steps
+        return plan.due()[-1]
     try:
         return int((plan.folder(index) / "progress").read_text() or 0)
     except (OSError, ValueError):

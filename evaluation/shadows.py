@@ -5,7 +5,8 @@ run differs from them.
 
 The candidates are all images whose membership is in question, members of the run or not.  Every
 shadow has the run's settings and another seed, and trains on as many random candidates as the run
-has members; each candidate is in for as many shadows as any other, give or take one.  So the
+has members, up to the step of the adapter that is attacked; each candidate is in for as many
+shadows as any other, give or take one.  So the
 attacks of an audit (evaluation/lira.py: LiRA online and offline on several statistics, the
 projected prediction) work on one run: the run is the last of N + 1 adapters.  The draw knows
 nothing of who is a member of the run.  Tested in tests/test_shadow.py.
@@ -51,24 +52,24 @@ def plan(target: Target, subject: Subject, count: int, device: str) -> audit_pla
             f"take --shadow {needed + needed % 2} or fewer --nonmembers"
         )
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
-    facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles]
+    facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles, target.step]
     folder = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     out = str(target.run.parent / f"shadows-{folder}")
     pool = subject.positions, images, roles, [], [], data.names, data.captions, digest
-    return audit_plan.Plan(s, out, *pool)
+    return audit_plan.Plan(s, out, *pool, steps=[target.step])
 
 
 def as_trained(target: Target) -> Settings:
-    """The settings of a run up to the target's step, without what was only looked at on the way;
-    model and images from where they lie now.
+    """The settings of a run, without what was only looked at on the way; model and images from
+    where they lie now.
     """
     config = RunFolder(target.run).config()
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
     s = replace(s, model=target.config["model"], data=target.config["data"])
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
-    s = replace(s, steps=target.step, accumulate=whole, save_every=target.step)
-    s = replace(s, samples=0, sample_every=None, hessian_every=0, norms_every=10**9)
-    return replace(s, dtype=target.config["dtype"], track=None, dry_run=False, resume=False)
+    s = replace(s, accumulate=whole, save_every=None, stop="last", norms_every=10**9)
+    s = replace(s, samples=0, sample_every=None, hessian_every=0, dtype=target.config["dtype"])
+    return replace(s, track=None, dry_run=False, resume=False)
 
 
 def blocks(images: int, members: int, count: int, seed: int) -> list[list[int]]:

@@ -220,7 +220,8 @@ def kind(target: Target) -> str:
     chosen = flags | target.config
     for name in ("seed", *FREE, *LOOKS):
         chosen.pop(name, None)
-    return json.dumps([chosen, "best" if target.at == "best" else target.step], sort_keys=True)
+    best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")
+    return json.dumps([chosen, "best" if best else target.step], sort_keys=True)
 
 
 def base_stamp(model: str) -> list:

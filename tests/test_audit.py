@@ -110,6 +110,7 @@ def test_due(tiny_base, image_folder):
         ({"canaries": 1}, "2 to 20"),
         ({"jobs": 0}, "1 or more"),
         ({"split": "pokemon"}, "deals the images itself"),
+        ({"stop": "best"}, "several steps"),
         ({"pool": 40}, "there are 40"),
         ({"cluster": "tcp://127.0.0.1:1"}, "distributed|scheduler"),
     ],

@@ -5,16 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from base_files import load_base
 from cli import UserError
 from data import load_images
 from diffusion import encode, encode_captions, encode_images
+from evaluation.target import kind, read_run
 from settings import Settings, resolve
+from training import monitor
 from training.learner import Learner, share_of_rate
 from training.processes import Processes
 from training.run import Batch, assemble
+from training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +161,28 @@ def test_out_of_range(tiny_base, flags):
     """One sentence with the flag."""
     with pytest.raises(UserError, match="must be"):
         settings(tiny_base, **flags)
+
+
+def test_stop_best_leaves_the_adapter_of_the_best_step(
+    tiny_base, image_folder, tmp_path, capsys, monkeypatch
+):
+    """Of held-out losses that fall and rise again; what is left, what is said and what is evaluated
+    are that step's; runs of other seeds are of its kind whatever their steps.
+    """
+    losses = iter([1.0, 0.5, 0.3, 0.6, 0.9])  # of the base, and after 2, 4, 6 and 8 steps
+    monkeypatch.setattr(monitor, "held_out", lambda _: {"nonmember_val_loss": next(losses)})
+    out, small = tmp_path / "run", {"members": 20, "rank": 2, "alpha": 4.0, "target": "attention"}
+    small |= {"batch_size": 4, "samples": 1, "steps": 8, "save_every": 2, "lr": 0.01}
+    flags = {"method": "lora", "model": tiny_base, "data": image_folder, "stop": "best"}
+    summary = train.train(Settings(out=str(out), **small, **flags))
+    folder, step = RunFolder(out), 4
+    assert summary["held_out_loss"] == 0.3
+    assert "0.3000 at step 4 of 8" in capsys.readouterr().out
+    left, best = (
+        load_file(next(p.glob("*.safetensors"))) for p in (out / "adapter", folder.checkpoint(step))
+    )
+    assert left.keys() == best.keys() and all(torch.equal(left[k], best[k]) for k in left)
+    assert (out / "samples" / f"step-{step:06d}.png").is_file()
+    target = read_run(str(out))
+    assert target.step == step and folder.adapter("last") == (out / "adapter", step)
+    assert kind(target) == kind(replace(target, step=8)) != kind(replace(target, at="2", step=2))

@@ -12,6 +12,7 @@ import roc
 import train
 from cli import UserError
 from evaluation import audit_tasks, lira, shadows
+from evaluation.target import prepare, read_run
 from settings import Settings
 
 
@@ -98,6 +99,16 @@ def test_evaluation_with_shadows(run, monkeypatch):
     monkeypatch.setattr(audit_tasks, "work", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
+
+
+def test_shadows_of_a_step_on_the_way_have_the_whole_schedule(run):
+    """They stop at the step, with the learning rates that the run had until then."""
+    target = read_run(run, "1")
+    target.config["schedule"] = "cosine"
+    plan = shadows.plan(target, prepare(target), 8, "cpu")
+    assert plan.settings.steps == 3 and plan.due() == [1]
+    other = read_run(run)
+    assert shadows.plan(other, prepare(other), 8, "cpu").out != plan.out
 
 
 def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):

@@ -5,13 +5,14 @@
 import math
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import tqdm
 
+import lora
 import lora_files
 import plots
 import roc
@@ -271,14 +272,15 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
 
     The adapter is first.  Raises UserError if what follows it fails; --resume then does only that.
     """
+    run, step = stopped(run)
     s, folder = run.settings, run.folder
-    save_adapter(run, folder.path / "adapter", s.steps)
+    save_adapter(run, folder.path / "adapter", step)
     if s.format == "kohya":
-        save_adapter(run, folder.path / "kohya", s.steps, kohya=True)
+        save_adapter(run, folder.path / "kohya", step, kohya=True)
     if s.method != "lora":
         folder.save_attacker(attacker, s.proxy)
     try:
-        sample_grid(run, s.steps)
+        sample_grid(run, step)
         rows = folder.rows()
         plots.training_curves(rows, s.method, folder.path / "curves.png")
         summary = {"seconds": round(seconds, 1), **summarise(run, rows)}
@@ -290,7 +292,8 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
         ) from error
     auc, interval = summary["validation_auc"], summary["validation_auc_interval"]
     after, before = summary["held_out_loss"], summary["held_out_loss_base"]
-    print(f"quality:  held-out loss {after:.4f}, {before:.4f} before")
+    early = f" at step {step} of {s.steps}" if step < s.steps else ""
+    print(f"quality:  held-out loss {after:.4f}{early}, {before:.4f} before")
     print(
         f"leakage:  loss-attack AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}] on auxiliary "
         "and validation images; 0.5 is none"
@@ -299,13 +302,24 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     return summary
 
 
+def stopped(run: Run) -> tuple[Run, int]:
+    """The run with the adapter that --stop chooses among those saved, and its step."""
+    if run.settings.stop == "last":
+        return run, run.settings.steps
+    path, step = run.folder.adapter("best")
+    lora.remove(run.base.unet, run.adapter)
+    adapter, _ = lora_files.load(run.base.unet, path)
+    return replace(run, adapter=adapter), step
+
+
 def summarise(run: Run, rows: list[dict]) -> dict[str, float | list[float]]:
     """The verdict and the held-out losses before and after."""
     auc, interval = verdict(run)
     weights = [r["lambda_effective"] for r in rows if "lambda_effective" in r]
     held = [r["nonmember_val_loss"] for r in rows if "nonmember_val_loss" in r]
+    best = run.settings.stop == "best"
     return {
-        "held_out_loss": held[-1],
+        "held_out_loss": min(held[1:]) if best else held[-1],
         "held_out_loss_base": held[0],
         "validation_auc": auc,
         "validation_auc_interval": list(interval),

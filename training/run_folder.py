@@ -102,13 +102,14 @@ class RunFolder:
 
     def adapter(self, at: str = "last") -> tuple[Path, int]:
         """(folder of the adapter, its step) `at` last, best (lowest held-out loss) or a saved
-        step.
+        step; last is what the run was to leave, see --stop.
         """
         saved = self.held_out()
         if not saved or (at == "last" and not (self.path / "adapter").is_dir()):
             raise UserError(f"{self} has no adapter yet: its training did not finish")
         if at == "last":
-            return self.path / "adapter", max(saved)
+            best = self.config()["settings"].get("stop") == "best"
+            return self.path / "adapter", min(saved, key=saved.get) if best else max(saved)
         step = min(saved, key=saved.get) if at == "best" else at
         step = next((k for k in saved if str(k) == str(step)), None)
         if step is None or not self.checkpoint(step).is_dir():

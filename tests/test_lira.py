@@ -96,6 +96,62 @@ def test_projection_by_hand():
     np.testing.assert_allclose(lira.projected(x, member, target), want, rtol=1e-4)
 
 
+def test_levelling_by_hand():
+    """Each adapter's answers less a line through them over the images' hardness, which is the
+    middle of the means of the shadows; numpy's own fit of a line.
+    """
+    member = halves(6, 12)
+    x = np.random.default_rng(4).normal(size=(6, 12, 2)) + 3 * np.arange(12)[:, None]
+    target, found = 5, lira.level(x, member, 5)
+    for f in range(2):
+        hard = [
+            np.mean(
+                [np.mean([x[k, i, f] for k in range(4) if member[k, i] == side]) for side in (0, 1)]
+            )
+            for i in range(12)
+        ]
+        for k in range(6):
+            line = np.polyval(np.polyfit(hard, x[k, :, f], 1), hard)
+            np.testing.assert_allclose(found[k, :, f], x[k, :, f] - line, atol=1e-9)
+    assert np.abs(found[target].mean(0)).max() < 1e-9
+
+
+def test_pooled_shift_is_fishers_discriminant():
+    """By hand in two dimensions, covariances as in the joint attack."""
+    member = halves(6, 10)
+    x = np.random.default_rng(2).normal(size=(6, 10, 2)) @ [[1, 0.8], [0, 0.6]] + member[..., None]
+    (a, _), (b, _) = (by_hand(x, member, 3, side) for side in (True, False))
+    sums = np.zeros((2, 2))
+    for side in (True, False):
+        rows, freedom = [], 0
+        for i in range(10):
+            there = np.array([x[k, i] for k in (0, 1, 4, 5) if member[k, i] == side])
+            rows.extend(there - there.mean(0))
+            freedom += len(there) - 1
+        sums += np.array(rows).T @ np.array(rows) / freedom / 2
+    sums[0, 1] *= 0.9
+    sums[1, 0] *= 0.9
+    want = (x[3] - (a + b) / 2) @ np.linalg.inv(sums) @ (a - b).mean(0)
+    np.testing.assert_allclose(lira.pooled(x, member, 3), want)
+
+
+def test_adapters_of_unlike_level_hide_nothing():
+    """Adapters that end at other losses, and steeper ones: as they are, their levels drown what
+    membership does; levelled they do not.
+    """
+    answers, member = planted(1.0)
+    rng = np.random.default_rng(7)
+    level, steep = rng.normal(0, 3, (8, 1, 1, 1)), rng.uniform(0.5, 1.5, (8, 1, 1, 1))
+    logs = level + steep * np.log(answers["losses"])
+    answers |= {"losses": np.exp(logs)}
+    phi = lira.statistics(answers)["loss"]
+    bare = np.stack([lira.online(phi, member, target) for target in range(8)])
+    found = {name: area(score, member) for name, score in lira.attacks(answers, member).items()}
+    assert area(bare, member) < 0.7
+    for name in ("LiRA online, loss", "LiRA offline, loss", "LiRA pooled, loss"):
+        assert found[name] > 0.8, (name, found[name])
+
+
 def planted(signal, adapters=8, images=200, seed=0):
     """Answers of adapters whose images differ far more than membership moves them."""
     rng, member = np.random.default_rng(seed), halves(adapters, images, seed)
@@ -125,6 +181,7 @@ def test_planted_signals_are_found():
     assert found[lira.THRESHOLD] < 0.65
     assert found["LiRA online, loss"] > 0.9 and found["LiRA offline, loss"] > 0.9
     assert found["LiRA online, all"] > 0.9 and found["projected prediction"] > 0.8
+    assert found["LiRA pooled, all"] >= found["LiRA pooled, loss"] > 0.9
     assert (
         min(
             found[f"LiRA {kind}, {s}"]
@@ -141,7 +198,7 @@ def test_nothing_is_found_where_nothing_is():
     answers, member = planted(0.0, seed=5)
     scores = lira.attacks(answers, member)
     found = {name: area(score, member) for name, score in scores.items()}
-    assert len(found) == 10
+    assert len(found) == 12
     assert all(0.44 < value < 0.56 for value in found.values()), found
 
 
@@ -171,5 +228,5 @@ def test_the_targets_own_labels_are_not_read():
 def test_four_adapters_have_no_projection():
     """Which needs two shadows on each side; the others do with one."""
     scores = lira.attacks(*planted(1.0, adapters=4))
-    assert "projected prediction" not in scores and len(scores) == 9
+    assert "projected prediction" not in scores and len(scores) == 11
     assert all(np.isfinite(score).all() for score in scores.values())

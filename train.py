@@ -174,6 +174,8 @@ def start(run: Run, learner: Learner) -> tuple[int, float]:
         float(facts["seconds"])
         learner.restore(tensors)
 
+    if run.processes.main:
+        run.folder.sweep()
     kept = state.load(run.folder.state, take) if run.settings.resume else None
     if kept is None:
         if run.processes.main:

@@ -134,6 +134,21 @@ def test_interrupted_is_uninterrupted(
     assert not different, different
 
 
+def test_what_a_kill_left_half_written_is_removed(prepare_once, tmp_path):
+    """Of the training alone: an evaluation may be writing beside it."""
+    ours = ["config.json", "metrics.jsonl", "curves.png", "adapter/a.safetensors"]
+    ours += ["checkpoints/step-000001/a.safetensors", "samples/step-000001.png"]
+    theirs = ["eval.json", "report.html", "scores/grid.npz", "figures/roc.png"]
+    for name in [*ours, *theirs]:
+        path = tmp_path / "run" / f"{name}.0123456789ab.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    flags = {"method": "lora", "target": "attention", "batch_size": 2, "steps": 1, "resume": True}
+    train.train(replace(prepare_once, out=str(tmp_path / "run"), **flags))
+    left = {str(p.relative_to(tmp_path / "run")) for p in tmp_path.rglob("*.tmp")}
+    assert left == {f"{name}.0123456789ab.tmp" for name in theirs}
+
+
 def test_restored_tensors_are_fresh(prepare_once, tmp_path):
     """A view into a file lies where it may, and sums round by where they lie: every tensor that a
     learner takes up is an allocation of its own, aligned as torch aligns them.

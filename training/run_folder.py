@@ -144,6 +144,17 @@ class RunFolder:
         write_json(self.path / "config.json", config)
         write_whole(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
+    def sweep(self) -> None:
+        """Remove what a killed training has left half-written; an evaluation may be at work on the
+        files of its own.
+        """
+        files = ("config.json", "splits.json", "images.json", "metrics.jsonl", "curves.png")
+        left = [path for name in files for path in self.path.glob(f"{name}.*.tmp")]
+        for part in ("adapter", "kohya", "attacker", "checkpoints", "samples"):
+            left += (self.path / part).rglob("*.tmp")
+        for path in left:
+            path.unlink()
+
     def cut(self, step: int) -> None:
         """Cut the rows after `step` off metrics.jsonl, and one torn by a kill.
 

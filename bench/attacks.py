@@ -13,87 +13,123 @@ the loss attack of the same round.
 import argparse
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
+import torch
 
-def attacks_on(args):
-    """(adapter, attacks on it merged, attacks on it apart), the latter as {attack: a function that
-    scores all images}.
-    """
-    import numpy as np
-    import torch
+import lora
+from attacker import PROXIES
+from base_files import load_base
+from diffusion import TIMESTEPS, Base, encode_captions, encode_images, loss_grid, sample
+from evaluation import attacks, proxies, quality
+from evaluation.queries import CUTS_AT, PICTURE_STEPS, PICTURES
+from evaluation.target import CROPS, CUTS, crop
+from settings import EMBEDDED, Settings, resolve
 
-    import lora
-    from attacker import PROXIES
-    from base_files import load_base
-    from diffusion import TIMESTEPS, encode_captions, encode_images, loss_grid, sample
-    from evaluation import attacks, proxies, quality
-    from evaluation.queries import PICTURE_STEPS, PICTURES
-    from evaluation.target import CROPS, CUTS, crop
-    from settings import Settings, resolve
 
-    settings = resolve(Settings(method="lora", model=args.model, device=args.device, out="/unused"))
-    base, n = load_base(args.model, args.device), args.images
-    adapter = lora.inject(base.unet, settings.target, settings.rank, settings.alpha)
+@dataclass
+class Subject:
+    """What the attacks ask: a base, and n images of noise with one caption for all."""
+
+    base: Base
+    latents: torch.Tensor  # (n, C, h, w)
+    text: torch.Tensor  # (n, L, D)
+    empty: torch.Tensor  # (1, L, D)
+    pixels: np.ndarray  # (n, H, W, 3)
+    network: torch.nn.Module  # of the pictures' features
+
+    @property
+    def given(self) -> tuple:
+        """The first arguments of an attack."""
+        return self.base, self.latents, self.text
+
+
+def subject(base: Base, n: int) -> Subject:
+    """`n` images for a base."""
+    text, empty = encode_captions(base, ["a picture"]), encode_captions(base, [""])
+    pixels = np.random.default_rng(0).integers(0, 256, (n, base.size, base.size, 3), np.uint8)
     latents = torch.randn(n, *base.latent_shape, device=base.device)
-    text, empty = (
-        encode_captions(base, ["a picture"]).expand(n, -1, -1),
-        encode_captions(base, [""]),
-    )
-    h = {name: kind(base.latent_shape).to(base.device).eval() for name, kind in PROXIES.items()}
     network = quality.load_network("embedded")
-    real = np.random.default_rng(0).integers(0, 256, (n, base.size, base.size, 3), np.uint8)
-    few = TIMESTEPS[1::2]  # as evaluate.py tries crops and captions
+    return Subject(base, latents, text.expand(n, -1, -1), empty, pixels, network)
 
-    def grids(variants: int):
-        for _ in range(variants):
-            loss_grid(base, latents, text, few, draws=1)
 
-    def pfami():
-        for share in CROPS:
-            encode_images(base, crop(real, share))
-        loss_grid(base, latents, text, TIMESTEPS[:1], draws=len(CROPS) + len(TIMESTEPS))
+def proxy(s: Subject, kind: str) -> None:
+    """The paper's attacker on every error map of the grid."""
+    h = PROXIES[kind](s.base.latent_shape).to(s.base.device).eval()
+    proxies.sweep(*s.given, {kind: h})
 
-    def rediffuse():
-        averaged = proxies.sweep(base, latents, text, {})[1]
-        attacks.rediffuse(averaged, TIMESTEPS, base.abar.cpu(), base.prediction)
 
-    def black_box():
-        made = [
-            sample(base, text, empty, torch.randn_like(latents), steps=PICTURE_STEPS)
-            for _ in range(PICTURES)
-        ]
-        generated = np.stack([quality.features(network, m).numpy() for m in made], axis=1)
-        attacks.black_box(quality.features(network, real).numpy(), generated)
+def pfami(s: Subject) -> None:
+    """Crops encoded, each asked at one timestep, and the images at all."""
+    for share in CROPS:
+        encode_images(s.base, crop(s.pixels, share))
+    loss_grid(*s.given, TIMESTEPS[:1], draws=len(CROPS) + len(TIMESTEPS))
 
-    merged = {
-        "loss": lambda: loss_grid(base, latents, text),
-        "difference": lambda: [loss_grid(base, latents, text) for _ in range(2)],
-        "proxy raw": lambda: proxies.sweep(base, latents, text, {"raw": h["raw"]}),
-        "proxy pooled": lambda: proxies.sweep(base, latents, text, {"pooled": h["pooled"]}),
-        "SecMI-stat": lambda: attacks.secmi(base, latents, text),
-        "PIA": lambda: attacks.pia(base, latents, text),
-        "PIAN": lambda: attacks.pia(base, latents, text, normalised=True),
-        "SimA": lambda: attacks.sima(base, latents, text),
-        "PFAMI": pfami,
-        "CLiD": lambda: grids(len(CUTS) + 1),
-        "ReDiffuse": rediffuse,
-        "black-box": black_box,
+
+def clid(s: Subject) -> None:
+    """The captions whole and cut."""
+    for _ in range(1 + len(CUTS)):
+        loss_grid(*s.given, TIMESTEPS[CUTS_AT], draws=1)
+
+
+def rediffuse(s: Subject) -> None:
+    """The grid's residuals, averaged."""
+    averaged = proxies.sweep(*s.given, {})[1]
+    attacks.rediffuse(averaged, TIMESTEPS, s.base.abar.cpu(), s.base.prediction)
+
+
+def black_box(s: Subject) -> None:
+    """Pictures drawn, and features of them and of the images."""
+    drawn = []
+    for _ in range(PICTURES):
+        noise = torch.randn_like(s.latents)
+        drawn.append(sample(s.base, s.text, s.empty, noise, steps=PICTURE_STEPS))
+    real, *made = (quality.features(s.network, p).numpy() for p in (s.pixels, *drawn))
+    attacks.black_box(real, np.stack(made, axis=1))
+
+
+def attacks_on(s: Subject) -> dict:
+    """{attack: a function that scores all images}, the adapter being merged."""
+    return {
+        "loss": partial(loss_grid, *s.given),
+        "difference": lambda: [loss_grid(*s.given) for _ in range(2)],
+        "proxy raw": partial(proxy, s, "raw"),
+        "proxy pooled": partial(proxy, s, "pooled"),
+        "SecMI-stat": partial(attacks.secmi, *s.given),
+        "PIA": partial(attacks.pia, *s.given),
+        "PIAN": partial(attacks.pia, *s.given, normalised=True),
+        "SimA": partial(attacks.sima, *s.given),
+        "PFAMI": partial(pfami, s),
+        "CLiD": partial(clid, s),
+        "ReDiffuse": partial(rediffuse, s),
+        "black-box": partial(black_box, s),
     }
-    return (
-        adapter,
-        merged,
-        {"GSA1": lambda: attacks.gradient_features(base, adapter, latents, text)},
-    )
+
+
+def measure(groups: list[tuple], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every attack of [(prepare, {attack: function})] in each of `rounds`, after one
+    that is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for _, group in groups for name in group}
+    for counted in range(rounds + 1):
+        for prepare, group in groups:
+            prepare()
+            for name, run in group.items():
+                tick = time.perf_counter()
+                run()
+                if counted:
+                    seconds[name].append(time.perf_counter() - tick)
+    return seconds
 
 
 def main() -> None:
-    """Every attack `--rounds` times, after one pass that is not counted."""
-    from settings import EMBEDDED
-
+    """Print a row per attack."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,20 +139,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
-    import torch
-
     if args.threads:
         torch.set_num_threads(args.threads)
-    adapter, merged, apart = attacks_on(args)
-    seconds: dict[str, list[float]] = {name: [] for name in [*merged, *apart]}
-    for counted in range(args.rounds + 1):
-        for group, prepare in ((merged, adapter.merge), (apart, adapter.unmerge)):
-            prepare()
-            for name, run in group.items():
-                tick = time.perf_counter()
-                run()
-                if counted:
-                    seconds[name].append(time.perf_counter() - tick)
+    shape = resolve(Settings(method="lora", model=args.model, device=args.device, out="/unused"))
+    base = load_base(args.model, args.device)
+    adapter = lora.inject(base.unet, shape.target, shape.rank, shape.alpha)
+    s = subject(base, args.images)
+    gradients = {"GSA1": partial(attacks.gradient_features, base, adapter, s.latents, s.text)}
+    groups = [(adapter.merge, attacks_on(s)), (adapter.unmerge, gradients)]
+    seconds = measure(groups, args.rounds)
     print(f"{'':14}{'images/s':>9}   time against the loss attack, per round")
     for name, found in seconds.items():
         ratios = "  ".join(

@@ -200,12 +200,8 @@ def residuals(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS
                 for i in range(0, len(latents), batch):
                     z, c = latents[i : i + batch], text[i : i + batch]
                     at = torch.full((len(z),), t, device=base.device)
-                    yield (
-                        slice(i, i + len(z)),
-                        j,
-                        k,
-                        residual(base, z, c, at, noise[k].expand_as(z)),
-                    )
+                    off = residual(base, z, c, at, noise[k].expand_as(z))
+                    yield slice(i, i + len(z)), j, k, off
 
 
 def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:

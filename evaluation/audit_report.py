@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 import plots
 import roc
@@ -103,6 +104,12 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: 
                 break
             text = {"textcoords": "offset points", "xytext": (5, -10), "fontsize": 7}
             axis.annotate(at, place, **text)
+    low, high = axis.get_xlim()
+    if high > 2 * low > 0:  # one that ruins the model would press the others together
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=[1, 1.2, 1.5, 2, 3, 4, 5, 7]))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
     axis.set(xlabel="held-out loss (lower is better)", ylabel="AUC (0.5 leaks nothing)")
     axis.set_title("Numbers beside the dots are steps", fontsize=9)

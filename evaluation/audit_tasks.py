@@ -116,7 +116,7 @@ def ask(base: Base, data: Encoded, plan: Plan, adapter: lora.Adapter, last: bool
 
 
 def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (N, T, DRAWS) of the predicted noise, with the noise of diffusion.error_maps, and the
+    """Losses (N, T, DRAWS) of the predicted noise, with the noise of diffusion.residuals, and the
     predictions of the first draws (N, T, C h w) as float16: one forward gives both."""
     losses = np.empty((len(latents), len(TIMESTEPS), DRAWS), np.float32)
     kept = np.empty((len(latents), len(TIMESTEPS), latents[0].numel()), np.float16)

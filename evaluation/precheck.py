@@ -24,12 +24,7 @@ ASKED = ("method", "model", "data", "caption", "dtype", "seed")  # of the settin
 
 def check(s) -> None:
     """Raises UserError for flags of evaluate.py, paths and run folders that cannot work."""
-    for name, (low, high) in NUMBERS.items():
-        if not low <= getattr(s, name) <= high:  # NaN is not
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be {low:,} to {high:,}, not {getattr(s, name)}")
-    if s.pictures == 1:
-        raise UserError("--pictures must be 0 or at least 2: the Frechet distance needs two")
+    check_numbers(s)
     if not re.fullmatch(r"(last|best|[0-9]{1,18})", s.at):
         raise UserError(f"--at must be last, best or a step, not {s.at}")
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device):
@@ -43,6 +38,20 @@ def check(s) -> None:
             )
     for folder in s.runs or ():
         check_run(Path(folder), s)
+
+
+def check_numbers(s) -> None:
+    """Raises UserError for a number out of its range."""
+    for name, (low, high) in NUMBERS.items():
+        if not low <= getattr(s, name) <= high:  # NaN is not
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be {low:,} to {high:,}, not {getattr(s, name)}")
+    if s.shadow % 2 or s.shadow == 2:
+        raise UserError(f"--shadow must be 0, or an even number of 4 or more, not {s.shadow}")
+    if s.jobs is not None and s.jobs < 1:
+        raise UserError(f"--jobs must be 1 or more, not {s.jobs}")
+    if s.pictures == 1:
+        raise UserError("--pictures must be 0 or at least 2: the Frechet distance needs two")
 
 
 def check_elsewhere(s) -> None:

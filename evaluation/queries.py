@@ -161,20 +161,18 @@ def picture_queries(subject: Subject, network, guidance: float) -> dict[str, np.
     """PICTURES from each caption of validation and test images, in fewer steps than for quality:
     (N,), NaN for the others.
     """
-    data = subject.data
-    members, nonmembers = data.sides("val", "test")
-    index = members + nonmembers
-    score = np.full(len(data.latents), np.nan)
+    index = [i for side in subject.data.sides("val", "test") for i in side]
+    score = np.full(len(subject.data.latents), np.nan)
     made = [draw(subject, index, PICTURE_STEPS, guidance, 1 + k) for k in range(PICTURES)]
     drawn = np.stack([quality.features(network, p).numpy() for p in made], axis=1)
-    score[index] = attacks.black_box(real_features(subject, network).numpy()[index], drawn)
+    score[index] = attacks.black_box(real_features(subject, network, tuple(index)).numpy(), drawn)
     return {"black-box": score}
 
 
 @functools.lru_cache(maxsize=1)
-def real_features(subject: Subject, network) -> torch.Tensor:
-    """Features (N, F) of the images themselves, for every model that is attacked on them."""
-    return quality.features(network, subject.data.pixels)
+def real_features(subject: Subject, network, index: tuple[int, ...]) -> torch.Tensor:
+    """Features (len(index), F) of images, kept for every model that is attacked on them."""
+    return quality.features(network, subject.data.pixels[list(index)])
 
 
 def gradient_queries(base: Base, data: Encoded, adapter: lora.Adapter) -> dict[str, np.ndarray]:

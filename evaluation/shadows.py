@@ -6,14 +6,11 @@ run differs from them.
 The candidates are all images whose membership is in question, members of the run or not.  Every
 shadow has the run's settings and another seed, and trains on as many random candidates as the run
 has members, up to the step of the adapter that is attacked; each candidate is in for as many
-shadows as any other, give or take one.  So the
-attacks of an audit (evaluation/lira.py: LiRA online and offline on several statistics, the
-projected prediction) work on one run: the run is the last of N + 1 adapters.  The draw knows
-nothing of who is a member of the run.  Tested in tests/test_shadow.py.
+shadows as any other, give or take one.  So the attacks of an audit (evaluation/lira.py) work on one
+run, which is the last of N + 1 adapters.  The draw knows nothing of who is a member of the run.
+Tested in tests/test_shadow.py.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -32,13 +29,11 @@ LEAST = 2  # shadows with and shadows without it that every image needs
 
 
 def plan(target: Target, subject: Subject, count: int, device: str) -> audit_plan.Plan:
-    """Who of `count` shadows of a run trains on which candidates.
+    """Who of `count` shadows of a run, an even number, trains on which candidates.
 
     Raises UserError, before anything is trained, where that cannot be.
     """
     s, data = as_trained(target), subject.data
-    if count < 4 or count % 2:
-        raise UserError(f"--shadow must be 0, or an even number of 4 or more, not {count}")
     sizes = {role: len(index) for role, index in data.roles.items()}
     images, members = len(data.names), len(data.members())
     s = replace(s, seed=s.seed + SEED, members=members, device=device, threads=0)
@@ -53,8 +48,7 @@ def plan(target: Target, subject: Subject, count: int, device: str) -> audit_pla
         )
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles, target.step]
-    folder = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    out = str(target.run.parent / f"shadows-{folder}")
+    out = str(target.run.parent / f"shadows-{audit_plan.digest_of(facts)[:8]}")
     pool = subject.positions, images, roles, [], [], data.names, data.captions, digest
     return audit_plan.Plan(s, out, *pool, steps=[target.step])
 

@@ -105,7 +105,8 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
         ({"runs": [run], name: value}, f"--{name.replace('_', '-')} must be")
         for name, value in (
             ("pictures", -1), ("pictures", 1), ("bootstrap", 0), ("nonmembers", -1),
-            ("sampling_steps", 0), ("sampling_steps", 1000), ("shadow", -1),
+            ("sampling_steps", 0), ("sampling_steps", 1000), ("shadow", -1), ("shadow", 2),
+            ("shadow", 7), ("jobs", 0),
             ("guidance", float("nan")), ("guidance", -1.0), ("guidance", float("inf")),
             ("threads", -1), ("at", "nonsense"), ("at", ""), ("at", "-3"), ("device", "cud"),
         )
@@ -126,7 +127,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
         (other | {"splits": str(splits)}, "not an object of role"),
         (other | {"splits": str(tmp_path)}, "it is not a file"),
         (other | {"at": "best"}, "--at needs a run folder"),
-        (other | {"shadow": 2}, r"needs a run of train\.py"),
+        (other | {"shadow": 8}, r"needs a run of train\.py"),
         (other | {"out": str(splits)}, "is not a folder"),
         (other | {"out": f"{splits}/below/it"}, "is not a folder"),
     ]

@@ -21,6 +21,7 @@ from settings import FREE, LOOKS, Settings
 DRAWS = 2  # noises per timestep; the prediction itself is kept for the first
 SIMA = (100,)  # timesteps of SimA beside 0
 HELD_OUT = 100  # images for the held-out loss
+OUTSIDE = 4  # times as many non-members as an adapter's attacker takes, where there are so many
 LEAST_POOL = 10  # images, so that every role has one
 
 
@@ -93,34 +94,40 @@ def deal(
     """A pool, non-members for the method's attacker and held-out images, all at random; adapter
     2k + 1 trains on the half of the pool that 2k does not.
 
-    Copies of other images are left out.  Raises UserError if there are too few images.
+    Each adapter's attacker gets other non-members: any one set of them is harder or easier than the
+    pool by chance, and a defence that trains against it goes by that.  Copies of other images are
+    left out.  Raises UserError if there are too few images.
     """
     first = near_duplicates(images.pixels)
     kept = [i for i, f in enumerate(first) if i == f]
     aux, val = parts(pool // 2)
-    needed = pool + aux + 2 * val
+    taken = aux + 2 * val
+    needed = pool + taken
     if len(kept) < needed + 2:
         raise UserError(
             f"a pool of {pool} needs at least {needed + 2} distinct images and there are "
             f"{len(kept)}: lower --pool or add images"
         )
     rng = np.random.default_rng(settings.seed)
-    chosen = rng.permutation(kept)[: needed + HELD_OUT].tolist()
-    cuts = pool + aux, needed, len(chosen)
-    outside = {
-        "nonmember_aux": list(range(pool, cuts[0])),
-        "nonmember_val": list(range(cuts[0], cuts[1])),
-        "nonmember_test": list(range(cuts[1], cuts[2])),
-    }
+    most = needed + HELD_OUT + (OUTSIDE - 1) * taken
+    chosen = rng.permutation(kept)[:most].tolist()
+    held_out = list(range(len(chosen)))[needed : needed + HELD_OUT]
+    outside = sorted(set(range(pool, len(chosen))) - set(held_out))
     wrong = sorted(rng.permutation(pool)[:canaries].tolist())
     captions = [images.captions[i] for i in chosen]
     for here, there in zip(wrong, np.roll(wrong, 1), strict=True):
         captions[here] = images.captions[chosen[there]]
     names = [images.names[i] for i in chosen]
     digest = hash_of(Images(names, captions, images.pixels[chosen]))
-    halves = [half(settings.seed, pool, index) for index in range(adapters)]
-    roles = [{r: (cut_up(h) | outside).get(r, []) for r in ROLES} for h in halves]
-    held_out = outside["nonmember_test"]
+    roles = []
+    for index in range(adapters):
+        others = np.random.default_rng([settings.seed, index, 1]).permutation(outside).tolist()
+        dealt = cut_up(half(settings.seed, pool, index)) | {
+            "nonmember_aux": sorted(others[:aux]),
+            "nonmember_val": sorted(others[aux:taken]),
+            "nonmember_test": held_out,
+        }
+        roles.append({role: dealt.get(role, []) for role in ROLES})
     return Plan(settings, out, chosen, pool, roles, held_out, wrong, names, captions, digest)
 
 

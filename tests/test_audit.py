@@ -23,9 +23,10 @@ import roc
 import train
 from base_files import load_base
 from cli import UserError
-from data import ROLES, load_images
+from data import ROLES, Images, load_images
 from diffusion import loss_grid
-from evaluation import audit_report, audit_tasks, decisions, lira, workers
+from evaluation import audit_plan, audit_report, audit_tasks, decisions, lira, workers
+from settings import Settings
 
 ROOT = Path(audit.__file__).parent
 SMALL = {"rank": 2, "alpha": 4.0, "batch_size": 4, "lr": 0.02, "steps": 8, "pool": 20}
@@ -78,6 +79,24 @@ def test_halves(tiny_base, image_folder):
         assert [len(roles[r]) for r in ROLES] == [5, 1, 4, 5, 2, 13, 0]
         assert not {i for r in ROLES[3:] for i in roles[r]} & set(range(20))
     assert len(plan.names) == len(set(plan.names))
+
+
+def test_every_attacker_has_other_nonmembers():
+    """Drawn from four times as many, none of them in the pool or among the held-out images, which
+    are the same for all; the pool is that of a smaller set of images.
+    """
+    rng = np.random.default_rng(0)
+    names = [str(i) for i in range(300)]
+    pictures = Images(names, names, rng.integers(0, 256, (300, 16, 16, 3), np.uint8))
+    settings = Settings(method="lora", members=10, out="x")
+    plan = audit_plan.deal(pictures, settings, 8, 20, 0, "x")
+    assert len(plan.images) == 20 + 100 + 4 * 7 and plan.held_out == list(range(27, 127))
+    others = set(range(20, 148)) - set(plan.held_out)
+    taken = [r["nonmember_aux"] + r["nonmember_val"] for r in plan.roles]
+    assert all(len(t) == len(set(t)) == 7 and set(t) <= others for t in taken)
+    assert len({tuple(sorted(t)) for t in taken}) == 8 and len(set().union(*taken)) > 20
+    assert all(r["nonmember_test"] == plan.held_out for r in plan.roles)
+    assert audit_plan.deal(pictures, settings, 4, 20, 0, "x").roles == plan.roles[:4]
 
 
 def test_canaries_change_captions(tiny_base, image_folder):

@@ -30,6 +30,7 @@ GROUPS = (
     "saving and looking",
     "advanced",
     "regularisation",
+    "distillation",
 )  # as --help shows them
 
 

@@ -32,6 +32,7 @@ FOLDERS = {
 # whatever the suffix says, Pillow tries no other decoder
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
+EMBEDDED_SETS = ("twemoji", "openmoji")  # functions of embedded/emojis.py
 PIXELS = (8, 20_000)  # a side outside is taken for a mistake
 
 # Two images are near-duplicates if their thumbnails, in 0..1, differ by less in mean square: grey
@@ -64,16 +65,16 @@ class Images:
 
 
 def load_images(data: str, size: int, caption: str | None = None) -> Images:
-    """The set `data`: "twemoji", or a folder, as squares of `size` pixels.
+    """The set `data`: "twemoji", "openmoji", or a folder, as squares of `size` pixels.
 
     `caption` is given to images that have none of their own.  Prints one line if anything in the
     folder is not used, or if `caption` stands for some images only.
     Raises UserError for a folder, image or caption that cannot be used.  Test: tests/test_data.py.
     """
-    if data == "twemoji":
+    if data in EMBEDDED_SETS:
         from embedded import emojis
 
-        return Images(*emojis.twemoji(size))
+        return Images(*getattr(emojis, data)(size))
     folder = Path(data)
     try:
         return _load_folder(folder, size, caption)

@@ -91,6 +91,18 @@ class Encoded:
         return score[members], score[nonmembers]
 
 
+def joined(data: Encoded, more: Encoded) -> Encoded:
+    """The images of both, those of `data` first; the roles are those of `data`."""
+    return Encoded(
+        data.names + more.names,
+        data.captions + more.captions,
+        np.concatenate([data.pixels, more.pixels]),
+        torch.cat([data.latents, more.latents]),
+        torch.cat([data.text, more.text]),
+        data.roles,
+    )
+
+
 def encode(base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
     """The images with their latents and text embeddings; `roles` are positions among them."""
     latents, text = encode_images(base, images.pixels), encode_captions(base, images.captions)

@@ -8,7 +8,8 @@ from typing import ClassVar
 from cli import UserError, checked, option, read_json
 
 EMBEDDED = str(Path(__file__).parent / "base")
-METHODS = ("lora", "mp", "smp", "smp-detached")
+ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
+METHODS = ("lora", *ATTACKED, "distill")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
 # model, values set by hand, but for the number of epochs (docs/results.md says how).
@@ -30,8 +31,8 @@ class Settings:
     # What and where
     method: str = option(
         "smp",
-        "lora, or with the defence: mp (the sum, Eq. 6) or smp (the ratio, Eq. 10); "
-        "smp-detached is a control",
+        "lora, or with a defence: the paper's mp (the sum, Eq. 6) or smp (the ratio, Eq. 10), or "
+        "distill, which learns from adapters that never saw the image; smp-detached is a control",
         METHODS,
         group="what and where",
     )
@@ -67,6 +68,20 @@ class Settings:
         tables=TABLES,
     )
 
+    # Leave-out distillation
+    teachers: int = option(
+        5, "folds of the members, each with a teacher trained on the others", group="distillation"
+    )
+    teacher_steps: int | None = option(
+        None, "steps of each teacher (default: a quarter of --steps)", group="distillation"
+    )
+    public: str | None = option(
+        None,
+        "public pictures beside the private ones, as many in a batch: a folder with captions, "
+        "openmoji, or none (default: openmoji for the embedded model)",
+        group="distillation",
+    )
+
     # The adapter
     rank: int | None = option(
         None, "LoRA rank r; more adapts faster and leaks more", group="adapter", tables=TABLES
@@ -98,7 +113,10 @@ class Settings:
         tables=TABLES,
     )
     steps: int | None = option(
-        None, "outer steps (default: what --epochs makes)", group="optimisation", beats="epochs"
+        None,
+        "outer steps (default: what --epochs makes, with distill half of it)",
+        group="optimisation",
+        beats="epochs",
     )
     seed: int = option(
         0, "decides split, initialisation, data order and noise", group="optimisation"
@@ -201,6 +219,16 @@ class Settings:
     )
     track: str | None = option(None, "also log to a dashboard", ("tensorboard",))
 
+    @property
+    def attacked(self) -> bool:
+        """Whether an attacker trains in the loop."""
+        return self.method in ATTACKED
+
+    @property
+    def objective(self) -> str:
+        """Its name in objectives.py: without an attacker it is L, whatever L is measured to."""
+        return self.method if self.attacked else "lora"
+
     # Flags that are gone, each with the value at which it changed nothing.
     RETIRED: ClassVar[dict] = {"attacker_every": 1}
 
@@ -215,7 +243,7 @@ ABOVE_ZERO = {
     "size": 16_384, "rank": 4096, "alpha": 1e6, "members": 10**7, "batch_size": 65_536,
     "accumulate": 10**6, "epochs": 10**6, "steps": 10**9, "lr": 1e37, "attacker_lr": 1e37,
     "clip": None, "norms_every": 10**9, "save_every": 10**9, "sample_every": 10**9,
-    "state_every": 10**9, "keep": 10**9,
+    "state_every": 10**9, "keep": 10**9, "teachers": 1000, "teacher_steps": 10**9,
 }  # fmt: skip
 FROM_ZERO = {
     "lam": 1e9, "delta": 1e9, "weight_decay": 1e6, "ema": 0.999999, "caption_dropout": 1.0,
@@ -228,6 +256,13 @@ def resolve(settings: Settings) -> Settings:
     """The settings with the flags left out filled in; raises UserError for what cannot work."""
     embedded = os.path.realpath(settings.model) == os.path.realpath(EMBEDDED)
     defaults = FAST if embedded else PAPER
+    if settings.method == "distill":
+        if settings.teachers < 2:
+            raise UserError(f"--teachers must be 2 or more, not {settings.teachers}")
+        public = "openmoji" if embedded else "none"
+        defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+    elif settings.public is not None:
+        raise UserError("--public goes with --method distill: leave it out")
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = _out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))

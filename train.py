@@ -37,6 +37,7 @@ import torch
 
 from attacker import attacker_step
 from base_files import resolve_dtype
+from defences.distill import Student, Teachers
 from diffusion import Base, Encoded
 from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
@@ -58,7 +59,7 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
     for step in steps:
         began, row = time.time(), {"step": step}
 
-        if s.method != "lora":  # (a) the attacker ascends its gain on a balanced auxiliary batch
+        if s.attacked:  # (a) the attacker ascends its gain on a balanced auxiliary batch
             pair = auxiliary_batch(run, learner)  # (e, t) of members, (e, t) of non-members
             if pair:
                 loss, accuracy = attacker_step(h, learner.attacker_optimizer, *pair)  # G, Eq. 5
@@ -69,9 +70,9 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         forward = run.through(batch)
         e = forward.error
         loss = adaptation_loss(e)  # L, Eq. 3
-        gain = mi_gain(h, e, batch.timesteps) if s.method != "lora" else None  # G, Eq. 5
+        gain = mi_gain(h, e, batch.timesteps) if s.attacked else None  # G, Eq. 5
         # L + lam G (Eq. 6), or L / D (Eq. 10)
-        terms = objective(s.method, loss, gain, s.lam, s.delta)
+        terms = objective(s.objective, loss, gain, s.lam, s.delta)
         if step % s.norms_every == 0 or step == 1:
             row |= gradient_norms(terms, forward.gradients)
         gradients = forward.gradients(terms.total, last=True)  # through h and through the UNet
@@ -99,20 +100,28 @@ def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
 
 
 def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int, Adapter]]:
-    """Algorithm 1 on images that are encoded already: (step, adapter) after every step.
+    """The whole method on images that are encoded already: (step, adapter) after every step.
 
     The base is as before when the generator is closed.  The same start, batches and noise as those
     of a run with this seed.
     """
     torch.manual_seed(s.seed)  # attacker initialisation and dropout
     run = assemble(s, base, data, Processes(s.device))
-    learner = Learner(run)
     try:
+        teachers = Teachers(run) if s.method == "distill" else None
+        for _ in teachers.train(algorithm_1) if teachers else ():
+            pass
+        learner = learner_of(run, teachers)
         for row in algorithm_1(run, learner, range(1, run.settings.steps + 1)):
             with learner.averaged():
                 yield row["step"], run.adapter
     finally:
         remove(base.unet, run.adapter)
+
+
+def learner_of(run: Run, teachers: Teachers | None) -> Learner:
+    """All that changes while the run trains; with teachers their student."""
+    return Student(run, teachers) if teachers else Learner(run)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,61 +145,107 @@ def train(settings: Settings) -> dict:
 
 def learn(settings: Settings) -> dict:
     """The run itself, in a folder that no other process writes to; returns its summary."""
-    started = time.time()
+    clock = Clock()
     settings = replace(settings, dtype=resolve_dtype(settings.dtype, settings.device))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     processes = Processes(settings.device)
     run = prepare(settings, processes)
-    learner = Learner(run)
     if settings.dry_run:
-        return dry_run(run, learner)
-    first, before = start(run, learner)
-    with (
-        state.stop_signals() as caught,
-        monitor.log(run) as log,
-        monitor.progress(run, first) as bar,
-    ):
-        for row in algorithm_1(run, learner, bar):
-            monitor.show(bar, row)
-            stopped = processes.any(bool(caught))
-            if processes.main:
-                record(run, learner, row, log, before + time.time() - started, stopped)
-            if stopped:
-                leave(run, row["step"], caught)
-    seconds = before + time.time() - started
+        return dry_run(run)
+    open_folder(run)
+    with state.stop_signals() as caught:
+        teachers = taught(run, clock, caught) if settings.method == "distill" else None
+        learner = learner_of(run, teachers)
+        first = start(run, learner, clock)
+        with monitor.log(run) as log, monitor.progress(run, first) as bar:
+            for row in algorithm_1(run, learner, bar):
+                monitor.show(bar, row)
+                stopped = processes.any(bool(caught))
+                if processes.main:
+                    record(run, learner, row, log, clock, stopped)
+                if stopped:
+                    leave(run, row["step"], caught)
     with learner.averaged():
-        summary = monitor.finish(run, learner.attacker, seconds) if processes.main else {}
+        summary = monitor.finish(run, learner.attacker, clock.seconds) if processes.main else {}
     processes.close()
     return summary
 
 
-def start(run: Run, learner: Learner) -> tuple[int, float]:
-    """Begin the run folder, or put `learner` where its newest state was: (first step, seconds
-    before).
+class Clock:
+    """Seconds of a run, with those of the processes before this one."""
+
+    def __init__(self):
+        self.started, self.before = time.time(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return self.before + time.time() - self.started
+
+
+def open_folder(run: Run) -> None:
+    """Begin the run folder, or make sure that it can be gone on with."""
+    folder = run.folder
+    if run.processes.main:
+        folder.sweep()
+    if run.settings.resume and any(folder.state.glob("**/step-*.safetensors")):
+        monitor.require_same(run)
+    elif run.processes.main:
+        monitor.begin(run)
+
+
+def taught(run: Run, clock: Clock, caught: list[int]) -> Teachers:
+    """The teachers of a run, each gone on with where a killed one stopped."""
+    s, teachers = run.settings, Teachers(run)
+
+    def where(k: int) -> Path:
+        return run.folder.state / f"teacher-{k}"
+
+    def take_up(k: int, learner: Learner) -> int:
+        kept = load(where(k), learner, clock) if s.resume else None
+        return kept or 0
+
+    with monitor.teaching(run) as bar:
+        for k, step, learner in teachers.train(algorithm_1, take_up):
+            bar.n = k * s.teacher_steps + step
+            bar.refresh()
+            stopped = run.processes.any(bool(caught))
+            due = step % s.state_every == 0 or step == s.teacher_steps or stopped
+            if run.processes.main and due:
+                facts = {"seconds": clock.seconds}
+                state.save(where(k), step, learner.tensors(), facts, keep=1)
+            if stopped:
+                leave(run, 0, caught)
+    return teachers
+
+
+def start(run: Run, learner: Learner, clock: Clock) -> int:
+    """Put `learner` where its newest state was; returns the step that comes next."""
+    step = load(run.folder.state, learner, clock) if run.settings.resume else None
+    if run.settings.resume and run.processes.main:
+        run.folder.cut(step or 0)
+        if step:
+            s = run.settings
+            print(f"continuing {run.folder} ({s.method}) after step {step} of {s.steps}")
+    return (step or 0) + 1
+
+
+def load(folder: Path, learner: Learner, clock: Clock) -> int | None:
+    """Take up the newest state of a folder and its time; returns its step, None if there is no
+    state.
     """
 
     def take(tensors: dict[str, torch.Tensor], facts: dict) -> None:
-        float(facts["seconds"])
+        seconds = float(facts["seconds"])
         learner.restore(tensors)
+        clock.before = max(clock.before, seconds)
 
-    if run.processes.main:
-        run.folder.sweep()
-    kept = state.load(run.folder.state, take) if run.settings.resume else None
-    if kept is None:
-        if run.processes.main:
-            monitor.begin(run)
-        return 1, 0.0
-    step, _, facts = kept
-    monitor.require_same(run)
-    if run.processes.main:
-        run.folder.cut(step)
-        s = run.settings
-        print(f"continuing {run.folder} ({s.method}) after step {step} of {s.steps}")
-    return step + 1, float(facts["seconds"])
+    kept = state.load(folder, take)
+    return kept and kept[0]
 
 
-def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: bool) -> None:
+def record(run: Run, learner: Learner, row: dict, log, clock: Clock, stopped: bool) -> None:
     """After a step: adapter with its held-out loss, pictures, the row, and the state, each when it
     is due.
     """
@@ -205,7 +260,7 @@ def record(run: Run, learner: Learner, row: dict, log, seconds: float, stopped: 
     log(row)
     if step % s.state_every == 0 or last or stopped:
         log.sync()
-        state.save(run.folder.state, step, learner.tensors(), {"seconds": seconds}, s.keep)
+        state.save(run.folder.state, step, learner.tensors(), {"seconds": clock.seconds}, s.keep)
 
 
 def leave(run: Run, step: int, caught: list[int]) -> None:
@@ -220,11 +275,16 @@ def leave(run: Run, step: int, caught: list[int]) -> None:
     raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
 
 
-def dry_run(run: Run, learner: Learner) -> dict[str, str]:
+def dry_run(run: Run) -> dict[str, str]:
     """Print what a run would do, with the time of the second of two steps; nothing is written."""
     monitor.base_row(run)
-    rows = list(algorithm_1(run, learner, (1, 2)))
-    plan = monitor.plan(run, rows[1]["seconds"])
+    teachers, lesson = None, 0.0
+    if run.settings.method == "distill":
+        teachers = Teachers(run).untrained()
+        plain = teachers.as_run(0)
+        lesson = list(algorithm_1(plain, Learner(plain), (1, 2)))[1]["seconds"]
+    rows = list(algorithm_1(run, learner_of(run, teachers), (1, 2)))
+    plan = monitor.plan(run, rows[1]["seconds"], lesson)
     run.processes.close()
     return plan
 

@@ -51,6 +51,7 @@ class Learner:
             Batches(run.data.roles[f"{side}_aux"], size, self.inner)
             for side, size in zip(("member", "nonmember"), sizes, strict=True)
         ]
+        self.queues = [self.private, *self.aux]
         # (errors, timesteps) of auxiliary members in the last outer batch, where they are reused
         self.reused: tuple[torch.Tensor, ...] = ()
         self.adapter, self.parameters = run.adapter, run.adapter.parameters()
@@ -67,7 +68,10 @@ class Learner:
 
     def member_batch(self) -> Batch:
         """A fresh batch of D_tr, the members, mirrored or without a caption as the flags say."""
-        index = self.private.draw()
+        return self.noised(self.private.draw())
+
+    def noised(self, index: torch.Tensor) -> Batch:
+        """The images at `index` with their draws of the outer step."""
         batch = Batch(index, *draw_noise(self.base, len(index), self.outer))
         shares = {"mirrored": self.settings.flip / 2, "bare": self.settings.caption_dropout}
         for name, share in shares.items():
@@ -133,7 +137,7 @@ class Learner:
             "attacker": self.attacker.state_dict(),
             "attacker_optimizer": state.optimizer_tensors(self.attacker_optimizer),
             "random": {"outer": self.outer.get_state(), "inner": self.inner.get_state()},
-            "queue": {str(i): b.queue for i, b in enumerate([self.private, *self.aux])},
+            "queue": {str(i): b.queue for i, b in enumerate(self.queues)},
             "reused": {str(i): tensor for i, tensor in enumerate(self.reused)},
             "means": {str(i): mean for i, mean in enumerate(self.means)},
         }
@@ -171,7 +175,7 @@ class Learner:
         if "device" in groups["random"] and device.type != "cpu":
             streams, at = device_streams(device)
             streams.set_rng_state(groups["random"]["device"], *at)
-        for i, batches in enumerate([self.private, *self.aux]):
+        for i, batches in enumerate(self.queues):
             batches.queue = groups["queue"][str(i)]
         self.means = [groups["means"][str(i)].to(device) for i in range(len(self.means))]
         self.reused = tuple(tensor.to(device) for _, tensor in sorted(groups["reused"].items()))

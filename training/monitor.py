@@ -90,6 +90,13 @@ def progress(run: Run, first: int) -> tqdm.tqdm:
     )
 
 
+def teaching(run: Run) -> tqdm.tqdm:
+    """A bar over the steps of all teachers."""
+    s = run.settings
+    total, silent = s.teachers * s.teacher_steps, not run.processes.main
+    return tqdm.tqdm(total=total, desc=f"{s.teachers} teachers", unit="step", disable=silent)
+
+
 def show(bar: tqdm.tqdm, row: dict) -> None:
     """The main values of a row behind the bar."""
     names = {
@@ -135,10 +142,10 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
 
     def terms() -> Terms:
         error = run.errors(batch)
-        gain = None if s.method == "lora" else mi_gain(attacker, error, batch.timesteps)
-        return objective(s.method, adaptation_loss(error), gain, s.lam, s.delta)
+        gain = None if not s.attacked else mi_gain(attacker, error, batch.timesteps)
+        return objective(s.objective, adaptation_loss(error), gain, s.lam, s.delta)
 
-    return smoothness.measure(s.method, terms, run.adapter.parameters(), s.lam)
+    return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.lam)
 
 
 def sample_grid(run: Run, step: int) -> None:
@@ -277,7 +284,7 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     save_adapter(run, folder.path / "adapter", step)
     if s.format == "kohya":
         save_adapter(run, folder.path / "kohya", step, kohya=True)
-    if s.method != "lora":
+    if s.attacked:
         folder.save_attacker(attacker, s.proxy)
     try:
         sample_grid(run, step)
@@ -332,8 +339,10 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def plan(run: Run, seconds: float) -> dict[str, str]:
-    """What a run would do, at `seconds` a step; printed by the main process."""
+def plan(run: Run, seconds: float, lesson: float = 0.0) -> dict[str, str]:
+    """What a run would do, at `seconds` a step, `lesson` one of a teacher's; printed by the main
+    process.
+    """
     s, data = run.settings, run.data
     if run.base.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.base.device) / 2**30
@@ -343,12 +352,17 @@ def plan(run: Run, seconds: float) -> dict[str, str]:
     count = sum(p.numel() for p in run.adapter.parameters())
     passes = s.steps * run.batch / len(data.members())
     minutes = s.steps * seconds / 60
+    teachers, public = "", ""
+    if s.method == "distill":
+        minutes += s.teachers * s.teacher_steps * lesson / 60
+        teachers = f", after {s.teachers} teachers of {s.teacher_steps} at {lesson:.2f} s a step"
+        public = f", {len(run.public)} public pictures from {s.public}"
     found = {
         "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device}"
         f" x {run.processes.count}",
-        "images": ", ".join(f"{role} {len(index)}" for role, index in data.roles.items()),
+        "images": ", ".join(f"{role} {len(index)}" for role, index in data.roles.items()) + public,
         "adapter": f"{count:,} parameters in {len(run.adapter.layers)} layers",
-        "steps": f"{s.steps} of {run.batch} images, {passes:.1f} passes",
+        "steps": f"{s.steps} of {run.batch} images, {passes:.1f} passes{teachers}",
         "time": f"{seconds:.2f} s a step, {minutes:.0f} min without pictures and held-out losses",
         "memory": f"{memory:.1f} GiB at its peak",
     }

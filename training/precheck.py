@@ -67,6 +67,10 @@ def _require_paths(s: Settings) -> None:
             f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
             "embedded set"
         )
+    if s.public not in (None, "openmoji", "none") and not os.path.exists(s.public):
+        raise UserError(
+            f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
+        )
     if s.init and not os.path.exists(s.init):
         raise UserError(f"there is no adapter file {shown(s.init)}: --init names one to start from")
 

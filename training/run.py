@@ -1,19 +1,31 @@
 """What one run works on and does not change: settings, base, images, adapter, processes, folder."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
+import numpy as np
 import torch
 
 import lora
 import lora_files
 from base_files import load_base
 from cli import UserError
-from data import load_images, split
-from diffusion import Base, Encoded, encode, encode_captions, encode_images, squared_error
+from data import Images, load_images, near_duplicates, split
+from diffusion import (
+    Base,
+    Encoded,
+    encode,
+    encode_captions,
+    encode_images,
+    joined,
+    residual,
+    squared_error,
+)
 from settings import Settings
 from training.processes import Processes, WholeBatch
 from training.run_folder import RunFolder
+
+PUBLIC = 1000  # pictures beside the private ones, at most
 
 
 @dataclass
@@ -25,6 +37,7 @@ class Batch:
     noise: torch.Tensor  # (B, C, h, w)
     mirrored: torch.Tensor | None = None  # (B,) bool, with --flip
     bare: torch.Tensor | None = None  # (B,) bool: without a caption, with --caption-dropout
+    taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
 
     def __len__(self) -> int:
         return len(self.index)
@@ -41,6 +54,7 @@ class Run:
     processes: Processes
     mirror: torch.Tensor | None = None  # (N, C, h, w) latents of the mirrored images, with --flip
     empty: torch.Tensor | None = None  # (1, L, D) embedding of "", with --caption-dropout
+    public: list[int] = field(default_factory=list)  # positions of the public pictures in `data`
 
     @property
     def folder(self) -> RunFolder:
@@ -54,6 +68,16 @@ class Run:
 
     def errors(self, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
         """Error maps e (b, C, h, w) of a part of a batch: one UNet forward."""
+        if batch.taught is None:
+            return squared_error(self.base, *self.seen(batch, part))
+        return (self.residuals(batch, part) - batch.taught[part]) ** 2
+
+    def residuals(self, batch: Batch, part: slice) -> torch.Tensor:
+        """eps - f (b, C, h, w) of a part of a batch, the root of the error map with its sign."""
+        return residual(self.base, *self.seen(batch, part))
+
+    def seen(self, batch: Batch, part: slice) -> tuple[torch.Tensor, ...]:
+        """(latents, text, timesteps, noise) of a part of a batch, as its draws say."""
         index = batch.index[part]
         latents, text = self.data.latents[index], self.data.text[index]
         if batch.mirrored is not None:
@@ -61,11 +85,17 @@ class Run:
             latents = torch.where(where, self.mirror[index], latents)
         if batch.bare is not None:
             text = torch.where(batch.bare[part].view(-1, 1, 1), self.empty, text)
-        return squared_error(self.base, latents, text, batch.timesteps[part], batch.noise[part])
+        return latents, text, batch.timesteps[part], batch.noise[part]
+
+    def parts(self, batch: Batch) -> list[slice]:
+        """What this process sends through the UNet of a batch: as many forwards for any batch."""
+        return self.processes.parts(
+            len(batch), self.settings.batch_size * (len(batch) // self.batch)
+        )
 
     def through(self, batch: Batch) -> WholeBatch:
         """The error maps of a batch, and gradients of functions of them in the adapter."""
-        parts = self.processes.parts(len(batch), self.settings.batch_size)
+        parts = self.parts(batch)
         return WholeBatch(
             partial(self.errors, batch), parts, self.adapter.parameters(), self.processes
         )
@@ -106,10 +136,37 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
             )
         except ValueError as error:
             raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
+    public, data = with_public(settings, base, data)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     mirror = encode_images(base, data.pixels[:, :, ::-1].copy()) if settings.flip else None
     empty = encode_captions(base, [""]) if settings.caption_dropout else None
-    run = Run(settings, base, data, adapter, processes, mirror, empty)
+    run = Run(settings, base, data, adapter, processes, mirror, empty, public)
     steps = settings.steps or -(-settings.epochs * len(data.members()) // run.batch)
-    return replace(run, settings=replace(settings, steps=steps))
+    teacher_steps = settings.teacher_steps or -(-steps // 4)
+    return replace(run, settings=replace(settings, steps=steps, teacher_steps=teacher_steps))
+
+
+def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int], Encoded]:
+    """Positions of the public pictures, and the images with them at the end; none without --public.
+
+    Copies of the private images are left out: a teacher may have seen them.  Of more pictures than
+    the steps can use, a random part is taken.
+    """
+    if settings.public in (None, "none"):
+        return [], data
+    images = _public_images(settings.public, base.size, settings.caption)
+    first, own = near_duplicates(np.concatenate([data.pixels, images.pixels])), len(data.names)
+    kept = [i for i, at in enumerate(first[own:]) if at == own + i]
+    if not kept:
+        raise UserError(f"all pictures in {settings.public} are copies of the private images")
+    chosen = np.random.default_rng(settings.seed).permutation(kept)[:PUBLIC].tolist()
+    names = [f"public/{images.names[i]}" for i in chosen]
+    captions = [images.captions[i] for i in chosen]
+    more = encode(base, Images(names, captions, images.pixels[chosen]), {})
+    return list(range(own, own + len(chosen))), joined(data, more)
+
+
+@cache
+def _public_images(name: str, size: int, caption: str | None) -> Images:
+    return load_images(name, size, caption)

@@ -94,7 +94,9 @@ def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
 
 
 def clear(folder: Path) -> None:
-    """Delete the state of a finished run, and what a killed one left aside."""
+    """Delete the state of a finished run, its teachers', and what a killed one left aside."""
+    for path in folder.glob("teacher-*"):
+        clear(path)
     for path in [*files(folder), *folder.glob("step-*.tmp")]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):

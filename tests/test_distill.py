@@ -1,0 +1,344 @@
+"""Leave-out distillation: no target for an image comes from weights that have seen it, the student
+learns what its teachers say, and a killed run goes on to the same bits."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import lora
+import train
+from base_files import load_base
+from cli import UserError
+from data import load_images
+from defences import distill
+from defences.distill import Student, Teachers
+from diffusion import Base, Encoded, encode, residual
+from settings import Settings, resolve
+from training import state
+from training.processes import Processes
+from training.run import assemble
+from training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_base, image_folder):
+    """Base and encoded images: twelve members, twelve others."""
+    base, images = load_base(tiny_base), load_images(image_folder, 32)
+    roles, start = {"fresh": []}, 0
+    for side in ("member", "nonmember"):
+        for part, count in {"aux": 6, "val": 1, "test": 5}.items():
+            roles[f"{side}_{part}"] = list(range(start, start + count))
+            start += count
+    return base, encode(base, images, roles)
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory, image_folder):
+    """Two pictures of the private folder and one that is new, of grey stripes."""
+    from pathlib import Path
+    from shutil import copy
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("public")
+    for name in ("03", "17"):
+        for suffix in (".png", ".txt"):
+            copy(Path(image_folder) / f"{name}{suffix}", folder / f"copy-{name}{suffix}")
+    for i in range(1, 4):
+        stripes = np.full((32, 32, 3), 255, np.uint8)
+        stripes[:: i + 1] = 40 * i
+        Image.fromarray(stripes).save(folder / f"stripes-{i}.png")
+        (folder / f"stripes-{i}.txt").write_text("stripes\n")
+    return str(folder)
+
+
+def settings(tiny_base, **flags):
+    """Three teachers of three steps, six of the student."""
+    small = {"rank": 2, "alpha": 2.0, "target": "attention", "batch_size": 4, "lr": 0.01}
+    small |= {"method": "distill", "teachers": 3, "teacher_steps": 3, "steps": 6}
+    small |= {"model": tiny_base, "norms_every": 10**6, "out": "/nowhere/run"}
+    return resolve(Settings(**(small | flags)))
+
+
+def taught(subject, s):
+    """(run, teachers that are trained); the adapter stays in the base until `lora.remove`."""
+    run = assemble(s, *subject, Processes())
+    teachers = Teachers(run)
+    for _ in teachers.train(train.algorithm_1):
+        pass
+    return run, teachers
+
+
+def equal(a, b):
+    """Whether two lists of tensors have the same bits."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_folds_are_a_partition():
+    """Disjoint, complete, of sizes that differ by one; another seed deals them otherwise."""
+    members = list(range(3, 30))
+    found = distill.folds(members, 5, 0)
+    assert sorted(i for fold in found for i in fold) == members
+    assert {len(fold) for fold in found} == {5, 6}
+    assert found == distill.folds(members, 5, 0) != distill.folds(members, 5, 1)
+
+
+def test_a_teacher_never_sees_its_fold(subject, tiny_base):
+    """A planted canary: whatever stands in place of an image, the teacher of its fold keeps every
+    bit, and each of the others moves.
+    """
+    base, data = subject
+    image = data.members()[4]
+    planted = replace(data, latents=data.latents.clone())
+    planted.latents[image] += 3 * torch.randn(data.latents[image].shape)
+    found = []
+    for images in (data, planted):
+        run, teachers = taught((base, images), settings(tiny_base, teacher_steps=6))
+        lora.remove(base.unet, run.adapter)
+        found.append(teachers.weights)
+    for fold, before, after in zip(teachers.folds, *found, strict=True):
+        assert equal(before, after) == (image in fold)
+
+
+def test_the_target_is_the_answer_of_the_teacher_left_out(subject, tiny_base, public):
+    """The student's errors, from forwards by hand with each teacher's weights in the adapter."""
+    base, _ = subject
+    run, teachers = taught(subject, settings(tiny_base, public=public))
+    student, seen = Student(run, teachers), set()
+    for _ in range(6):
+        batch = student.member_batch()
+        private, beside = batch.index[:4].tolist(), batch.index[4:].tolist()
+        (k,) = {k for k, fold in enumerate(teachers.folds) if set(private) <= set(fold)}
+        seen.add(k)
+        assert len(beside) == 4 and set(beside) <= set(run.public)
+        found = run.errors(batch).detach()
+        latents, text = run.data.latents[batch.index], run.data.text[batch.index]
+        with torch.no_grad():
+            given = latents, text, batch.timesteps, batch.noise
+            own = residual(base, *given)
+            before = distill.weights_of(run.adapter)
+            distill.hold(run.adapter, teachers.weights[k])
+            target = residual(base, *given)
+            distill.hold(run.adapter, before)
+        torch.testing.assert_close(found, (own - target) ** 2, atol=1e-6, rtol=1e-4)
+        assert found.mean() > 0
+    assert seen == {0, 1, 2}
+    lora.remove(base.unet, run.adapter)
+
+
+def test_public_pictures_have_no_role_and_copies_of_private_ones_are_left_out(
+    subject, tiny_base, public
+):
+    """They stand behind the private images."""
+    base, data = subject
+    run = assemble(settings(tiny_base, public=public), base, data, Processes())
+    lora.remove(base.unet, run.adapter)
+    names = sorted(run.data.names[i] for i in run.public)
+    assert names == [f"public/stripes-{i}.png" for i in (1, 2, 3)]
+    assert run.data.names[: len(data.names)] == data.names and run.data.roles == data.roles
+    assert (
+        len(run.data.latents) == len(run.data.text) == len(run.data.pixels) == len(data.names) + 3
+    )
+
+
+def test_one_more_public_picture_changes_no_teacher(subject, tiny_base, public):
+    """They are the student's alone."""
+    found = []
+    for name in ("none", public):
+        run, teachers = taught(subject, settings(tiny_base, public=name))
+        lora.remove(subject[0].unet, run.adapter)
+        found.append(teachers.weights)
+    for with_none, with_some in zip(*found, strict=True):
+        assert equal(with_none, with_some)
+
+
+class Linear(nn.Module):
+    """A UNet that is one matrix over channels: f = (W + B A) z."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.attn = nn.ModuleDict({"to_q": nn.Linear(channels, channels, bias=False)})
+        self.config, self.dtype = SimpleNamespace(in_channels=channels), torch.float32
+
+    def forward(self, z, timesteps, text, return_dict=False):
+        return (self.attn["to_q"](z.movedim(1, -1)).movedim(-1, 1),)
+
+
+def test_a_linear_student_is_the_closed_form():
+    """Of all draws together: W* = (sum_k W_k S_k) (sum_k S_k)^-1, S_k the second moments of what
+    the student sees with teacher k; there the gradient vanishes, and only there.
+    """
+    torch.manual_seed(0)
+    channels, members = 3, 12
+    abar = torch.linspace(0.99, 0.05, 50)
+    pipeline = SimpleNamespace(vae_scale_factor=8)
+    base = Base("linear", pipeline, Linear(channels), abar, "epsilon", 16, torch.device("cpu"))
+    latents = torch.randn(members, channels, 2, 2) + torch.arange(members).view(-1, 1, 1, 1) / 4
+    roles = {"member_aux": [0, 1, 2, 3], "member_val": [4], "member_test": list(range(5, members))}
+    roles |= {"nonmember_aux": [0, 1]}  # asked by nobody
+    names, pixels = [str(i) for i in range(members)], np.zeros((members, 16, 16, 3), np.uint8)
+    data = Encoded(names, names, pixels, latents, torch.zeros(members, 1, 1), roles)
+    run = assemble(settings("linear", rank=3, public="none"), base, data, Processes())
+    (layer,) = run.adapter.layers.values()
+    teachers = Teachers(run)
+    teachers.weights = [
+        [torch.randn(3, channels), torch.randn(channels, 3)]
+        for _ in range(teachers.run.settings.teachers)
+    ]
+    student = Student(run, teachers)
+    batches = [student.member_batch() for _ in range(40)]
+    folds = [{*fold} for fold in teachers.folds]
+    moments, mixed = torch.zeros(channels, channels), torch.zeros(channels, channels)
+    for batch in batches:
+        (k,) = (k for k, fold in enumerate(folds) if set(batch.index.tolist()) <= fold)
+        a = abar[batch.timesteps].view(-1, 1, 1, 1)
+        z = a.sqrt() * latents[batch.index] + (1 - a).sqrt() * batch.noise
+        z = z.movedim(1, -1).reshape(-1, channels)
+        first, second = teachers.weights[k]
+        matrix = layer.base.weight + layer.alpha / layer.rank * second @ first
+        moments, mixed = moments + z.T @ z, mixed + matrix.detach() @ z.T @ z
+
+    def slope():
+        total = sum(run.errors(batch).sum() for batch in batches)
+        return torch.autograd.grad(total, run.adapter.parameters())
+
+    start = max(g.abs().max().item() for g in slope())
+    with torch.no_grad():
+        wanted = mixed @ torch.linalg.inv(moments) - layer.base.weight
+        layer.lora_A.weight.copy_(torch.eye(3))
+        layer.lora_B.weight.copy_(wanted * layer.rank / layer.alpha)
+    assert max(g.abs().max().item() for g in slope()) < 1e-4 * start
+    with torch.no_grad():
+        layer.lora_B.weight[0, 0] += 0.1
+    assert max(g.abs().max().item() for g in slope()) > 1e-2 * start
+
+
+def test_micro_batches_have_the_gradient_of_one_batch(subject, tiny_base, public):
+    """The same draws through one forward and through two, each with its own teacher forward."""
+    found = []
+    for flags in ({"batch_size": 4}, {"batch_size": 2, "accumulate": 2}):
+        run, teachers = taught(
+            subject, settings(tiny_base, public=public, teacher_steps=1, **flags)
+        )
+        teachers.weights = [
+            [torch.full_like(w, 0.01 * (k + 1)) for w in weights]
+            for k, weights in enumerate(teachers.weights)
+        ]
+        batch = Student(run, teachers).member_batch()
+        forward = run.through(batch)
+        assert len(run.parts(batch)) == flags.get("accumulate", 1)
+        found.append([g.clone() for g in forward.gradients(forward.error.mean(), last=True)])
+        lora.remove(subject[0].unet, run.adapter)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# A whole run
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base, image_folder, public, tmp_path_factory):
+    """The settings of a run, its folder after it, and the metrics of every teacher's step."""
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    flags = {"data": image_folder, "members": 12, "public": public, "samples": 1, "state_every": 2}
+    s = settings(tiny_base, out=str(out), ema=0.5, flip=True, caption_dropout=0.3, **flags)
+    train.train(s)
+    return s, RunFolder(out)
+
+
+def result(folder):
+    """The adapter, and the rows without times."""
+    (file,) = (folder.path / "adapter").glob("*.safetensors")
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in folder.rows()]
+    return list(load_file(file).values()), rows
+
+
+def test_a_run_leaves_the_student_alone(whole):
+    """No teacher and no state stays; the rows are the student's."""
+    s, folder = whole
+    assert [row["step"] for row in folder.rows()] == list(range(s.steps + 1))
+    assert not folder.state.exists() and not list(folder.path.rglob("teacher*"))
+    assert "summary" in folder.config() and not (folder.path / "attacker").exists()
+    assert not any(name.startswith("public/") for v in folder.splits().values() for name in v)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_stopped_and_gone_on_with(whole, tmp_path, monkeypatch, teacher):
+    """Inside the second teacher, and inside the student: the same files and metrics."""
+    s, folder = whole
+    out = str(tmp_path / "run")
+    if teacher:
+        saved, honest = [], state.save
+
+        def save(where, *rest, **more):
+            path = honest(where, *rest, **more)
+            saved.append(where.name)
+            if saved.count("teacher-1") == 1:
+                raise KeyboardInterrupt
+            return path
+
+        monkeypatch.setattr(state, "save", save)
+    else:
+        honest = train.record
+
+        def record(run, learner, row, *rest):
+            honest(run, learner, row, *rest)
+            if row["step"] == 5:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "record", record)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(replace(s, out=out))
+    monkeypatch.undo()
+    torch.manual_seed(5)  # another process would be elsewhere in the global stream
+    train.train(Settings(out=out, resume=True))
+    (adapter, rows), (whole_adapter, whole_rows) = result(RunFolder(out)), result(folder)
+    assert equal(adapter, whole_adapter) and rows == whole_rows
+
+
+def test_dry_run_says_what_the_teachers_cost(whole, tmp_path, capsys):
+    """Nothing is written."""
+    s, _ = whole
+    train.train(replace(s, out=str(tmp_path / "run"), dry_run=True))
+    printed = capsys.readouterr().out
+    assert "after 3 teachers of 3 at" in printed and "3 public pictures" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"method": "lora", "public": "openmoji"}, "--public goes with --method distill"),
+        ({"teachers": 1}, "--teachers must be 2 or more"),
+        ({"teachers": 0}, "--teachers must be"),
+        ({"teacher_steps": 0}, "--teacher-steps must be"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny_base, flags, words):
+    """In one sentence, before anything is loaded."""
+    with pytest.raises(UserError, match=words):
+        settings(tiny_base, **flags)
+
+
+def test_more_teachers_than_members(subject, tiny_base):
+    """Known only once the images are."""
+    base, data = subject
+    run = assemble(settings(tiny_base, teachers=13), base, data, Processes())
+    lora.remove(base.unet, run.adapter)
+    with pytest.raises(UserError, match="more than the 12 members"):
+        Teachers(run)
+
+
+def test_defaults(tiny_base):
+    """Half the passes, since a step of the student costs more; public pictures for the embedded
+    model alone.
+    """
+    embedded, other = resolve(Settings(method="distill")), resolve(Settings(method="lora"))
+    assert (embedded.epochs, other.epochs, embedded.public) == (16, 32, "openmoji")
+    assert settings(tiny_base).public == "none" and resolve(Settings(method="smp")).public is None

@@ -31,6 +31,7 @@ GROUPS = (
     "advanced",
     "regularisation",
     "distillation",
+    "differential privacy",
 )  # as --help shows them
 
 

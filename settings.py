@@ -9,7 +9,7 @@ from cli import UserError, checked, option, read_json
 
 EMBEDDED = str(Path(__file__).parent / "base")
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
-METHODS = ("lora", *ATTACKED, "distill")
+METHODS = ("lora", *ATTACKED, "distill", "dp")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
 # model, values set by hand, but for the number of epochs (docs/results.md says how).
@@ -32,7 +32,8 @@ class Settings:
     method: str = option(
         "smp",
         "lora, or with a defence: the paper's mp (the sum, Eq. 6) or smp (the ratio, Eq. 10), or "
-        "distill, which learns from adapters that never saw the image; smp-detached is a control",
+        "distill, which learns from adapters that never saw the image, or dp, which clips every "
+        "image's gradient and adds noise; smp-detached is a control",
         METHODS,
         group="what and where",
     )
@@ -80,6 +81,20 @@ class Settings:
         "public pictures beside the private ones, as many in a batch: a folder with captions, "
         "openmoji, or none (default: openmoji for the embedded model)",
         group="distillation",
+    )
+
+    # Differential privacy
+    image_clip: float = option(
+        0.1, "dp: limit of the gradient norm of one image", group="differential privacy"
+    )
+    noise_multiplier: float | None = option(
+        None,
+        "dp: deviation of the noise as a multiple of --image-clip (default: the one whose noise is "
+        "0.16 of a clipped gradient, which guarantees nothing)",
+        group="differential privacy",
+    )
+    draws: int = option(
+        1, "dp: timesteps and noises of an image in a step", group="differential privacy"
     )
 
     # The adapter
@@ -244,10 +259,11 @@ ABOVE_ZERO = {
     "accumulate": 10**6, "epochs": 10**6, "steps": 10**9, "lr": 1e37, "attacker_lr": 1e37,
     "clip": None, "norms_every": 10**9, "save_every": 10**9, "sample_every": 10**9,
     "state_every": 10**9, "keep": 10**9, "teachers": 1000, "teacher_steps": 10**9,
+    "image_clip": 1e30, "draws": 10_000,
 }  # fmt: skip
 FROM_ZERO = {
     "lam": 1e9, "delta": 1e9, "weight_decay": 1e6, "ema": 0.999999, "caption_dropout": 1.0,
-    "samples": 10_000, "hessian_every": 10**9, "threads": 4096,
+    "noise_multiplier": 1e9, "samples": 10_000, "hessian_every": 10**9, "threads": 4096,
     "seed": 2**62 - 1,
 }  # fmt: skip
 

@@ -38,6 +38,7 @@ import torch
 from attacker import attacker_step
 from base_files import resolve_dtype
 from defences.distill import Student, Teachers
+from defences.dp import PrivateLearner, guarantee
 from diffusion import Base, Encoded
 from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
@@ -67,7 +68,7 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
             run.processes.same(h)
 
         batch = learner.member_batch()  # (b) the adapter descends on a fresh batch of D_tr
-        forward = run.through(batch)
+        forward = learner.through(batch)
         e = forward.error
         loss = adaptation_loss(e)  # L, Eq. 3
         gain = mi_gain(h, e, batch.timesteps) if s.attacked else None  # G, Eq. 5
@@ -121,7 +122,9 @@ def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int,
 
 def learner_of(run: Run, teachers: Teachers | None) -> Learner:
     """All that changes while the run trains; with teachers their student."""
-    return Student(run, teachers) if teachers else Learner(run)
+    if teachers:
+        return Student(run, teachers)
+    return PrivateLearner(run) if run.settings.method == "dp" else Learner(run)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,8 +169,9 @@ def learn(settings: Settings) -> dict:
                     record(run, learner, row, log, clock, stopped)
                 if stopped:
                     leave(run, row["step"], caught)
+    promised = guarantee(run) if settings.method == "dp" else None
     with learner.averaged():
-        summary = monitor.finish(run, learner.attacker, clock.seconds) if processes.main else {}
+        summary = monitor.finish(run, learner, clock.seconds, promised) if processes.main else {}
     processes.close()
     return summary
 

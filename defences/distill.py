@@ -99,7 +99,7 @@ class Student(Learner):
 
     def __init__(self, run: Run, teachers: Teachers):
         super().__init__(run)
-        self.run, self.teachers = run, teachers
+        self.teachers = teachers
         self.folds = [Batches(fold, run.batch, self.outer) for fold in teachers.folds]
         self.turn = Batches(list(range(len(self.folds))), 1, self.outer)
         self.public = [Batches(run.public, run.batch, self.outer)] if run.public else []

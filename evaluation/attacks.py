@@ -20,6 +20,7 @@ from diffusion import (
     at_once,
     squared_error,
 )
+from lora import PerImage
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
 AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA
@@ -176,55 +177,25 @@ def sima(base: Base, latents, text, timesteps=AHEAD, clean=None) -> np.ndarray:
 
 def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     """log L2 norm per adapter tensor of the gradient of an image's mean loss over a few timesteps,
-    (N, tensors) (GSA1, Pang et al. 2023).
-
-    One backward pass serves several images: a weight's gradient from one image is the sum over
-    positions of what its layer was given times what came back for that image.
+    (N, tensors) (GSA1, Pang et al. 2023); one backward pass serves several images.
     """
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
     noise = torch.randn(
         (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
     )
     noise, draws = noise.to(base.device), len(timesteps)
-    factors = [f for layer in adapter.layers.values() for f in (layer.lora_A, layer.lora_B)]
-    seen: dict[torch.nn.Module, tuple] = {}  # factor -> (what it was given, what it gave)
-    hooks = [
-        f.register_forward_hook(lambda f, given, gave: seen.update({f: (given[0].detach(), gave)}))
-        for f in factors
-    ]
     rows, batch = [], at_once(base, GRADIENT_BATCH)
-    try:
+    with PerImage(adapter) as per_image:
         for i in range(0, len(latents), batch):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
             images = len(z) // draws
             loss = squared_error(
                 base, z, c, timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
             ).mean((1, 2, 3))
-            came_back = torch.autograd.grad(loss.sum() / draws, [seen[f][1] for f in factors])
-            norms = [
-                _gradient_norms(f, seen[f][0], g, images)
-                for f, g in zip(factors, came_back, strict=True)
-            ]
-            rows.append(torch.stack(norms, dim=1).clamp_min(1e-12).log().cpu())
-    finally:
-        for hook in hooks:
-            hook.remove()
+            every = per_image.gradients(loss.sum() / draws, images)
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in every], dim=1)
+            rows.append(norms.clamp_min(1e-12).log().cpu())
     return torch.cat(rows).double().numpy()
-
-
-def _gradient_norms(layer: torch.nn.Module, given, came_back, images: int) -> torch.Tensor:
-    """L2 norm (images,) of the weight's gradient from each image; the rows of an image follow one
-    another in the input (B, ..., in) and in the output's gradient (B, ..., out), both with channels
-    first for a convolution.
-    """
-    if isinstance(layer, torch.nn.Conv2d):
-        unfold = torch.nn.functional.unfold
-        given = unfold(
-            given, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-        ).transpose(1, 2)
-        came_back = came_back.flatten(2).transpose(1, 2)
-    given, came_back = (x.float().reshape(images, -1, x.shape[-1]) for x in (given, came_back))
-    return torch.einsum("bpo,bpi->boi", came_back, given).flatten(1).norm(dim=1)
 
 
 def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:

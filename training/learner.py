@@ -12,6 +12,7 @@ import torch
 from attacker import PROXIES
 from diffusion import draw_noise
 from training import state
+from training.processes import WholeBatch
 from training.run import Batch, Run
 
 
@@ -38,7 +39,7 @@ class Learner:
     """All that changes while a run trains, and so what a training state holds."""
 
     def __init__(self, run: Run):
-        settings, self.base = run.settings, run.base
+        settings, self.run, self.base = run.settings, run, run.base
         # separate streams, so that every method sees the same batches and noise in its outer steps
         self.outer, self.inner = (
             torch.Generator().manual_seed(settings.seed * 2 + k) for k in (1, 2)
@@ -79,6 +80,10 @@ class Learner:
                 chosen = torch.rand(len(index), generator=self.outer) < share
                 setattr(batch, name, chosen.to(self.base.device))
         return batch
+
+    def through(self, batch: Batch) -> WholeBatch:
+        """The error maps of a batch, and gradients of functions of them in the adapter."""
+        return self.run.through(batch)
 
     def auxiliary_batch(self) -> Batch:
         """A fresh batch of D_aux: as many members as non-members, the members first.

@@ -22,7 +22,7 @@ from data import Images
 from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
 from objectives import Terms, adaptation_loss, mi_gain, objective
 from settings import Settings
-from training.learner import Batches
+from training.learner import Batches, Learner
 from training.run import Batch, Run
 from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
 
@@ -273,9 +273,9 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
     return roc.auc(*pair), tuple(roc.auc_interval(*pair))
 
 
-def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
+def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
     """Adapter, attacker, samples, curves and the three-line verdict; returns the summary, also in
-    config.json.
+    config.json.  `promised` is a guarantee (defences/dp.py), if there is one.
 
     The adapter is first.  Raises UserError if what follows it fails; --resume then does only that.
     """
@@ -285,12 +285,13 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
     if s.format == "kohya":
         save_adapter(run, folder.path / "kohya", step, kohya=True)
     if s.attacked:
-        folder.save_attacker(attacker, s.proxy)
+        folder.save_attacker(learner.attacker, s.proxy)
     try:
         sample_grid(run, step)
         rows = folder.rows()
         plots.training_curves(rows, s.method, folder.path / "curves.png")
         summary = {"seconds": round(seconds, 1), **summarise(run, rows)}
+        summary |= promised.facts() if promised else {}
         folder.finish(summary)
     except Exception as error:
         raise UserError(
@@ -305,6 +306,8 @@ def finish(run: Run, attacker: torch.nn.Module, seconds: float) -> dict:
         f"leakage:  loss-attack AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}] on auxiliary "
         "and validation images; 0.5 is none"
     )
+    if promised:
+        print(f"promise:  {promised}")
     print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
     return summary
 

@@ -55,8 +55,8 @@ class Processes:
     def parts(self, total: int, size: int) -> list[slice]:
         """This process's share of `total` images, in micro-batches of `size`."""
         share = total // self.count
-        start = self.rank * share
-        return [slice(i, i + size) for i in range(start, start + share, size)]
+        start, end = self.rank * share, (self.rank + 1) * share
+        return [slice(i, min(i + size, end)) for i in range(start, end, size)]
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:
         """The shares of all processes, joined along the first axis in the order of `parts`."""

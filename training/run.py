@@ -38,6 +38,7 @@ class Batch:
     mirrored: torch.Tensor | None = None  # (B,) bool, with --flip
     bare: torch.Tensor | None = None  # (B,) bool: without a caption, with --caption-dropout
     taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
+    counted: int | None = None  # images that count, where others only fill the batch up
 
     def __len__(self) -> int:
         return len(self.index)

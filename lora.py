@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, float(alpha)
-        self.enabled, self.merged = True, False
+        self.enabled, self.merged, self.dropout = True, False, 0.0
         self.lora_A, self.lora_B = self.factors(base, rank)
         self.to(base.weight.device)
         self.lora_A.float().requires_grad_(True)
@@ -72,6 +72,8 @@ class LoRALinear(nn.Module):
             return y
         if not torch.is_autocast_enabled(x.device.type):  # it casts the factors to the base's dtype
             x = x.to(self.lora_A.weight.dtype)
+        if self.dropout:
+            x = nn.functional.dropout(x, self.dropout)
         low = self.lora_B(self.lora_A(x)).to(y.dtype)
         return torch.add(y, low, alpha=self.alpha / self.rank)  # one pass over y in place of two
 
@@ -153,6 +155,19 @@ class Adapter:
         finally:
             for layer, enabled in zip(layers, before, strict=True):
                 layer.enabled = enabled
+
+    @contextmanager
+    def dropping(self, share: float) -> Iterator[None]:
+        """Inside, that share of what A is given is zero, drawn from torch's stream, and the rest
+        scaled up.
+        """
+        try:
+            for layer in self.layers.values():
+                layer.dropout = share
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.dropout = 0.0
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -127,12 +127,12 @@ def gradient_norms(
     return norms
 
 
-def clip_(tensors: list[torch.Tensor], limit: float) -> float:
-    """Scale gradients in place so that their joint L2 norm is at most `limit`; returns the norm
-    before.
+def clip_(tensors: list[torch.Tensor], limit: float, normalise: bool = False) -> float:
+    """Scale gradients in place so that their joint L2 norm is at most `limit`, or is `limit`;
+    returns the norm before.
     """
     before = norm(tensors)
-    if before > limit:
+    if before > limit or (normalise and before > 0):
         for t in tensors:
             t.mul_(limit / before)
     return before

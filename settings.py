@@ -150,8 +150,14 @@ class Settings:
         "decay of a running mean of A and B, such as 0.98; the mean is what is saved and judged",
         group="regularisation",
     )
+    dropout: float = option(
+        0.0, "share of what each A is given that is set to zero in a step", group="regularisation"
+    )
     caption_dropout: float = option(
         0.0, "share of the members' draws that are shown without a caption", group="regularisation"
+    )
+    normalise: bool = option(
+        False, "scale every gradient to the norm of --clip, small ones too", group="regularisation"
     )
     flip: bool = option(False, "mirror every other draw of a member", group="regularisation")
     stop: str = option(
@@ -263,8 +269,8 @@ ABOVE_ZERO = {
 }  # fmt: skip
 FROM_ZERO = {
     "lam": 1e9, "delta": 1e9, "weight_decay": 1e6, "ema": 0.999999, "caption_dropout": 1.0,
-    "noise_multiplier": 1e9, "samples": 10_000, "hessian_every": 10**9, "threads": 4096,
-    "seed": 2**62 - 1,
+    "dropout": 0.999999, "noise_multiplier": 1e9, "samples": 10_000, "hessian_every": 10**9,
+    "threads": 4096, "seed": 2**62 - 1,
 }  # fmt: skip
 
 
@@ -279,6 +285,10 @@ def resolve(settings: Settings) -> Settings:
         defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
     elif settings.public is not None:
         raise UserError("--public goes with --method distill: leave it out")
+    if settings.dropout and settings.gradient_checkpointing:
+        raise UserError(
+            "--gradient-checkpointing computes again with other masks: leave --dropout out"
+        )
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = _out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))

@@ -77,7 +77,7 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         if step % s.norms_every == 0 or step == 1:
             row |= gradient_norms(terms, forward.gradients)
         gradients = forward.gradients(terms.total, last=True)  # through h and through the UNet
-        row |= monitor.metrics(terms, grad_norm=clip_(gradients, s.clip))
+        row |= monitor.metrics(terms, grad_norm=clip_(gradients, s.clip, s.normalise))
         monitor.require_finite(row, s)
         row |= monitor.local_smoothness(run, h, step)
         learner.keep(batch, e)

@@ -13,6 +13,7 @@ from cli import UserError
 from data import load_images
 from diffusion import encode, encode_captions, encode_images
 from evaluation.target import kind, read_run
+from objectives import clip_, norm
 from settings import Settings, resolve
 from training import monitor
 from training.learner import Learner, share_of_rate
@@ -133,6 +134,83 @@ def test_dropped_captions_and_mirrored_images(subject, tiny_base):
         train.remove(base.unet, run.adapter)
 
 
+def test_dropout_is_that_of_torch_on_what_each_a_is_given(subject, tiny_base):
+    """Against a layer by hand under the same stream; nothing is dropped outside."""
+    base, data = subject
+    run = assemble(settings(tiny_base, dropout=0.3), base, data, Processes())
+    layer = next(iter(run.adapter.layers.values()))
+    x = torch.randn(5, layer.base.in_features)
+    with torch.no_grad():
+        layer.lora_B.weight.normal_()
+    with run.adapter.dropping(0.3):
+        torch.manual_seed(3)
+        found = layer(x)
+    torch.manual_seed(3)
+    dropped = torch.nn.functional.dropout(x, 0.3)
+    low = dropped @ layer.lora_A.weight.T @ layer.lora_B.weight.T * layer.alpha / layer.rank
+    torch.testing.assert_close(found, layer.base(x) + low)
+    assert 0 < (dropped == 0).float().mean() < 0.7 and layer.dropout == 0
+    train.remove(base.unet, run.adapter)
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_a_batch_has_its_own_masks_whenever_it_is_sent_through(subject, tiny_base, size):
+    """Micro-batches go through twice; torch's own stream, the attacker's, does not move."""
+    base, data = subject
+    s = settings(tiny_base, dropout=0.5, batch_size=size, accumulate=4 // size)
+    run = assemble(s, base, data, Processes())
+    with torch.no_grad():
+        for p in run.adapter.parameters():
+            p.normal_(std=0.2)
+    learner, stream = Learner(run), torch.get_rng_state()
+    batch = learner.member_batch()
+    first, again = (
+        torch.cat([run.errors(batch, part) for part in run.parts(batch)]).detach() for _ in range(2)
+    )
+    assert torch.equal(first, again) and torch.equal(stream, torch.get_rng_state())
+    assert not torch.equal(first, run.errors(replace(batch, dropped=None)))
+    other = run.errors(replace(batch, dropped=batch.dropped + 99))
+    assert not torch.equal(first, other)
+    forward = learner.through(batch)
+    torch.testing.assert_close(forward.error, first)
+    want = [torch.zeros_like(p) for p in run.adapter.parameters()]
+    for part in run.parts(batch):
+        value = run.errors(batch, part).sum() / first.numel()
+        for total, g in zip(
+            want, torch.autograd.grad(value, run.adapter.parameters()), strict=True
+        ):
+            total += g
+    for a, b in zip(forward.gradients(forward.error.mean(), last=True), want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+    train.remove(base.unet, run.adapter)
+
+
+def test_normalised_gradients_have_the_norm_of_the_limit():
+    """Small ones and large ones; zero stays zero; without the flag small ones stay small."""
+    for size in (1e-3, 1.0, 50.0):
+        gradient = [torch.full((4,), size), torch.full((5,), -size)]
+        assert clip_(gradient, 0.5, normalise=True) == pytest.approx(3 * size)
+        assert norm(gradient) == pytest.approx(0.5)
+    zero = [torch.zeros(3)]
+    assert clip_(zero, 0.5, normalise=True) == 0 and not zero[0].any()
+    small = [torch.full((4,), 0.01)]
+    clip_(small, 0.5)
+    assert norm(small) == pytest.approx(0.02)
+
+
+def test_normalise_reaches_the_step(subject, tiny_base, monkeypatch):
+    """AdamW is given gradients of the norm of --clip."""
+    seen, honest = [], Learner.descend
+
+    def descend(self, gradients, step):
+        seen.append(norm(gradients))
+        honest(self, gradients, step)
+
+    monkeypatch.setattr(Learner, "descend", descend)
+    weights(subject, settings(tiny_base, normalise=True, clip=0.7))
+    assert seen == pytest.approx([0.7] * 6, rel=1e-4)
+
+
 def test_shares_of_draws(subject, tiny_base):
     """About the share that was asked for; without the flags nothing is drawn from the stream."""
     base, data = subject
@@ -156,11 +234,19 @@ def test_accumulated_batches_are_one(subject, tiny_base):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("flags", [{"ema": 1.0}, {"ema": -0.1}, {"caption_dropout": 1.5}])
+@pytest.mark.parametrize(
+    "flags", [{"ema": 1.0}, {"ema": -0.1}, {"caption_dropout": 1.5}, {"dropout": 1.0}]
+)
 def test_out_of_range(tiny_base, flags):
     """One sentence with the flag."""
     with pytest.raises(UserError, match="must be"):
         settings(tiny_base, **flags)
+
+
+def test_dropout_with_checkpointing_is_refused(tiny_base):
+    """Layers that are computed again would draw other masks."""
+    with pytest.raises(UserError, match="other masks"):
+        settings(tiny_base, dropout=0.1, gradient_checkpointing=True)
 
 
 def test_stop_best_leaves_the_adapter_of_the_best_step(

@@ -103,6 +103,7 @@ def result(out):
 
 
 REGULARISED = {"schedule": "cosine", "ema": 0.9, "caption_dropout": 0.3, "flip": True}
+REGULARISED |= {"dropout": 0.2, "normalise": True}
 
 
 @pytest.mark.parametrize("combination", [*COMBINATIONS, COMBINATIONS[0] + (REGULARISED,)], ids=str)

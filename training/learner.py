@@ -79,6 +79,8 @@ class Learner:
             if share:
                 chosen = torch.rand(len(index), generator=self.outer) < share
                 setattr(batch, name, chosen.to(self.base.device))
+        if self.settings.dropout:
+            batch.dropped = int(torch.randint(2**31, (), generator=self.outer))
         return batch
 
     def through(self, batch: Batch) -> WholeBatch:

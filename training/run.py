@@ -1,5 +1,7 @@
 """What one run works on and does not change: settings, base, images, adapter, processes, folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -38,6 +40,7 @@ class Batch:
     mirrored: torch.Tensor | None = None  # (B,) bool, with --flip
     bare: torch.Tensor | None = None  # (B,) bool: without a caption, with --caption-dropout
     taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
+    dropped: int | None = None  # seed of the masks, with --dropout
     counted: int | None = None  # images that count, where others only fill the batch up
 
     def __len__(self) -> int:
@@ -69,9 +72,22 @@ class Run:
 
     def errors(self, batch: Batch, part: slice = slice(None)) -> torch.Tensor:
         """Error maps e (b, C, h, w) of a part of a batch: one UNet forward."""
-        if batch.taught is None:
-            return squared_error(self.base, *self.seen(batch, part))
-        return (self.residuals(batch, part) - batch.taught[part]) ** 2
+        with self.masks(batch, part):
+            if batch.taught is None:
+                return squared_error(self.base, *self.seen(batch, part))
+            return (self.residuals(batch, part) - batch.taught[part]) ** 2
+
+    @contextmanager
+    def masks(self, batch: Batch, part: slice) -> Iterator[None]:
+        """Inside, the adapter's inputs are dropped as the batch says: a part that is sent through
+        twice has the same masks.
+        """
+        if batch.dropped is None:
+            yield
+            return
+        with torch.random.fork_rng(), self.adapter.dropping(self.settings.dropout):
+            torch.manual_seed(batch.dropped + (part.start or 0))
+            yield
 
     def residuals(self, batch: Batch, part: slice) -> torch.Tensor:
         """eps - f (b, C, h, w) of a part of a batch, the root of the error map with its sign."""

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("training", "evaluation", "embedded")
+FOLDERS = ("training", "evaluation", "defences", "embedded", "studies")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
     if path.name != "__init__.py"
 }
-SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain"}
+SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "studies.defences"}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 
@@ -59,6 +59,9 @@ def test_folders_keep_their_distance():
     """Training never looks at the evaluation, which sees only what a run has left on disk."""
     for name, used in ARROWS.items():
         if name.startswith("training."):
+            others = ("evaluation.", "embedded.", "defences.")
+            assert not [u for u in used if u.startswith(others)], name
+        if name.startswith("defences."):
             assert not [u for u in used if u.startswith(("evaluation.", "embedded."))], name
         if name.startswith("evaluation."):
             assert {u for u in used if u.startswith("training.")} <= {"training.run_folder"}, name

@@ -1,0 +1,1 @@
+"""One command per table of docs/results.md that takes hours."""

@@ -1,0 +1,134 @@
+"""The frontier of defences: every method and baseline audited on the same halves of one pool.
+
+    python -m studies.defences                            # every row: days on two cores
+    python -m studies.defences lora distill --adapters 8  # some; what is finished makes the table
+    python -m studies.defences --seed 1 --out runs/defences-1    # another pool, other seeds
+
+Each row is an audit (audit.py) in a folder of its own: a killed study goes on where it was, and one
+more row costs that row.  At the end stand table.md and frontier.png, of all rows that are there.
+"""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from audit import Audit
+from cli import UserError, one_line_errors, option, parse
+
+# name -> flags; the name is a folder, and its first word gives the line its colour
+ROWS = {
+    "lora": {"method": "lora"},
+    "lora-cosine": {"method": "lora", "schedule": "cosine", "steps": 150},
+    "lora-ema": {"method": "lora", "ema": 0.98, "steps": 150},
+    "lora-decay": {"method": "lora", "weight_decay": 1.0},
+    "lora-dropout": {"method": "lora", "dropout": 0.3},
+    "lora-flip": {"method": "lora", "flip": True, "schedule": "cosine", "steps": 150},
+    "lora-captions": {"method": "lora", "caption_dropout": 0.1, "schedule": "cosine", "steps": 150},
+    "lora-batch": {"method": "lora", "accumulate": 4, "schedule": "cosine", "steps": 100},
+    "lora-rank4": {"method": "lora", "rank": 4, "alpha": 4.0},
+    "lora-attention": {"method": "lora", "target": "attention"},
+    "smp": {"method": "smp"},
+    "mp": {"method": "mp"},
+    "mp-normalised": {"method": "mp", "normalise": True},
+    "distill": {"method": "distill"},
+    "distill-private": {"method": "distill", "public": "none"},
+    "distill-cosine": {"method": "distill", "schedule": "cosine"},
+    "distill-ten": {"method": "distill", "teachers": 10, "teacher_steps": 50},
+    "dp": {"method": "dp"},
+    "dp-rho1": {"method": "dp", "rank": 4, "alpha": 4.0, "noise_multiplier": 0.0155},
+}
+
+
+@dataclass
+class Study(Audit):
+    """Flags of audit.py; those that a row sets win over them."""
+
+    rows: list[str] | None = option(None, "rows to audit (default: all)", group="what and where")
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(Study, __doc__, positional="rows")
+
+import matplotlib.pyplot as plt
+
+import audit
+from cli import read_json, write_whole
+from evaluation import audit_report
+from evaluation.lira import HEADLINE, THRESHOLD
+from evaluation.tables import cell, rounded
+
+ATTACKS = ("LiRA online, loss", "LiRA offline, loss", "projected prediction")
+
+
+def study(s: Study) -> str:
+    """Audit the rows that are asked for; returns the table of all that are finished, in markdown.
+
+    Raises UserError for a row that there is not, before anything is trained.
+    """
+    chosen, out = s.rows or list(ROWS), Path(s.out or "runs/defences")
+    unknown = [name for name in chosen if name not in ROWS]
+    if unknown:
+        raise UserError(f"there is no row {unknown[0]}: take some of {', '.join(ROWS)}")
+    each = {f.name: getattr(s, f.name) for f in fields(Audit)}
+    for name in chosen:
+        print(f"\n{name}: {ROWS[name]}")
+        audit.audit(replace(Audit(**each), **ROWS[name], out=str(out / name)))
+    done = {name: out / name / "audit.json" for name in ROWS}
+    records = {name: read_json(path) for name, path in done.items() if path.is_file()}
+    found = table(records)
+    write_whole(out / "table.md", found)
+    lines = {name: (record, HEADLINE) for name, record in records.items()}
+    colours = {name: plt.get_cmap("tab20")(list(ROWS).index(name)) for name in records}
+    audit_report.frontier(lines, colours, out / "frontier.png")
+    print(f"\n{found}\nfiles:    {out}/table.md, frontier.png")
+    return found
+
+
+def table(records: dict[str, dict]) -> str:
+    """Every step of every audit in a line of markdown."""
+    heads = ["method", "step", "held-out loss", THRESHOLD, *ATTACKS, HEADLINE]
+    heads += ["its TPR at 1 % FPR", "cost", "uses"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, record in records.items():
+        s = record["settings"]
+        for at, step in record["steps"].items():
+            attacks = step["attacks"]
+            rate = attacks[HEADLINE]["tpr_at_1_fpr"]
+            areas = [
+                rounded(attacks[a]["auc"]) if a in attacks else "-" for a in (THRESHOLD, *ATTACKS)
+            ]
+            row = [name, at, f"{step['held_out_loss']:.4f}".lstrip("0"), *areas]
+            row += [cell(attacks[HEADLINE]), "-" if rate is None else f"{rate:.2f}"]
+            lines.append([*row, f"{cost(s, int(at)):.1f}", uses(s)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cost(s: dict, step: int) -> float:
+    """Of a training up to a step, in whole trainings of plain LoRA at the default settings.
+
+    Counted in images that go through the UNet, a backward pass as two: 3 for an image of LoRA.  An
+    attacker sends as many members and as many others through it again, without gradient.
+    """
+    batch = s["batch_size"] * s["accumulate"]
+    per_step = 3 * batch
+    before = 0
+    if s["method"] in ("mp", "smp", "smp-detached"):
+        per_step += 2 * batch
+    elif s["method"] == "distill":
+        seen = batch * (1 if s["public"] == "none" else 2)
+        per_step = 4 * seen
+        before = s["teachers"] * (s["teacher_steps"] or -(-s["steps"] // 4)) * 3 * batch
+    elif s["method"] == "dp":
+        per_step *= s["draws"]
+    return (before + step * per_step) / (400 * 3 * 8)
+
+
+def uses(s: dict) -> str:
+    """What a method needs beside the members."""
+    if s["method"] in ("mp", "smp", "smp-detached"):
+        return "non-members"
+    return "public pictures" if s.get("public") not in (None, "none") else "-"
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        study(SETTINGS)

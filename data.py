@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 import folders
 from cli import UserError, shown
+from settings import EMBEDDED_SETS
 
 SIDES = ("member", "nonmember")
 PARTS = ("aux", "val", "test")
@@ -32,7 +33,6 @@ FOLDERS = {
 # whatever the suffix says, Pillow tries no other decoder
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
-EMBEDDED_SETS = ("twemoji", "openmoji")  # functions of embedded/emojis.py
 PIXELS = (8, 20_000)  # a side outside is taken for a mistake
 
 # Two images are near-duplicates if their thumbnails, in 0..1, differ by less in mean square: grey

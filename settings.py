@@ -8,6 +8,7 @@ from typing import ClassVar
 from cli import UserError, checked, option, read_json
 
 EMBEDDED = str(Path(__file__).parent / "base")
+EMBEDDED_SETS = ("twemoji", "openmoji")  # functions of embedded/emojis.py
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
 METHODS = ("lora", *ATTACKED, "distill", "dp")
 
@@ -43,7 +44,7 @@ class Settings:
         group="what and where",
     )
     data: str = option(
-        "twemoji", "twemoji, or a folder of captioned images", group="what and where"
+        "twemoji", "twemoji, openmoji, or a folder of captioned images", group="what and where"
     )
     out: str | None = option(None, "run folder (default: runs/<method>)", group="what and where")
     device: str = option("cpu", "cpu, cuda, cuda:1, mps", group="what and where")

@@ -3,6 +3,7 @@ inference.
 
     python train.py --method smp                      # embedded model and images, minutes on a CPU
     python train.py --method lora                     # without a defence; mp is the unstable sum
+    python train.py --method distill                  # beyond the paper: teachers that never saw it
     python train.py --method smp --model SD15_FOLDER --data MY_IMAGES --device cuda
     python train.py --out runs/smp --resume           # go on after a kill, to the same bits
     accelerate launch --num_processes 4 train.py ...  # several GPUs

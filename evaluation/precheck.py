@@ -86,7 +86,7 @@ def check_places(model: str, data: str) -> None:
         raise UserError(
             f"there is no base model {model}: name it, or where it lies now, with --model"
         )
-    if data != "twemoji" and not os.path.isdir(data):
+    if data not in settings.EMBEDDED_SETS and not os.path.isdir(data):
         raise UserError(
             f"there is no folder {data}: name that of the images, or where it lies now, with --data"
         )

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from cli import UserError, read_json, shown
-from settings import Settings, resolve, stored
+from settings import EMBEDDED_SETS, Settings, resolve, stored
 from training import lock
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
@@ -62,12 +62,12 @@ def _require_paths(s: Settings) -> None:
             f"there is no base model {shown(s.model)}: give a StableDiffusionPipeline folder, "
             "a .safetensors checkpoint or a hub name"
         )
-    if s.data != "twemoji" and not os.path.exists(s.data):
+    if s.data not in EMBEDDED_SETS and not os.path.exists(s.data):
         raise UserError(
             f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
             "embedded set"
         )
-    if s.public not in (None, "openmoji", "none") and not os.path.exists(s.public):
+    if s.public not in (None, "none", *EMBEDDED_SETS) and not os.path.exists(s.public):
         raise UserError(
             f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
         )

@@ -31,6 +31,11 @@ class Audit(Settings):
     pool: int | None = option(
         None, "images, half of them members of an adapter (default: 200)", group=WHERE
     )
+    pictures: int = option(
+        0,
+        "pictures of each adapter and step, for the Frechet distance of all together",
+        group=WHERE,
+    )
     canaries: int = option(0, "images of the pool that get the caption of another", group=WHERE)
     jobs: int | None = option(
         None, "adapters at a time, a process each (default: cores, or 1 on a GPU)", group=WHERE
@@ -45,11 +50,12 @@ if __name__ == "__main__":
     SETTINGS = parse(Audit, __doc__, positional="audits")
 
 import numpy as np
+import torch
 
 from base_files import load_base, resolve_dtype
 from cli import write_json
 from data import load_images
-from evaluation import audit_plan, audit_report, audit_tasks, lira, workers
+from evaluation import audit_plan, audit_report, audit_tasks, lira, quality, workers
 from evaluation.decisions import Decisions
 from train import train_adapter
 from training import lock
@@ -76,6 +82,8 @@ def complete(s: Audit) -> Audit:
         raise UserError(f"--canaries must be 0, or 2 to {pool}: captions change places")
     if s.jobs is not None and s.jobs < 1:
         raise UserError(f"--jobs must be 1 or more, not {s.jobs}")
+    if s.pictures < 0:
+        raise UserError(f"--pictures must be 0 or more, not {s.pictures}")
     if s.split != "default":
         raise UserError("--split says nothing in an audit, which deals the images itself")
     if s.stop != "last":
@@ -93,7 +101,8 @@ def make_plan(s: Audit) -> audit_plan.Plan:
     each = replace(each, norms_every=10**9, hessian_every=0)  # looked at by nobody
     size = load_base(s.model, "cpu", s.dtype, s.size).size
     images = load_images(s.data, size, s.caption)
-    return audit_plan.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
+    plan = audit_plan.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
+    return replace(plan, pictures=s.pictures)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,6 +144,7 @@ def measure(s: Audit, plan: audit_plan.Plan) -> tuple[dict, dict[str, np.ndarray
     member, apart = plan.members(), np.isin(np.arange(plan.pool), plan.canaries)
     groups = {"attacks": ~apart} | ({"canaries": apart} if plan.canaries else {})
     decisions = {name: Decisions(member[:, g], s.seed) for name, g in groups.items()}
+    real = real_features(s, plan)
     steps, kept = (
         {},
         {"names": np.array(plan.names[: plan.pool]), "member": member, "canary": apart},
@@ -142,11 +152,7 @@ def measure(s: Audit, plan: audit_plan.Plan) -> tuple[dict, dict[str, np.ndarray
     for step, answer in zip(plan.due(), answers, strict=True):
         scores = lira.attacks(answer, member)
         kept |= {f"{step}/{name}": score for name, score in scores.items()}
-        losses = answer["held_out"].mean(1)
-        steps[str(step)] = {
-            "held_out_loss": float(losses.mean()),
-            "held_out_loss_by_adapter": losses.tolist(),
-        } | {
+        steps[str(step)] = quality_of(answer, real) | {
             name: {attack: decisions[name].figures(x[:, g]) for attack, x in scores.items()}
             for name, g in groups.items()
         }
@@ -160,6 +166,31 @@ def measure(s: Audit, plan: audit_plan.Plan) -> tuple[dict, dict[str, np.ndarray
         "seconds": seconds,
     }
     return record, kept
+
+
+def quality_of(answer: dict[str, np.ndarray], real: dict[str, torch.Tensor]) -> dict:
+    """How well the adapters do at a step: held-out losses, and the Frechet distance of all their
+    pictures to each set of `real` features.
+    """
+    losses = answer["held_out"].mean(1)
+    found = {
+        "held_out_loss": float(losses.mean()),
+        "held_out_loss_by_adapter": losses.tolist(),
+    }
+    for name, features in real.items():
+        drawn = torch.from_numpy(np.concatenate(answer["features"]))
+        found[f"frechet_{name}"] = quality.frechet_distance(features, drawn)
+    return found
+
+
+def real_features(s: Audit, plan: audit_plan.Plan) -> dict[str, torch.Tensor]:
+    """Features of the held-out images and of the pool; nothing without --pictures."""
+    if not plan.pictures:
+        return {}
+    images = load_images(s.data, load_base(s.model, "cpu", s.dtype, s.size).size, s.caption)
+    places = {"held_out": plan.held_out, "pool": range(plan.pool)}
+    pixels = {name: images.pixels[[plan.images[i] for i in at]] for name, at in places.items()}
+    return {name: quality.features(audit_tasks.network(), x) for name, x in pixels.items()}
 
 
 def strongest(step: dict) -> str:

@@ -128,6 +128,14 @@ class Adapter:
         layers = self.layers.values()
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
+    def factors(self) -> list[nn.Module]:
+        """The modules whose weights the parameters are, in their order."""
+        return [f for layer in self.layers.values() for f in (layer.lora_A, layer.lora_B)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, detached: what a training state holds."""
+        return self.state_dict()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """{"<module>.lora_A.weight": A, "<module>.lora_B.weight": B, ...}, detached."""
         return {
@@ -198,12 +206,11 @@ class PerImage:
             for g in per_image.gradients(value, 8):    # (8, out, in) per A and B, in their order
 
     A weight's gradient from one image is the sum over positions of what its layer was given times
-    what came back for that image.
+    what came back for that image.  `factors` are others than those of all A and B.
     """
 
-    def __init__(self, adapter: Adapter):
-        layers = adapter.layers.values()
-        self.factors = [f for layer in layers for f in (layer.lora_A, layer.lora_B)]
+    def __init__(self, adapter: Adapter, factors: list[nn.Module] | None = None):
+        self.factors, self.own = factors or Adapter.factors(adapter), bool(factors)
         self.seen: dict[nn.Module, tuple] = {}  # factor -> (what it was given, what it gave)
 
     def __enter__(self) -> "PerImage":
@@ -222,12 +229,15 @@ class PerImage:
         came_back = torch.autograd.grad(value, [self.seen[f][1] for f in self.factors])
         for factor, back in zip(self.factors, came_back, strict=True):
             given = self.seen[factor][0]
-            if isinstance(factor, nn.Conv2d):
+            if hasattr(factor, "kernel_size"):  # a convolution
                 shape = factor.kernel_size, factor.dilation, factor.padding, factor.stride
                 given = nn.functional.unfold(given, *shape).transpose(1, 2)
                 back = back.flatten(2).transpose(1, 2)
             given, back = (x.float().reshape(images, -1, x.shape[-1]) for x in (given, back))
-            yield torch.einsum("bpo,bpi->boi", back, given)
+            gradient = torch.einsum("bpo,bpi->boi", back, given)
+            # a factor that is made of its parameter knows how
+            turned = getattr(factor, "to_parameter", None) if self.own else None
+            yield turned(gradient) if turned else gradient
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ COLOURS = {
     "smp": "#0072B2",
     "smp-detached": "#56B4E9",
     "distill": "#882255",
+    "subspace": "#44AA99",
     "dp": "#999933",
 }
 OTHER = "#CC79A7"  # an adapter trained elsewhere

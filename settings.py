@@ -10,7 +10,8 @@ from cli import UserError, checked, option, read_json
 EMBEDDED = str(Path(__file__).parent / "base")
 EMBEDDED_SETS = ("twemoji", "openmoji")  # functions of embedded/emojis.py
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
-METHODS = ("lora", *ATTACKED, "distill", "dp")
+METHODS = ("lora", *ATTACKED, "distill", "subspace", "dp")
+DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
 # model, values set by hand, but for the number of epochs (docs/results.md says how).
@@ -33,8 +34,9 @@ class Settings:
     method: str = option(
         "smp",
         "lora, or with a defence: the paper's mp (the sum, Eq. 6) or smp (the ratio, Eq. 10), or "
-        "distill, which learns from adapters that never saw the image, or dp, which clips every "
-        "image's gradient and adds noise; smp-detached is a control",
+        "distill, which learns from adapters that never saw the image, subspace, which moves along "
+        "public directions alone, or dp, which clips every image's gradient and adds noise; "
+        "smp-detached is a control",
         METHODS,
         group="what and where",
     )
@@ -112,6 +114,13 @@ class Settings:
     init: str | None = option(
         None,
         "adapter to start from; its rank, alpha and layers win over the flags",
+        group="adapter",
+    )
+
+    subspace: str | None = option(
+        None,
+        "train a core between the public directions in this file, with any method; public: those "
+        "of the embedded model (the default of --method subspace)",
         group="adapter",
     )
 
@@ -278,18 +287,10 @@ FROM_ZERO = {
 def resolve(settings: Settings) -> Settings:
     """The settings with the flags left out filled in; raises UserError for what cannot work."""
     embedded = os.path.realpath(settings.model) == os.path.realpath(EMBEDDED)
-    defaults = FAST if embedded else PAPER
-    if settings.method == "distill":
-        if settings.teachers < 2:
-            raise UserError(f"--teachers must be 2 or more, not {settings.teachers}")
-        public = "openmoji" if embedded else "none"
-        defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
-    elif settings.public is not None:
-        raise UserError("--public goes with --method distill: leave it out")
-    if settings.dropout and settings.gradient_checkpointing:
-        raise UserError(
-            "--gradient-checkpointing computes again with other masks: leave --dropout out"
-        )
+    if settings.method == "subspace" and embedded and settings.subspace is None:
+        settings = replace(settings, subspace="public")
+    _check_together(settings)
+    defaults = _defaults(settings, embedded)
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = _out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
@@ -300,6 +301,35 @@ def resolve(settings: Settings) -> Settings:
             f"{out} already holds a run: give another --out, or --resume to continue it"
         )
     return settings
+
+
+def _check_together(s: Settings) -> None:
+    """Flags that cannot go together."""
+    problems = {
+        "--public goes with --method distill: leave it out": s.public is not None
+        and s.method != "distill",
+        f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
+        "--method subspace needs --subspace FILE: python -m defences.directions makes one": s.method
+        == "subspace"
+        and s.subspace is None,
+        "--init and --subspace both say what the adapter is: leave one out": s.init and s.subspace,
+        "--gradient-checkpointing computes again with other masks: leave --dropout out": s.dropout
+        and s.gradient_checkpointing,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise UserError(problem)
+
+
+def _defaults(s: Settings, embedded: bool) -> dict:
+    """Values of the flags left out: by the model, and by what the method needs."""
+    defaults = FAST if embedded else PAPER
+    if s.method == "distill":  # a step of the student costs more
+        public = "openmoji" if embedded else "none"
+        defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+    if s.subspace:  # a core has few numbers, and moves far
+        defaults = defaults | {"lr": 5 * defaults["lr"]}
+    return defaults
 
 
 def _check_number(settings: Settings, name: str, highest: float | None) -> None:

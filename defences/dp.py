@@ -65,7 +65,7 @@ class ClippedBatch:
         self.sums = [torch.zeros_like(p) for p in run.adapter.parameters()]
         size, errors = s.batch_size * s.draws, []
         for part in run.processes.parts(len(batch), size):
-            with PerImage(run.adapter) as per_image:
+            with PerImage(run.adapter, run.adapter.factors()) as per_image:
                 error = run.errors(batch, part)
                 images = len(error) // s.draws
                 value = error.flatten(1).mean(1).sum() / s.draws

@@ -40,6 +40,7 @@ class Plan:
     captions: list[str]  # of `images`; those of canaries permuted
     digest: str  # of the images as loaded
     steps: list[int] | None = None  # at which an adapter is asked; None: see `due`
+    pictures: int = 0  # drawn of each adapter at each of these steps
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -53,7 +54,15 @@ class Plan:
         """All that the answers of an adapter depend on, as a hash."""
         asked = [TIMESTEPS, DRAWS, SIMA, GRID_SEED, self.due()]
         facts = [self.trained, asked, self.digest, self.pool, self.held_out, self.canaries]
-        return digest_of([*facts, index, self.roles[index]])
+        drawn = [self.pictures] if self.pictures else []
+        return digest_of([*facts, index, self.roles[index], *drawn])
+
+    def drawn(self, index: int) -> list[int]:
+        """Positions of the held-out images from whose captions an adapter draws its pictures: the
+        next ones for the next adapter.
+        """
+        first = index * self.pictures
+        return [self.held_out[i % len(self.held_out)] for i in range(first, first + self.pictures)]
 
     def members(self) -> np.ndarray:
         """(N, pool): which adapter trains on which image."""

@@ -7,6 +7,7 @@ depends on, and the adapter of the last step.  Tested in tests/test_audit.py.
 """
 
 import contextlib
+import functools
 import io
 import threading
 import time
@@ -24,9 +25,19 @@ import lora_files
 from base_files import load_base
 from cli import UserError, write_whole
 from data import Images, load_images
-from diffusion import ALL_TIMESTEPS, GRID_SEED, TIMESTEPS, Base, Encoded, add_noise, encode
+from diffusion import (
+    ALL_TIMESTEPS,
+    GRID_SEED,
+    TIMESTEPS,
+    Base,
+    Encoded,
+    add_noise,
+    encode,
+    encode_captions,
+    sample,
+)
 from diffusion import loss_grid as held_out_grid
-from evaluation import attacks, workers
+from evaluation import attacks, quality, workers
 from evaluation.audit_plan import DRAWS, SIMA, Plan, digest_of, hash_of
 from settings import Settings
 from training.run_folder import git_commit
@@ -64,7 +75,9 @@ def work(plan: Plan, index: int, train: Train) -> None:
             for step, adapter in steps:
                 if step in due:
                     asked = time.time()
-                    answers.append(ask(base, data, plan, adapter, step == due[-1]))
+                    answers.append(
+                        ask(base, data, plan, adapter, step == due[-1], plan.drawn(index))
+                    )
                     asking += time.time() - asked
                 (folder / "progress").write_text(str(step))
                 if step == due[-1]:
@@ -94,11 +107,19 @@ def _subject(plan: Plan) -> tuple[Base, Encoded]:
     return _loaded[key]
 
 
-def ask(base: Base, data: Encoded, plan: Plan, adapter: lora.Adapter, last: bool) -> dict:
+def ask(
+    base: Base,
+    data: Encoded,
+    plan: Plan,
+    adapter: lora.Adapter,
+    last: bool,
+    drawn: list[int] | None = None,
+) -> dict:
     """What the attacks want to know of an adapter, and its held-out loss; small arrays.
 
-    losses (P, T, DRAWS), predictions (P, T, C h w) float16, sima (P, 1 + SIMA), held_out (H,); at
-    the last step also gradient (P,), the mean log norm, which costs as much as all the others.
+    losses (P, T, DRAWS), predictions (P, T, C h w) float16, sima (P, 1 + SIMA), held_out (H,);
+    features (D, F) of pictures from the captions of images `drawn`, if there are any; at the last
+    step also gradient (P,), the mean log norm, which costs as much as all the others.
     """
     latents, text, index = data.latents[: plan.pool], data.text[: plan.pool], plan.held_out
     with merged(adapter):
@@ -110,9 +131,26 @@ def ask(base: Base, data: Encoded, plan: Plan, adapter: lora.Adapter, last: bool
             "sima": -attacks.sima(base, latents, text, SIMA),
             "held_out": held_out.mean((1, 2)).numpy(),
         }
+        if drawn:
+            found["features"] = drawn_features(base, data, drawn)
     if last:
         found["gradient"] = attacks.gradient_features(base, adapter, latents, text).mean(1)
     return found
+
+
+def drawn_features(base: Base, data: Encoded, index: list[int]) -> np.ndarray:
+    """Features (D, F) of a picture from each caption; noise of its own for each image."""
+    shape, device = base.latent_shape, base.device
+    streams = [torch.Generator().manual_seed(GRID_SEED + i) for i in index]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
+    pictures = sample(base, data.text[index], encode_captions(base, [""]), noise)
+    return quality.features(network(), pictures).numpy()
+
+
+@functools.cache
+def network() -> torch.nn.Module:
+    """The network of picture quality, once per process."""
+    return quality.load_network("embedded")
 
 
 def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:

@@ -86,7 +86,7 @@ def study(s: Study) -> str:
 def table(records: dict[str, dict]) -> str:
     """Every step of every audit in a line of markdown."""
     heads = ["method", "step", "held-out loss", THRESHOLD, *ATTACKS, HEADLINE]
-    heads += ["its TPR at 1 % FPR", "cost", "uses"]
+    heads += ["its TPR at 1 % FPR", "Frechet, held out", "cost", "uses"]
     lines = [heads, ["---"] * len(heads)]
     for name, record in records.items():
         s = record["settings"]
@@ -98,6 +98,7 @@ def table(records: dict[str, dict]) -> str:
             ]
             row = [name, at, f"{step['held_out_loss']:.4f}".lstrip("0"), *areas]
             row += [cell(attacks[HEADLINE]), "-" if rate is None else f"{rate:.2f}"]
+            row += [f"{step['frechet_held_out']:.0f}" if "frechet_held_out" in step else "-"]
             lines.append([*row, f"{cost(s, int(at)):.1f}", uses(s)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

@@ -19,13 +19,14 @@ from scipy.stats import binomtest
 
 import audit
 import lora
+import lora_files
 import roc
 import train
 from base_files import load_base
 from cli import UserError
 from data import ROLES, Images, load_images
-from diffusion import loss_grid
-from evaluation import audit_plan, audit_report, audit_tasks, decisions, lira, workers
+from diffusion import GRID_SEED, encode_captions, loss_grid, sample
+from evaluation import audit_plan, audit_report, audit_tasks, decisions, lira, quality, workers
 from settings import Settings
 
 ROOT = Path(audit.__file__).parent
@@ -58,6 +59,39 @@ def make_plan(tiny_base, image_folder, out="x", **other):
 
 # --------------------------------------------------------------------------------------------------
 # The plan
+
+
+def test_pictures_are_from_other_captions_for_every_adapter(tiny_base, image_folder):
+    """Of held-out images, in turn; without them the key is as it was."""
+    plain = make_plan(tiny_base, image_folder)
+    plan = make_plan(tiny_base, image_folder, pictures=5)
+    assert plan.drawn(0) == plan.held_out[:5] and plan.drawn(1) == plan.held_out[5:10]
+    assert plan.drawn(2) == plan.held_out[10:] + plan.held_out[:2]  # of thirteen
+    assert plain.drawn(3) == [] and plan.key(0) != plain.key(0)
+
+
+def test_the_frechet_distance_is_of_all_pictures(tiny_base, image_folder, tmp_path, here):
+    """As evaluation/quality.py has it, of pictures drawn again from the adapters that were kept."""
+    record = audit.audit(
+        flags(tiny_base, image_folder, tmp_path, pictures=3, steps=2, save_every=2)
+    )
+    plan = audit.make_plan(
+        audit.complete(flags(tiny_base, image_folder, tmp_path, pictures=3, steps=2, save_every=2))
+    )
+    images, every = load_images(image_folder, 32), []
+    for index in range(4):
+        base = load_base(tiny_base)
+        lora_files.load(base.unet, plan.folder(index) / "adapter")
+        text = encode_captions(base, [plan.captions[i] for i in plan.drawn(index)])
+        streams = [torch.Generator().manual_seed(GRID_SEED + i) for i in plan.drawn(index)]
+        noise = torch.stack([torch.randn(base.latent_shape, generator=g) for g in streams])
+        pictures = sample(base, text, encode_captions(base, [""]), noise)
+        every.append(quality.features(quality.load_network("embedded"), pictures))
+    real = images.pixels[[plan.images[i] for i in plan.held_out]]
+    features = quality.features(quality.load_network("embedded"), real)
+    want = quality.frechet_distance(features, torch.cat(every))
+    assert record["steps"]["2"]["frechet_held_out"] == pytest.approx(want, rel=0.02)
+    assert record["steps"]["2"]["frechet_pool"] > 0
 
 
 def test_halves(tiny_base, image_folder):
@@ -128,6 +162,7 @@ def test_due(tiny_base, image_folder):
         ({"members": 7}, "half of --pool"),
         ({"canaries": 1}, "2 to 20"),
         ({"jobs": 0}, "1 or more"),
+        ({"pictures": -1}, "0 or more"),
         ({"split": "pokemon"}, "deals the images itself"),
         ({"stop": "best"}, "several steps"),
         ({"pool": 40}, "there are 40"),

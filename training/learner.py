@@ -139,7 +139,7 @@ class Learner:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything as named tensors; random streams as the bytes of their state."""
         groups = {
-            "adapter": self.adapter.state_dict(),
+            "adapter": self.adapter.tensors(),
             "optimizer": state.optimizer_tensors(self.optimizer),
             "attacker": self.attacker.state_dict(),
             "attacker_optimizer": state.optimizer_tensors(self.attacker_optimizer),
@@ -170,7 +170,7 @@ class Learner:
             # cloned: a view into a file may lie where the processor sums in another order
             groups.setdefault(group, {})[key] = tensor.clone()
         with torch.no_grad():
-            for name, weight in self.adapter.state_dict().items():
+            for name, weight in self.adapter.tensors().items():
                 weight.copy_(groups["adapter"][name])
         self.attacker.load_state_dict(groups["attacker"])
         state.restore_optimizer(self.optimizer, groups["optimizer"])

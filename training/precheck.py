@@ -71,6 +71,10 @@ def _require_paths(s: Settings) -> None:
         raise UserError(
             f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
         )
+    if s.subspace not in (None, "public") and not os.path.isfile(s.subspace):
+        raise UserError(
+            f"there is no file {shown(s.subspace)}: python -m defences.directions makes directions"
+        )
     if s.init and not os.path.exists(s.init):
         raise UserError(f"there is no adapter file {shown(s.init)}: --init names one to start from")
 

@@ -13,6 +13,7 @@ import lora_files
 from base_files import load_base
 from cli import UserError
 from data import Images, load_images, near_duplicates, split
+from defences import subspace
 from diffusion import (
     Base,
     Encoded,
@@ -23,7 +24,7 @@ from diffusion import (
     residual,
     squared_error,
 )
-from settings import Settings
+from settings import DIRECTIONS, Settings
 from training.processes import Processes, WholeBatch
 from training.run_folder import RunFolder
 
@@ -146,13 +147,12 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
         rank, alpha = adapter.rank_and_alpha()
         settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
     else:
-        generator = torch.Generator().manual_seed(settings.seed)
         try:
-            adapter = lora.inject(
-                base.unet, settings.target, settings.rank, settings.alpha, generator
-            )
+            adapter = fresh(settings, base)
         except ValueError as error:
             raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
+        rank, alpha = adapter.rank_and_alpha()
+        settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
     public, data = with_public(settings, base, data)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -162,6 +162,15 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
     steps = settings.steps or -(-settings.epochs * len(data.members()) // run.batch)
     teacher_steps = settings.teacher_steps or -(-steps // 4)
     return replace(run, settings=replace(settings, steps=steps, teacher_steps=teacher_steps))
+
+
+def fresh(settings: Settings, base: Base) -> lora.Adapter:
+    """A new adapter in the base; raises ValueError where there cannot be one."""
+    if settings.subspace:
+        file = DIRECTIONS if settings.subspace == "public" else settings.subspace
+        return subspace.inject(base.unet, *subspace.load(file))
+    generator = torch.Generator().manual_seed(settings.seed)
+    return lora.inject(base.unet, settings.target, settings.rank, settings.alpha, generator)
 
 
 def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int], Encoded]:

@@ -1,0 +1,199 @@
+"""The adapter in a public subspace: U R V folds into A and B exactly, only R moves, and the
+directions are those of known matrices."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora
+import lora_files
+import train
+from base_files import load_base
+from cli import UserError
+from data import load_images
+from defences import directions, subspace
+from defences.dp import PrivateLearner
+from diffusion import encode
+from settings import DIRECTIONS, EMBEDDED, Settings, resolve
+from training.processes import Processes
+from training.run import assemble
+from training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_base, image_folder):
+    """Base and encoded images: twelve members, twelve others."""
+    base, images = load_base(tiny_base), load_images(image_folder, 32)
+    roles, start = {"fresh": []}, 0
+    for side in ("member", "nonmember"):
+        for part, count in {"aux": 6, "val": 1, "test": 5}.items():
+            roles[f"{side}_{part}"] = list(range(start, start + count))
+            start += count
+    return base, encode(base, images, roles)
+
+
+@pytest.fixture(scope="module")
+def file(tiny_base, image_folder, tmp_path_factory):
+    """Three directions of every layer of the tiny base, from two sets."""
+    out = tmp_path_factory.mktemp("directions") / "d.safetensors"
+    flags = {"model": tiny_base, "target": "all", "steps": 2, "batch_size": 4, "directions": 3}
+    sets = [image_folder, image_folder]
+    directions.make(directions.Flags(data=sets, out=str(out), lr=0.01, **flags))
+    return str(out)
+
+
+def settings(tiny_base, file, **flags):
+    """Of four steps."""
+    small = {"method": "subspace", "subspace": file, "batch_size": 4, "steps": 4}
+    small |= {"model": tiny_base, "norms_every": 10**6, "out": "/nowhere/run", "lr": 0.05}
+    return resolve(Settings(**(small | flags)))
+
+
+@pytest.fixture
+def run(subject, tiny_base, file, request):
+    """A run whose cores are no longer zero."""
+    found = assemble(
+        settings(tiny_base, file, **getattr(request, "param", {})), *subject, Processes()
+    )
+    with torch.no_grad():
+        for p in found.adapter.parameters():
+            p.normal_(std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    yield found
+    lora.remove(subject[0].unet, found.adapter)
+
+
+def test_directions_of_known_matrices():
+    """Of two updates whose columns span two known lines each, those four and no others."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 4))[0] for n in (9, 7))
+    scale = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    one = left[:, :2] * scale[:2] @ right[:, :2].T
+    two = left[:, 2:] * scale[2:] @ right[:, 2:].T
+    found = subspace.directions_of([{"a": one}, {"a": two}], 4)["a"]
+    for got, want in zip(found, (left, right), strict=True):
+        basis = got if got.shape[1] == 4 else got.T
+        torch.testing.assert_close(basis @ basis.T, want @ want.T, atol=1e-5, rtol=1e-4)
+    strongest = subspace.directions_of([{"a": one}, {"a": two}], 1)["a"][0]
+    assert abs(strongest[:, 0] @ left[:, 0]) == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="no 8 directions"):
+        subspace.directions_of([{"a": one}], 8)
+
+
+def test_it_folds_into_a_and_b_exactly(run, subject, tmp_path, tiny_base):
+    """U R V is what the layer adds, linear and convolution alike; the file that is written gives
+    the same outputs in a plain LoRA.
+    """
+    base, data = subject
+    convolutions = 0
+    for name, layer in run.adapter.layers.items():
+        matrix = layer.lora_B.left @ layer.lora_B.core @ layer.lora_A.weight.flatten(1)
+        torch.testing.assert_close(layer.delta().flatten(1), matrix, atol=1e-6, rtol=1e-5)
+        convolutions += layer.lora_B.convolution
+        assert layer.alpha == layer.rank == 3, name
+    assert 0 < convolutions < len(run.adapter.layers)
+    index = torch.tensor([0, 5, 9])
+    given = data.latents[index], torch.tensor([10, 400, 900]), data.text[index]
+    with torch.no_grad():
+        found = base.unet(*given, return_dict=False)[0]
+        with run.adapter.disabled():
+            assert not torch.allclose(found, base.unet(*given, return_dict=False)[0], atol=1e-3)
+        lora_files.save(run.adapter, tmp_path / "adapter", {})
+        other = load_base(tiny_base)
+        plain, _ = lora_files.load(other.unet, tmp_path / "adapter")
+        assert plain.rank_and_alpha() == (3, 3.0)
+        torch.testing.assert_close(
+            found, other.unet(*given, return_dict=False)[0], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_only_the_cores_move(subject, tiny_base, file):
+    """U and V keep every bit; at first the adapter changes nothing."""
+    base, data = subject
+    given, target = subspace.load(file)
+    assert target == "all"
+    for step, adapter in train.train_adapter(base, data, settings(tiny_base, file)):
+        if step == 1:
+            assert {p.shape for p in adapter.parameters()} == {(3, 3)}
+        for name, layer in adapter.layers.items():
+            assert torch.equal(layer.lora_B.left, given[name][0].float())
+            assert torch.equal(layer.lora_A.weight, given[name][1].float())
+            assert layer.lora_B.core.abs().max() > 0
+
+
+@pytest.mark.parametrize("run", [{"method": "dp", "image_clip": 0.01}], indirect=True)
+def test_clipping_by_image_is_of_the_cores(run):
+    """--method dp beside --subspace, against autograd image by image."""
+    learner = PrivateLearner(run)
+    batch = next(b for b in iter(learner.member_batch, None) if b.counted > 2)
+    want = [torch.zeros_like(p) for p in run.adapter.parameters()]
+    for i in range(batch.counted):
+        loss = run.errors(batch, slice(i, i + 1)).mean()
+        gradient = torch.autograd.grad(loss, run.adapter.parameters())
+        norm = torch.stack([g.norm() for g in gradient]).norm()
+        assert norm > 0.01
+        for total, g in zip(want, gradient, strict=True):
+            total += 0.01 * g / norm
+    for a, b in zip(learner.through(batch).sums, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5 * b.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["subspace", "smp", "distill"])
+def test_stopped_and_gone_on_with(tiny_base, file, image_folder, tmp_path, monkeypatch, method):
+    """With other methods too; the adapter that is left is a plain LoRA of rank 3."""
+    flags = {"data": image_folder, "members": 10, "samples": 0, "state_every": 1, "public": None}
+    flags |= {"method": method, "teachers": 2} | ({"public": "none"} if method == "distill" else {})
+    s, honest = settings(tiny_base, file, ema=0.5, **flags), train.record
+
+    def record(run, learner, row, *rest):
+        honest(run, learner, row, *rest)
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train.train(replace(s, out=str(whole)))
+    monkeypatch.setattr(train, "record", record)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(replace(s, out=str(part)))
+    monkeypatch.undo()
+    train.train(Settings(out=str(part), resume=True))
+    one, two = (
+        load_file(p / "adapter" / "pytorch_lora_weights.safetensors") for p in (whole, part)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert RunFolder(whole).config()["trainable_parameters"] == 9 * len(one) / 2
+
+
+def test_what_cannot_be(tiny_base, tmp_path, file, subject):
+    """One sentence each."""
+    with pytest.raises(UserError, match="needs --subspace FILE"):
+        settings(tiny_base, None)
+    with pytest.raises(UserError, match="both say what the adapter is"):
+        settings(tiny_base, file, init="x")
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="holds no directions"):
+        subspace.load(bad)
+    with pytest.raises(UserError, match="directions of"):
+        assemble(settings(tiny_base, DIRECTIONS), *subject, Processes())
+    with pytest.raises(UserError, match="no public set"):
+        directions.make(directions.Flags(model=tiny_base))
+    with pytest.raises(UserError, match="there is no folder"):
+        directions.make(directions.Flags(model=tiny_base, data=["/nowhere"]))
+
+
+def test_the_embedded_directions():
+    """They fit every layer of the embedded model, and are orthonormal; small enough to be here."""
+    found, target = subspace.load(DIRECTIONS)
+    assert target == "all" and Path(DIRECTIONS).stat().st_size < 2 * 2**20
+    base = load_base(EMBEDDED)
+    adapter = subspace.inject(base.unet, found, target)
+    rank = adapter.rank_and_alpha()[0]
+    for layer in adapter.layers.values():
+        left, right = layer.lora_B.left, layer.lora_A.weight.flatten(1)
+        for basis in (left.T @ left, right @ right.T):
+            torch.testing.assert_close(basis, torch.eye(rank), atol=4e-3, rtol=0)
+    s = resolve(Settings(method="subspace"))
+    assert (s.subspace, s.lr) == ("public", 5e-3)

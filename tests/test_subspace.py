@@ -176,7 +176,7 @@ def test_what_cannot_be(tiny_base, tmp_path, file, subject):
     bad.write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no directions"):
         subspace.load(bad)
-    with pytest.raises(UserError, match="directions of"):
+    with pytest.raises(UserError, match="directions are those of other"):
         assemble(settings(tiny_base, DIRECTIONS), *subject, Processes())
     with pytest.raises(UserError, match="no public set"):
         directions.make(directions.Flags(model=tiny_base))

@@ -5,7 +5,7 @@ k.  The student, a fresh adapter that starts where they started, minimises
 
     E || f_student(z_t, t, c) - f_teacher(fold of x)(z_t, t, c) ||^2
 
-on the members x of one fold at a time, and on as many public pictures beside them.  So no target
+on the members x, and on as many public pictures beside them, whose teacher is drawn.  So no target
 for an image comes from weights that have seen it.  The teachers are thrown away.
 
 This is SELENA (Tang et al. 2022, arXiv 2110.08324), which is for classifiers, carried to the
@@ -100,23 +100,35 @@ class Student(Learner):
     def __init__(self, run: Run, teachers: Teachers):
         super().__init__(run)
         self.teachers = teachers
-        self.folds = [Batches(fold, run.batch, self.outer) for fold in teachers.folds]
-        self.turn = Batches(list(range(len(self.folds))), 1, self.outer)
+        self.left_out = {i: k for k, fold in enumerate(teachers.folds) for i in fold}
         self.public = [Batches(run.public, run.batch, self.outer)] if run.public else []
-        self.queues = [*self.queues, *self.folds, self.turn, *self.public]
+        self.queues = [*self.queues, *self.public]
 
     def member_batch(self) -> Batch:
-        """A batch of one fold, the public pictures behind it, with the residuals of its teacher."""
-        fold = self.turn.draw().item()
-        batch = self.noised(torch.cat([b.draw() for b in (self.folds[fold], *self.public)]))
-        with torch.no_grad(), held(self.run.adapter, self.teachers.weights[fold]):
-            return replace(batch, taught=self.residuals(batch))
+        """Members and behind them public pictures, with residuals of each one's teacher: of a
+        member the one that never saw it, of a public picture any.
+        """
+        private, public = self.private.draw(), [b.draw() for b in self.public]
+        by = [self.left_out[i] for i in private.tolist()]
+        for index in public:
+            by += torch.randint(
+                len(self.teachers.weights), index.shape, generator=self.outer
+            ).tolist()
+        batch = self.noised(torch.cat([private, *public]))
+        return replace(batch, taught=self.residuals(batch, torch.tensor(by)))
 
-    def residuals(self, batch: Batch) -> torch.Tensor:
-        """eps - f of the adapter as it is, (B, C, h, w); zero where another process answers."""
+    @torch.no_grad()
+    def residuals(self, batch: Batch, by: torch.Tensor) -> torch.Tensor:
+        """eps - f of teacher by (B,) of each image, (B, C, h, w); zero where another process
+        answers.
+        """
         found = torch.zeros_like(batch.noise)
-        for part in self.run.parts(batch):
-            found[part] = self.run.residuals(batch, part)
+        mine = [i for part in self.run.parts(batch) for i in range(part.start, part.stop)]
+        for k, weights in enumerate(self.teachers.weights):
+            index = [i for i in mine if by[i] == k]
+            if index:
+                with held(self.run.adapter, weights):
+                    found[index] = self.run.residuals(batch, index)
         return found
 
 

@@ -22,6 +22,7 @@ from data import Images
 from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
 from objectives import Terms, adaptation_loss, mi_gain, objective
 from settings import Settings
+from training import advice
 from training.learner import Batches, Learner
 from training.run import Batch, Run
 from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
@@ -308,6 +309,8 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
     )
     if promised:
         print(f"promise:  {promised}")
+    if s.method in advice.AUDITED:
+        print(f"audited:  {advice.sentence(s.method)}")
     print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
     return summary
 

@@ -90,11 +90,11 @@ class Run:
             torch.manual_seed(batch.dropped + (part.start or 0))
             yield
 
-    def residuals(self, batch: Batch, part: slice) -> torch.Tensor:
+    def residuals(self, batch: Batch, part: slice | list[int]) -> torch.Tensor:
         """eps - f (b, C, h, w) of a part of a batch, the root of the error map with its sign."""
         return residual(self.base, *self.seen(batch, part))
 
-    def seen(self, batch: Batch, part: slice) -> tuple[torch.Tensor, ...]:
+    def seen(self, batch: Batch, part: slice | list[int]) -> tuple[torch.Tensor, ...]:
         """(latents, text, timesteps, noise) of a part of a batch, as its draws say."""
         index = batch.index[part]
         latents, text = self.data.latents[index], self.data.text[index]

@@ -1,0 +1,17 @@
+"""What a method was found to leak, in a sentence for the end of a run; docs/defences.md holds the
+same sentences with what they are from.
+"""
+
+AUDITED = {
+    "lora": "plain LoRA reads .90 after 50 steps and .998 after 400",
+    "smp": "SMP reads .84 after 50 steps, .92 after 100 and .78 after 400, as a worse model",
+    "mp": "MP was audited against unlucky non-members only: it hid everything and learned nothing",
+    "distill": "@@",
+    "subspace": "the public subspace has not been audited yet",
+    "dp": "DP-LoRA has not been audited yet",
+}
+
+
+def sentence(method: str) -> str:
+    """AUC of an attacker with adapters of his own, LiRA pooled, on the embedded model."""
+    return f"{AUDITED[method]} (audit.py, embedded model; docs/defences.md)"

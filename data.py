@@ -65,7 +65,7 @@ class Images:
 
 
 def load_images(data: str, size: int, caption: str | None = None) -> Images:
-    """The set `data`: "twemoji", "openmoji", or a folder, as squares of `size` pixels.
+    """The set `data`: one of EMBEDDED_SETS, or a folder, as squares of `size` pixels.
 
     `caption` is given to images that have none of their own.  Prints one line if anything in the
     folder is not used, or if `caption` stands for some images only.

@@ -8,7 +8,7 @@ from typing import ClassVar
 from cli import UserError, checked, option, read_json
 
 EMBEDDED = str(Path(__file__).parent / "base")
-EMBEDDED_SETS = ("twemoji", "openmoji")  # functions of embedded/emojis.py
+EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
 METHODS = ("lora", *ATTACKED, "distill", "subspace", "dp")
 DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")

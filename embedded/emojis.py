@@ -118,6 +118,25 @@ def openmoji(size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
     return _finish(found, size)
 
 
+def emojione(size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
+    """EmojiOne 2 from an unpacked npm package in icons/; the same triple as `twemoji`.
+
+    Raises UserError if it is not there.
+    """
+    require_icons(Path("icons"), ["emojione"])
+    return icon_set(Path("icons"), "emojione", size)
+
+
+def require_icons(icons: Path, names) -> None:
+    """Raises UserError if a set from npm is not in `icons`."""
+    missing = [name for name in names if not (icons / name / "icons.json").is_file()]
+    if missing:
+        raise UserError(
+            f"{icons}/{missing[0]}/icons.json is missing: "
+            "see python -m embedded.pretrain --help for the npm sets"
+        )
+
+
 def icon_set(folder: Path, name: str, size: int = SIZE) -> tuple[list[str], list[str], np.ndarray]:
     """One set from an unpacked package `@iconify-json/<name>`; the same triple as `twemoji`."""
     data = json.loads((folder / name / "icons.json").read_text())
@@ -144,12 +163,7 @@ def public(icons: Path, work: Path) -> tuple[list[str], np.ndarray]:
     """
     path = work / f"public{SIZE}.npz"
     if not path.exists():
-        missing = [name for name in ICON_SETS if not (icons / name / "icons.json").is_file()]
-        if missing:
-            raise UserError(
-                f"{icons}/{missing[0]}/icons.json is missing: "
-                "see python -m embedded.pretrain --help for the npm sets"
-            )
+        require_icons(icons, ICON_SETS)
         sets = {"openmoji": openmoji()} | {name: icon_set(icons, name) for name in ICON_SETS}
         captions = [
             f"{caption}, {name.split('-')[0]}"

@@ -31,9 +31,13 @@ ROWS = {
     "mp-normalised": {"method": "mp", "normalise": True},
     "distill": {"method": "distill"},
     "distill-private": {"method": "distill", "public": "none"},
-    "distill-cosine": {"method": "distill", "schedule": "cosine"},
+    "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
     "distill-ten": {"method": "distill", "teachers": 10, "teacher_steps": 50},
+    "subspace": {"method": "subspace"},
+    "subspace-distill": {"method": "distill", "subspace": "public"},
+    "subspace-smp": {"method": "smp", "subspace": "public"},
     "dp": {"method": "dp"},
+    "subspace-dp": {"method": "dp", "subspace": "public", "noise_multiplier": 0.5},
     "dp-rho1": {"method": "dp", "rank": 4, "alpha": 4.0, "noise_multiplier": 0.0155},
 }
 

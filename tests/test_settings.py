@@ -236,7 +236,7 @@ def test_config_of_a_run_as_flags(tmp_path):
         b'{"settings": {"rank": "2"}}',
         b'{"settings": {"rank": 2.5}}',
         b'{"settings": {"rank": {}}}',
-        b'{"settings": {"method": "dp"}}',
+        b'{"settings": {"method": "gan"}}',
         b'{"settings": {"method": null}}',
         b'{"settings": {"resume": 1}}',
         b'{"settings": {"epsilon": 1}}',

@@ -74,8 +74,8 @@ def test_six_steps(tiny_base, image_folder, tmp_path, capsys, method, proxy):
     else:
         call(train, flags)
         printed = capsys.readouterr().out
-    last = [line.split(":")[0] for line in printed.splitlines()[-3:]]
-    assert last == ["quality", "leakage", "files"]
+    last = [line.split(":")[0] for line in printed.splitlines()[-4:]]
+    assert last == ["quality", "leakage", "audited", "files"]
     for name in ("config.json", "splits.json", "curves.png", "samples/step-000006.png"):
         assert (out / name).stat().st_size > 0
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
@@ -250,7 +250,7 @@ def bad(base, images, tmp):
     (tmp / "used" / "config.json").write_text("{}")
     good = ["--model", base, "--data", images, "--out", tmp / "out", *SMALL, "--steps", 2]
     return {
-        "method": ([*good, "--method", "dp"], "--method"),
+        "method": ([*good, "--method", "gan"], "--method"),
         "option": ([*good, "--epsilon", "3"], "--epsilon"),
         "number": ([*good, "--rank", "many"], "--rank"),
         "rank": ([*good, "--rank", "0"], "--rank"),

@@ -6,7 +6,7 @@ AUDITED = {
     "lora": "plain LoRA reads .90 after 50 steps and .998 after 400",
     "smp": "SMP reads .84 after 50 steps, .92 after 100 and .78 after 400, as a worse model",
     "mp": "MP was audited against unlucky non-members only: it hid everything and learned nothing",
-    "distill": "@@",
+    "distill": "leave-out distillation reads .73 after 200 steps, at a loss where SMP reads .84",
     "subspace": "the public subspace has not been audited yet",
     "dp": "DP-LoRA has not been audited yet",
 }

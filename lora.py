@@ -129,8 +129,12 @@ class Adapter:
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
     def factors(self) -> list[nn.Module]:
-        """The modules whose weights the parameters are, in their order."""
+        """A and B of every layer, as modules."""
         return [f for layer in self.layers.values() for f in (layer.lora_A, layer.lora_B)]
+
+    def trained(self) -> list[nn.Module]:
+        """The modules that hold the parameters, in their order."""
+        return self.factors()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The parameters by name, detached: what a training state holds."""
@@ -199,18 +203,18 @@ class Adapter:
 
 
 class PerImage:
-    """Inside, gradients of A and B for each image of a batch, all from one backward pass.
+    """Inside, gradients of modules' weights for each image of a batch, from one backward pass.
 
-        with PerImage(adapter) as per_image:
+        with PerImage(adapter.factors()) as per_image:
             value = f(model(x)).sum()                  # the rows of an image follow one another
-            for g in per_image.gradients(value, 8):    # (8, out, in) per A and B, in their order
+            for g in per_image.gradients(value, 8):    # (8, out, in) per module, in their order
 
     A weight's gradient from one image is the sum over positions of what its layer was given times
-    what came back for that image.  `factors` are others than those of all A and B.
+    what came back for that image.
     """
 
-    def __init__(self, adapter: Adapter, factors: list[nn.Module] | None = None):
-        self.factors, self.own = factors or Adapter.factors(adapter), bool(factors)
+    def __init__(self, factors: list[nn.Module]):
+        self.factors = factors
         self.seen: dict[nn.Module, tuple] = {}  # factor -> (what it was given, what it gave)
 
     def __enter__(self) -> "PerImage":
@@ -225,7 +229,7 @@ class PerImage:
         self.seen[factor] = given[0].detach(), gave
 
     def gradients(self, value: torch.Tensor, images: int) -> Iterator[torch.Tensor]:
-        """d value / d weight split by image: (images, out, in * kernel) for each A and B."""
+        """d value / d weight split by image: (images, out, in * kernel) for each module."""
         came_back = torch.autograd.grad(value, [self.seen[f][1] for f in self.factors])
         for factor, back in zip(self.factors, came_back, strict=True):
             given = self.seen[factor][0]
@@ -234,10 +238,7 @@ class PerImage:
                 given = nn.functional.unfold(given, *shape).transpose(1, 2)
                 back = back.flatten(2).transpose(1, 2)
             given, back = (x.float().reshape(images, -1, x.shape[-1]) for x in (given, back))
-            gradient = torch.einsum("bpo,bpi->boi", back, given)
-            # a factor that is made of its parameter knows how
-            turned = getattr(factor, "to_parameter", None) if self.own else None
-            yield turned(gradient) if turned else gradient
+            yield torch.einsum("bpo,bpi->boi", back, given)
 
 
 # --------------------------------------------------------------------------------------------------

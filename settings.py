@@ -1,11 +1,11 @@
 """Every flag of train.py, what it means, and its default; imports nothing heavy."""
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from cli import UserError, checked, option, read_json
+from cli import UserError, option
 
 EMBEDDED = str(Path(__file__).parent / "base")
 EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
@@ -292,7 +292,7 @@ def resolve(settings: Settings) -> Settings:
     _check_together(settings)
     defaults = _defaults(settings, embedded)
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
-    out = _out_folder(settings)
+    out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
     for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
         _check_number(settings, name, highest)
@@ -345,7 +345,7 @@ def _check_number(settings: Settings, name: str, highest: float | None) -> None:
         raise UserError(f"--{name.replace('_', '-')} must be {lowest} and {limit}, not {value}")
 
 
-def _out_folder(settings: Settings) -> Path:
+def out_folder(settings: Settings) -> Path:
     """--out or its default; raises UserError if there can be no folder of that name."""
     out = Path(settings.out or f"runs/{settings.method}")
     advice = "give --out the name of a folder"
@@ -361,40 +361,3 @@ def _out_folder(settings: Settings) -> Path:
     except OSError as error:
         raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from None
     return out
-
-
-def stored(settings: Settings) -> tuple[Settings, dict | None]:
-    """For --resume: the settings of the run in --out, and its summary if it is finished.
-
-    A flag given that says something else is refused, save those in FREE.  Raises UserError.
-    """
-    out = _out_folder(settings)
-    path = out / "config.json"
-    if not path.exists():
-        return settings, None
-    known, summary = _read_run(path)
-    for f in fields(Settings):
-        given = getattr(settings, f.name)
-        if f.name in known and f.name not in FREE and given not in (f.default, known[f.name]):
-            flag = "--" + f.name.replace("_", "-")
-            raise UserError(
-                f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
-            )
-    free = {name: getattr(settings, name) for name in FREE} | {"out": str(out)}
-    return replace(Settings(**known), **free), summary
-
-
-def _read_run(path: Path) -> tuple[dict, dict | None]:
-    """(settings, summary) of a config.json; raises UserError if it is not a whole one."""
-    try:
-        config = read_json(path)
-        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-            raise UserError("it holds no settings")
-        summary = config.get("summary")
-        if not isinstance(summary, dict | None):
-            raise UserError("its summary is not an object")
-        return checked(Settings, config["settings"], path), summary
-    except UserError as error:
-        raise UserError(
-            f"{path} is not a run's config ({error}): it cannot be continued, take another --out"
-        ) from None

@@ -16,11 +16,13 @@ Tested in tests/test_dp.py.
 
 import logging
 import math
+import secrets
 from dataclasses import dataclass, replace
 
 import torch
 
 from cli import UserError
+from defences.subspace import Core
 from lora import PerImage
 from training.learner import Learner
 from training.run import Batch, Run
@@ -29,8 +31,17 @@ RHO = 0.16  # of the noise where no multiplier is given: high utility in Aerni e
 VACUOUS = 10.0  # an epsilon above it promises nothing that a person would call privacy
 
 
+def secret() -> int:
+    """A number that nobody can guess, from the system."""
+    return secrets.randbits(62)
+
+
 class PrivateLearner(Learner):
-    """The learner of a run with clipped and noised gradients."""
+    """The learner of a run with clipped and noised gradients.
+
+    Its batches and noise follow a secret, not --seed, which the adapter's file tells.  The secret
+    is kept in the training state alone.
+    """
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -39,6 +50,9 @@ class PrivateLearner(Learner):
             raise UserError("--method dp looks at every image's gradient: no checkpointing with it")
         self.rate = min(1.0, run.batch / len(self.members))
         self.sigma = multiplier(run)
+        # whoever can draw the same batches and noise again has no noise to look through
+        own = torch.tensor([secret() if run.processes.main else 0], device=run.base.device)
+        self.outer.manual_seed(run.processes.sum([own])[0].item())
 
     def member_batch(self) -> Batch:
         """Every member with probability B / N, `--draws` times each; filled up with images of no
@@ -65,11 +79,13 @@ class ClippedBatch:
         self.sums = [torch.zeros_like(p) for p in run.adapter.parameters()]
         size, errors = s.batch_size * s.draws, []
         for part in run.processes.parts(len(batch), size):
-            with PerImage(run.adapter, run.adapter.factors()) as per_image:
+            modules = run.adapter.trained()
+            with PerImage(modules) as per_image:
                 error = run.errors(batch, part)
                 images = len(error) // s.draws
                 value = error.flatten(1).mean(1).sum() / s.draws
                 every = list(per_image.gradients(value, images))
+            every = [of_parameter(*pair) for pair in zip(modules, every, strict=True)]
             first = part.start // s.draws  # of the images of the whole batch
             counted = torch.arange(first, first + images, device=value.device) < batch.counted
             weights = clip_factors(every, self.limit) * counted
@@ -91,6 +107,13 @@ class ClippedBatch:
                 noise = torch.randn(total.shape, generator=learner.outer).to(total.device)
             found.append((total + deviation * noise) / learner.run.batch)
         return found
+
+
+def of_parameter(module: torch.nn.Module, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradients of a module's weight (images, out, in) as those of its parameter, which a core
+    makes its weight of.
+    """
+    return module.to_parameter(gradient) if isinstance(module, Core) else gradient
 
 
 def clip_factors(gradients: list[torch.Tensor], limit: float) -> torch.Tensor:

@@ -4,8 +4,8 @@
 
 U and V are the directions in which the base moved when it was adapted to public pictures
 (defences/directions.py).  The private images choose a point in that subspace and can write nothing
-outside it: 28 thousand numbers in place of 4.2 million for the embedded model at k = 16.  B = U R
-and A = V make it a plain LoRA of rank k, which is how it is saved.
+outside it: 21,560 numbers in place of 4.2 million for the embedded model, with k = 14.  B = U R and
+A = V make it a plain LoRA of rank k, which is how it is saved.
 
 Training in a public subspace is Yu et al. 2021 (arXiv 2102.12677); a small trained core between
 frozen factors is LoRA-XS (Balazy et al. 2024, arXiv 2405.17604), there with the base's own
@@ -54,9 +54,9 @@ class CoreAdapter(lora.Adapter):
 
     def parameters(self) -> list[nn.Parameter]:
         """R of every layer."""
-        return [factor.core for factor in self.factors()]
+        return [module.core for module in self.trained()]
 
-    def factors(self) -> list[Core]:
+    def trained(self) -> list[Core]:
         """The modules that hold the parameters."""
         return [layer.lora_B for layer in self.layers.values()]
 

@@ -185,7 +185,7 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     )
     noise, draws = noise.to(base.device), len(timesteps)
     rows, batch = [], at_once(base, GRADIENT_BATCH)
-    with PerImage(adapter) as per_image:
+    with PerImage(adapter.factors()) as per_image:
         for i in range(0, len(latents), batch):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
             images = len(z) // draws

@@ -14,7 +14,7 @@ from pathlib import Path
 from audit import Audit
 from cli import UserError, one_line_errors, option, parse
 
-# name -> flags; the name is a folder, and its first word gives the line its colour
+# name -> flags; the name is a folder
 ROWS = {
     "lora": {"method": "lora"},
     "lora-cosine": {"method": "lora", "schedule": "cosine", "steps": 150},
@@ -37,8 +37,9 @@ ROWS = {
     "subspace-distill": {"method": "distill", "subspace": "public"},
     "subspace-smp": {"method": "smp", "subspace": "public"},
     "dp": {"method": "dp"},
-    "subspace-dp": {"method": "dp", "subspace": "public", "noise_multiplier": 0.5},
-    "dp-rho1": {"method": "dp", "rank": 4, "alpha": 4.0, "noise_multiplier": 0.0155},
+    # noise as large as a clipped gradient
+    "dp-rank4": {"method": "dp", "rank": 4, "alpha": 4.0, "noise_multiplier": 0.0155},
+    "subspace-dp": {"method": "dp", "subspace": "public", "noise_multiplier": 0.0545},
 }
 
 
@@ -53,14 +54,16 @@ if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 import audit
 from cli import read_json, write_whole
 from evaluation import audit_report
 from evaluation.lira import HEADLINE, THRESHOLD
 from evaluation.tables import cell, rounded
+from settings import ATTACKED
 
-ATTACKS = ("LiRA online, loss", "LiRA offline, loss", "projected prediction")
+SHOWN = ("LiRA online, loss", "LiRA offline, loss", "projected prediction")
 
 
 def study(s: Study) -> str:
@@ -81,7 +84,8 @@ def study(s: Study) -> str:
     found = table(records)
     write_whole(out / "table.md", found)
     lines = {name: (record, HEADLINE) for name, record in records.items()}
-    colours = {name: plt.get_cmap("tab20")(list(ROWS).index(name)) for name in records}
+    every = plt.get_cmap("turbo")(np.linspace(0, 1, len(ROWS)))
+    colours = {name: colour for name, colour in zip(ROWS, every, strict=True) if name in records}
     audit_report.frontier(lines, colours, out / "frontier.png")
     print(f"\n{found}\nfiles:    {out}/table.md, frontier.png")
     return found
@@ -89,7 +93,7 @@ def study(s: Study) -> str:
 
 def table(records: dict[str, dict]) -> str:
     """Every step of every audit in a line of markdown."""
-    heads = ["method", "step", "held-out loss", THRESHOLD, *ATTACKS, HEADLINE]
+    heads = ["method", "step", "held-out loss", THRESHOLD, *SHOWN, HEADLINE]
     heads += ["its TPR at 1 % FPR", "Frechet, held out", "cost", "uses"]
     lines = [heads, ["---"] * len(heads)]
     for name, record in records.items():
@@ -98,7 +102,7 @@ def table(records: dict[str, dict]) -> str:
             attacks = step["attacks"]
             rate = attacks[HEADLINE]["tpr_at_1_fpr"]
             areas = [
-                rounded(attacks[a]["auc"]) if a in attacks else "-" for a in (THRESHOLD, *ATTACKS)
+                rounded(attacks[a]["auc"]) if a in attacks else "-" for a in (THRESHOLD, *SHOWN)
             ]
             row = [name, at, f"{step['held_out_loss']:.4f}".lstrip("0"), *areas]
             row += [cell(attacks[HEADLINE]), "-" if rate is None else f"{rate:.2f}"]
@@ -110,28 +114,29 @@ def table(records: dict[str, dict]) -> str:
 def cost(s: dict, step: int) -> float:
     """Of a training up to a step, in whole trainings of plain LoRA at the default settings.
 
-    Counted in images that go through the UNet, a backward pass as two: 3 for an image of LoRA.  An
-    attacker sends as many members and as many others through it again, without gradient.
+    Counted in images that go through the UNet, a backward pass as two: 3 for an image of LoRA, and
+    1 more where the batch is cut into parts.  An attacker sends as many members and as many others
+    through it again, without gradient.  Making public directions is not counted.
     """
-    batch = s["batch_size"] * s["accumulate"]
-    per_step = 3 * batch
-    before = 0
-    if s["method"] in ("mp", "smp", "smp-detached"):
+    batch, parted = s["batch_size"] * s["accumulate"], s["accumulate"] > 1
+    own, before = (3 + parted) * batch, 0
+    per_step = own
+    if s["method"] in ATTACKED:
         per_step += 2 * batch
     elif s["method"] == "distill":
         seen = batch * (1 if s["public"] == "none" else 2)
-        per_step = 4 * seen
-        before = s["teachers"] * (s["teacher_steps"] or -(-s["steps"] // 4)) * 3 * batch
+        per_step = (4 + parted) * seen
+        before = s["teachers"] * (s["teacher_steps"] or -(-s["steps"] // 4)) * own
     elif s["method"] == "dp":
-        per_step *= s["draws"]
+        per_step = 3 * batch * s["draws"]
     return (before + step * per_step) / (400 * 3 * 8)
 
 
 def uses(s: dict) -> str:
     """What a method needs beside the members."""
-    if s["method"] in ("mp", "smp", "smp-detached"):
-        return "non-members"
-    return "public pictures" if s.get("public") not in (None, "none") else "-"
+    public = s.get("public") not in (None, "none") or s.get("subspace")
+    needed = {"non-members": s["method"] in ATTACKED, "public pictures": public}
+    return ", ".join(name for name, there in needed.items() if there) or "-"
 
 
 if __name__ == "__main__":

@@ -116,3 +116,19 @@ def image_folder(tmp_path_factory):
         image.save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(caption + "\n")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_base, image_folder):
+    """(base, encoded images): the tiny base, twelve members and twelve others."""
+    from base_files import load_base
+    from data import load_images
+    from diffusion import encode
+
+    base, images = load_base(tiny_base), load_images(image_folder, 32)
+    roles, start = {"fresh": []}, 0
+    for side in ("member", "nonmember"):
+        for part, count in {"aux": 6, "val": 1, "test": 5}.items():
+            roles[f"{side}_{part}"] = list(range(start, start + count))
+            start += count
+    return base, encode(base, images, roles)

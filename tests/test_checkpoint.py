@@ -20,9 +20,10 @@ from base_files import load_base
 from cli import UserError
 from data import load_images
 from diffusion import encode
-from settings import Settings, stored
+from settings import Settings
 from training import monitor, state
 from training import run as prepared
+from training.precheck import stored
 
 STEPS, KILLS = 30, 20
 

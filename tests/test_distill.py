@@ -12,29 +12,15 @@ from torch import nn
 
 import lora
 import train
-from base_files import load_base
 from cli import UserError
-from data import load_images
 from defences import distill
 from defences.distill import Student, Teachers
-from diffusion import Base, Encoded, encode, residual
+from diffusion import Base, Encoded, residual
 from settings import Settings, resolve
 from training import state
 from training.processes import Processes
 from training.run import assemble
 from training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def subject(tiny_base, image_folder):
-    """Base and encoded images: twelve members, twelve others."""
-    base, images = load_base(tiny_base), load_images(image_folder, 32)
-    roles, start = {"fresh": []}, 0
-    for side in ("member", "nonmember"):
-        for part, count in {"aux": 6, "val": 1, "test": 5}.items():
-            roles[f"{side}_{part}"] = list(range(start, start + count))
-            start += count
-    return base, encode(base, images, roles)
 
 
 @pytest.fixture(scope="module")

@@ -10,28 +10,13 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from base_files import load_base
 from cli import UserError
-from data import load_images
 from defences import dp
 from defences.dp import PrivateLearner
-from diffusion import encode
 from settings import Settings, resolve
 from training.processes import Processes
 from training.run import assemble
 from training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def subject(tiny_base, image_folder):
-    """Base and encoded images: twelve members, twelve others."""
-    base, images = load_base(tiny_base), load_images(image_folder, 32)
-    roles, start = {"fresh": []}, 0
-    for side in ("member", "nonmember"):
-        for part, count in {"aux": 6, "val": 1, "test": 5}.items():
-            roles[f"{side}_{part}"] = list(range(start, start + count))
-            start += count
-    return base, encode(base, images, roles)
 
 
 def settings(tiny_base, **flags):
@@ -49,7 +34,10 @@ def learner(subject, tiny_base, request):
     with torch.no_grad():
         for i, p in enumerate(run.adapter.parameters()):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    yield PrivateLearner(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dp, "secret", lambda: 5)
+        found = PrivateLearner(run)
+    yield found
     lora.remove(base.unet, run.adapter)
 
 
@@ -226,13 +214,14 @@ def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, monkeypatch
         if row["step"] == 3:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(dp, "secret", lambda: 5)
     whole, part = tmp_path / "whole", tmp_path / "part"
     train.train(replace(s, out=str(whole)))
     assert "promise:" in capsys.readouterr().out
     monkeypatch.setattr(train, "record", record)
     with pytest.raises(KeyboardInterrupt):
         train.train(replace(s, out=str(part)))
-    monkeypatch.undo()
+    monkeypatch.undo()  # the state has the secret
     train.train(Settings(out=str(part), resume=True))
     one, two = (
         load_file(p / "adapter" / "pytorch_lora_weights.safetensors") for p in (whole, part)
@@ -241,6 +230,23 @@ def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, monkeypatch
     summary = RunFolder(whole).config()["summary"]
     assert summary["noise_multiplier"] == 0.7 and summary["epsilon"] > 0
     assert summary["delta"] == pytest.approx(0.1 / 12)
+
+
+def test_the_seed_does_not_tell_the_noise(subject, tiny_base):
+    """It stands in the adapter's file: two runs of one seed have other batches and other noise,
+    and what starts from the seed, the adapter, is the same.
+    """
+    base, data = subject
+    found = []
+    for _ in range(2):
+        steps = train.train_adapter(base, data, settings(tiny_base, batch_size=12, steps=1))
+        ((_, adapter),) = ((step, a) for step, a in steps)
+        found.append([p.detach().clone() for p in adapter.parameters()])
+    assert not any(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    run = assemble(settings(tiny_base), base, data, Processes())
+    noises = [PrivateLearner(run).member_batch().noise[0] for _ in range(2)]
+    lora.remove(base.unet, run.adapter)
+    assert not torch.equal(*noises)
 
 
 def test_checkpointing_is_refused(subject, tiny_base):

@@ -29,10 +29,10 @@ from base_files import load_base
 from cli import UserError, one_line_errors
 from data import load_images
 from diffusion import encode_captions
-from settings import Settings, resolve, stored
+from settings import Settings, resolve
 from training import lock, monitor, state
 from training import run as prepared
-from training.precheck import glance
+from training.precheck import glance, stored
 from training.processes import Processes
 from training.run_folder import RunFolder
 

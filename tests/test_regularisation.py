@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from base_files import load_base
 from cli import UserError
-from data import load_images
-from diffusion import encode, encode_captions, encode_images
+from diffusion import encode_captions, encode_images
 from evaluation.target import kind, read_run
 from objectives import clip_, norm
 from settings import Settings, resolve
@@ -20,19 +18,6 @@ from training.learner import Learner, share_of_rate
 from training.processes import Processes
 from training.run import Batch, assemble
 from training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def subject(tiny_base, image_folder):
-    """Base and encoded images, two thirds of them members."""
-    base, images = load_base(tiny_base), load_images(image_folder, 32)
-    parts = {"aux": 4, "val": 1, "test": 3}
-    roles, start = {"fresh": []}, 0
-    for side in ("member", "nonmember"):
-        for part, count in parts.items():
-            roles[f"{side}_{part}"] = list(range(start, start + count))
-            start += count
-    return base, encode(base, images, roles)
 
 
 def settings(tiny_base, **flags):

@@ -17,8 +17,8 @@ from settings import (
     PAPER,
     Settings,
     resolve,
-    stored,
 )
+from training.precheck import stored
 
 
 def flags(*argv):

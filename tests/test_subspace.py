@@ -13,26 +13,12 @@ import lora_files
 import train
 from base_files import load_base
 from cli import UserError
-from data import load_images
 from defences import directions, subspace
 from defences.dp import PrivateLearner
-from diffusion import encode
 from settings import DIRECTIONS, EMBEDDED, Settings, resolve
 from training.processes import Processes
 from training.run import assemble
 from training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def subject(tiny_base, image_folder):
-    """Base and encoded images: twelve members, twelve others."""
-    base, images = load_base(tiny_base), load_images(image_folder, 32)
-    roles, start = {"fresh": []}, 0
-    for side in ("member", "nonmember"):
-        for part, count in {"aux": 6, "val": 1, "test": 5}.items():
-            roles[f"{side}_{part}"] = list(range(start, start + count))
-            start += count
-    return base, encode(base, images, roles)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +152,11 @@ def test_stopped_and_gone_on_with(tiny_base, file, image_folder, tmp_path, monke
     assert RunFolder(whole).config()["trainable_parameters"] == 9 * len(one) / 2
 
 
-def test_what_cannot_be(tiny_base, tmp_path, file, subject):
+def test_what_cannot_be(tiny_base, tmp_path, file, subject, monkeypatch):
     """One sentence each."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"icons/emojione/icons\.json is missing"):
+        directions.make(directions.Flags(model=tiny_base, data=["emojione"]))
     with pytest.raises(UserError, match="needs --subspace FILE"):
         settings(tiny_base, None)
     with pytest.raises(UserError, match="both say what the adapter is"):

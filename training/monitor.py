@@ -143,7 +143,7 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
 
     def terms() -> Terms:
         error = run.errors(batch)
-        gain = None if not s.attacked else mi_gain(attacker, error, batch.timesteps)
+        gain = mi_gain(attacker, error, batch.timesteps) if s.attacked else None
         return objective(s.objective, adaptation_loss(error), gain, s.lam, s.delta)
 
     return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.lam)

@@ -2,10 +2,11 @@
 
 import os
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
-from cli import UserError, read_json, shown
-from settings import EMBEDDED_SETS, Settings, resolve, stored
+from cli import UserError, checked, read_json, shown
+from settings import EMBEDDED_SETS, FREE, Settings, out_folder, resolve
 from training import lock
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
@@ -89,3 +90,44 @@ def _require_processes(config: Path) -> None:
             f"{config.parent} was begun by {begun} processes and cannot be continued by {now}: "
             f"start {begun} (accelerate launch --num_processes {begun}), or take another --out"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# The settings of a run that goes on
+
+
+def stored(settings: Settings) -> tuple[Settings, dict | None]:
+    """For --resume: the settings of the run in --out, and its summary if it is finished.
+
+    A flag given that says something else is refused, save those in FREE.  Raises UserError.
+    """
+    out = out_folder(settings)
+    path = out / "config.json"
+    if not path.exists():
+        return settings, None
+    known, summary = _read_run(path)
+    for f in fields(Settings):
+        given = getattr(settings, f.name)
+        if f.name in known and f.name not in FREE and given not in (f.default, known[f.name]):
+            flag = "--" + f.name.replace("_", "-")
+            raise UserError(
+                f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
+            )
+    free = {name: getattr(settings, name) for name in FREE} | {"out": str(out)}
+    return replace(Settings(**known), **free), summary
+
+
+def _read_run(path: Path) -> tuple[dict, dict | None]:
+    """(settings, summary) of a config.json; raises UserError if it is not a whole one."""
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+            raise UserError("it holds no settings")
+        summary = config.get("summary")
+        if not isinstance(summary, dict | None):
+            raise UserError("its summary is not an object")
+        return checked(Settings, config["settings"], path), summary
+    except UserError as error:
+        raise UserError(
+            f"{path} is not a run's config ({error}): it cannot be continued, take another --out"
+        ) from None

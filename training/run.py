@@ -176,8 +176,8 @@ def fresh(settings: Settings, base: Base) -> lora.Adapter:
 def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int], Encoded]:
     """Positions of the public pictures, and the images with them at the end; none without --public.
 
-    Copies of the private images are left out: a teacher may have seen them.  Of more pictures than
-    the steps can use, a random part is taken.
+    Copies of the private images are left out: a teacher may have seen them.  Of more than PUBLIC a
+    random part is taken.
     """
     if settings.public in (None, "none"):
         return [], data

@@ -122,7 +122,7 @@ def ask(
     step also gradient (P,), the mean log norm, which costs as much as all the others.
     """
     latents, text, index = data.latents[: plan.pool], data.text[: plan.pool], plan.held_out
-    with merged(adapter):
+    with adapter.folded():
         losses, predictions = predict(base, latents, text)
         held_out = held_out_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
@@ -169,20 +169,6 @@ def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
             if k == 0:
                 kept[:, j] = noise_pred.flatten(1).cpu().numpy()
     return losses, kept
-
-
-@contextlib.contextmanager
-def merged(adapter: lora.Adapter) -> Iterator[None]:
-    """Inside, the adapter is in the base weights; after it they have the same bits as before."""
-    before = [layer.base.weight.clone() for layer in adapter.layers.values()]
-    adapter.merge()
-    try:
-        yield
-    finally:
-        for layer, weight in zip(adapter.layers.values(), before, strict=True):
-            with torch.no_grad():
-                layer.base.weight.copy_(weight)
-            layer.merged = False
 
 
 def _save(adapter: lora.Adapter, folder: Path, s: Settings, step: int) -> None:

@@ -123,7 +123,8 @@ def held_out(run: Run) -> dict[str, float]:
     for side in ("member", "nonmember"):
         index = run.data.roles[f"{side}_val"]
         latents, text = run.data.latents[index], run.data.text[index]
-        grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
+        with run.folded():
+            grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
         loss[f"{side}_val_loss"] = grid.mean().item()
     return loss
 

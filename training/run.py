@@ -1,7 +1,7 @@
 """What one run works on and does not change: settings, base, images, adapter, processes, folder."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -122,7 +122,15 @@ class Run:
     def errors_alone(self, batch: Batch) -> torch.Tensor:
         """Error maps (B, C, h, w) of a batch over all processes, without gradient."""
         parts = self.processes.parts(len(batch), 2 * self.settings.batch_size)
-        return self.processes.gather(torch.cat([self.errors(batch, part) for part in parts]))
+        with self.folded():
+            errors = [self.errors(batch, part) for part in parts]
+        return self.processes.gather(torch.cat(errors))
+
+    def folded(self) -> AbstractContextManager:
+        """Inside, the adapter is in the base weights, which saves its part of a forward; apart
+        from them in half precision, whose steps are as large as what the adapter adds.
+        """
+        return self.adapter.folded() if self.base.unet.dtype == torch.float32 else nullcontext()
 
 
 def prepare(settings: Settings, processes: Processes) -> Run:

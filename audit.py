@@ -86,6 +86,11 @@ def complete(s: Audit) -> Audit:
         raise UserError(f"--pictures must be 0 or more, not {s.pictures}")
     if s.split != "default":
         raise UserError("--split says nothing in an audit, which deals the images itself")
+    if s.nonmembers is not None:
+        raise UserError(
+            "--nonmembers says nothing in an audit, where every image is a member of half of the "
+            "adapters: leave it out"
+        )
     if s.stop != "last":
         raise UserError("--stop says nothing in an audit, which asks adapters at several steps")
     jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)

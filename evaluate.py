@@ -42,7 +42,8 @@ class Settings:
         "the runs lie now",
         group=WHERE,
     )
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps", group=WHERE)
+    nonmembers: str | None = option(None, "where the --nonmembers of the runs lie now", group=WHERE)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", group=WHERE)
     adapter: str | None = option(
         None,
         "adapter file or folder trained elsewhere (diffusers, peft or kohya form)",
@@ -66,7 +67,7 @@ class Settings:
         ("embedded", "inception"),
         group=LOOKS,
     )
-    nonmembers: int = option(
+    test_nonmembers: int = option(
         200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR"
     )
     bootstrap: int = option(1000, "rounds of permuted labels: what chance reaches")
@@ -111,7 +112,7 @@ def evaluate(s: Settings) -> list[dict]:
     check(s)
     if s.threads:
         torch.set_num_threads(s.threads)
-    now = {"model": s.model, "data": s.data, "dtype": s.dtype}
+    now = {"model": s.model, "data": s.data, "nonmembers": s.nonmembers, "dtype": s.dtype}
     targets = [read_run(folder, s.at, **now) for folder in s.runs or ()] or [read_adapter(s)]
     network, examination, records, models = quality.load_network(s.features), None, [], []
     for target in targets:

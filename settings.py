@@ -48,6 +48,12 @@ class Settings:
     data: str = option(
         "twemoji", "twemoji, openmoji, or a folder of captioned images", group="what and where"
     )
+    nonmembers: str | None = option(
+        None,
+        "public or otherwise unrelated images, as --data, to be all the non-members, so that "
+        "one's own can all be members (default: a part of --data is kept apart)",
+        group="what and where",
+    )
     out: str | None = option(None, "run folder (default: runs/<method>)", group="what and where")
     device: str = option("cpu", "cpu, cuda, cuda:1, mps", group="what and where")
     resume: bool = option(
@@ -205,7 +211,10 @@ class Settings:
         ("default", "pokemon"),
     )
     members: int | None = option(
-        None, "images to adapt on; half of them also train the attacker", tables=TABLES
+        None,
+        "images to adapt on; half of them also train the attacker; left out, as many as the "
+        "folder serves, at most that many",
+        tables=TABLES,
     )
     alpha: float | None = option(
         None, "LoRA alpha: the adapter is scaled by alpha / rank", tables=TABLES
@@ -286,11 +295,12 @@ FROM_ZERO = {
 
 def resolve(settings: Settings) -> Settings:
     """The settings with the flags left out filled in; raises UserError for what cannot work."""
-    embedded = os.path.realpath(settings.model) == os.path.realpath(EMBEDDED)
+    embedded = is_embedded(settings.model)
     if settings.method == "subspace" and embedded and settings.subspace is None:
         settings = replace(settings, subspace="public")
     _check_together(settings)
     defaults = _defaults(settings, embedded)
+    defaults.pop("members")  # how many serve is seen when the images are there: most_members
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
@@ -303,9 +313,21 @@ def resolve(settings: Settings) -> Settings:
     return settings
 
 
+def is_embedded(model: str) -> bool:
+    """Whether it is the model in base/, whose defaults are FAST."""
+    return os.path.realpath(model) == os.path.realpath(EMBEDDED)
+
+
+def most_members(settings: Settings) -> int:
+    """Members where --members is left out and there are images enough."""
+    return (FAST if is_embedded(settings.model) else PAPER)["members"]
+
+
 def _check_together(s: Settings) -> None:
     """Flags that cannot go together."""
     problems = {
+        "--nonmembers and --split pokemon both say who is no member: leave one out": s.nonmembers
+        and s.split == "pokemon",
         "--public goes with --method distill: leave it out": s.public is not None
         and s.method != "distill",
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
@@ -323,7 +345,7 @@ def _check_together(s: Settings) -> None:
 
 def _defaults(s: Settings, embedded: bool) -> dict:
     """Values of the flags left out: by the model, and by what the method needs."""
-    defaults = FAST if embedded else PAPER
+    defaults = dict(FAST if embedded else PAPER)
     if s.method == "distill":  # a step of the student costs more
         public = "openmoji" if embedded else "none"
         defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}

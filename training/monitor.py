@@ -244,19 +244,19 @@ def require_same(run: Run) -> None:
     """Before going on: the images must be those that the run was begun with, by content and by
     role; raises UserError.
     """
-    now, before = hashes(run), run.folder.images() or {}
+    now, before, s = hashes(run), run.folder.images() or {}, run.settings
+    sets = f"{s.data} or {s.nonmembers}" if s.nonmembers else s.data
     changed = [name for name, known in before.items() if now.get(name, known) != known]
     if changed:
         raise UserError(
-            f"{changed[0]} in {run.settings.data}, or its caption, is not what {run.folder} was "
+            f"{changed[0]} in {sets}, or its caption, is not what {run.folder} was "
             "begun with: put it back, or take another --out"
         )
     roles = run.data.roles
     dealt = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
     if run.folder.splits() != dealt:
         raise UserError(
-            f"{run.settings.data} no longer holds the images that {run.folder} was begun with: "
-            "put them back"
+            f"{sets} no longer holds the images that {run.folder} was begun with: put them back"
         )
 
 

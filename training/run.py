@@ -12,7 +12,7 @@ import lora
 import lora_files
 from base_files import load_base
 from cli import UserError
-from data import Images, load_images, near_duplicates, split
+from data import PARTS, Images, load_images, near_duplicates
 from defences import subspace
 from diffusion import (
     Base,
@@ -24,7 +24,8 @@ from diffusion import (
     residual,
     squared_error,
 )
-from settings import DIRECTIONS, Settings
+from settings import DIRECTIONS, Settings, most_members
+from training import roles as dealing
 from training.processes import Processes, WholeBatch
 from training.run_folder import RunFolder
 
@@ -132,9 +133,24 @@ def prepare(settings: Settings, processes: Processes) -> Run:
     """
     torch.manual_seed(settings.seed)  # attacker initialisation and dropout
     base = load_base(settings.model, processes.device, settings.dtype, settings.size)
-    images = load_images(settings.data, base.size, settings.caption)
-    roles = split(images, settings.seed, settings.members, settings.split)
-    return assemble(settings, base, encode(base, images, roles), processes)
+    images = load_images(settings.data, base.size, settings.caption, settings.nonmembers)
+    s, images, roles = deal(settings, images, processes.main)
+    return assemble(s, base, encode(base, images, roles), processes)
+
+
+def deal(s: Settings, images: Images, speak: bool) -> tuple[Settings, Images, dict[str, list[int]]]:
+    """Who among the images is a member, said in a line; settings with --members filled in, and the
+    images that are needed.
+
+    Raises UserError if there are too few.
+    """
+    roles = dealing.split(images, s.seed, s.members, s.split, most_members(s))
+    if images.private is not None:
+        images, roles = dealing.only_dealt(images, roles)
+    if speak:
+        dealing.say(roles, s.nonmembers)
+    count = sum(len(roles[f"member_{part}"]) for part in PARTS)
+    return replace(s, members=s.members or count), images, roles
 
 
 def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes) -> Run:

@@ -16,10 +16,12 @@ DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
 # model, values set by hand, but for the number of epochs (docs/results.md says how).
 PAPER = {
+    "dtype": "auto",
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,
 }  # fmt: skip
 FAST = {
+    "dtype": "float32",
     "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
 }  # fmt: skip
@@ -44,6 +46,7 @@ class Settings:
         EMBEDDED,
         "StableDiffusionPipeline folder, hub name, or one .safetensors checkpoint",
         group="what and where",
+        shows="the embedded model, for pictures of 48 pixels",
     )
     data: str = option(
         "twemoji", "twemoji, openmoji, or a folder of captioned images", group="what and where"
@@ -55,7 +58,12 @@ class Settings:
         group="what and where",
     )
     out: str | None = option(None, "run folder (default: runs/<method>)", group="what and where")
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps", group="what and where")
+    device: str = option(
+        "auto",
+        "cpu, cuda, cuda:1, mps; auto is the first there is of cuda, mps and cpu, with --resume "
+        "that of the run",
+        group="what and where",
+    )
     resume: bool = option(
         False,
         "continue the run in --out, with its settings; a run not begun is begun",
@@ -186,7 +194,8 @@ class Settings:
     # Saving and looking
     save_every: int | None = option(
         None,
-        "steps between adapters kept, each with its held-out loss (default: an eighth of the run)",
+        "steps between adapters kept, each with its held-out loss (default: an eighth of the run; "
+        "the first after a twentieth)",
         group="saving and looking",
     )
     samples: int = option(
@@ -196,7 +205,7 @@ class Settings:
     )
     dry_run: bool = option(
         False,
-        "say what would happen, with time and memory from two steps, and stop",
+        "say what would happen, with hours, gigabytes and memory from two steps, and stop",
         group="saving and looking",
     )
 
@@ -213,7 +222,7 @@ class Settings:
     members: int | None = option(
         None,
         "images to adapt on; half of them also train the attacker; left out, as many as the "
-        "folder serves, at most that many",
+        "images serve, up to the default",
         tables=TABLES,
     )
     alpha: float | None = option(
@@ -233,17 +242,20 @@ class Settings:
     )
     epochs: int | None = option(None, "passes over the members; --steps wins", tables=TABLES)
     clip: float = option(1.0, "limit of the gradient norm")
-    dtype: str = option(
-        "auto",
+    dtype: str | None = option(
+        None,
         "of the frozen base, the rest stays float32; auto: bfloat16 or float16 on a GPU, "
         "float32 on a CPU",
         ("auto", "float32", "bfloat16", "float16"),
+        tables=TABLES,
     )
     gradient_checkpointing: bool = option(
         False, "compute activations twice to keep fewer: a third slower, far smaller"
     )
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
-    sample_every: int | None = option(None, "steps between sample grids (default: only the last)")
+    sample_every: int | None = option(
+        None, "steps between sample grids (default: with the first adapter and the last)"
+    )
     norms_every: int = option(
         20, "steps between separate gradient norms of L and G (two more backward passes)"
     )
@@ -252,7 +264,9 @@ class Settings:
         "steps between Hessian norms and their bound on a fixed batch (each costs dozens of "
         "steps); 0 is never",
     )
-    state_every: int = option(100, "steps between training states for --resume")
+    state_every: int | None = option(
+        None, "steps between training states for --resume (default: five minutes)"
+    )
     keep: int = option(2, "training states kept")
     format: str = option(
         "diffusers", "kohya writes that form too, for ComfyUI and A1111", ("diffusers", "kohya")

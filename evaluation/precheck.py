@@ -27,8 +27,8 @@ def check(s) -> None:
     check_numbers(s)
     if not re.fullmatch(r"(last|best|[0-9]{1,18})", s.at):
         raise UserError(f"--at must be last, best or a step, not {s.at}")
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device):
-        raise UserError(f"--device must be cpu, cuda, cuda:1 or mps, not {s.device}")
+    if not re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:1 or mps, not {s.device}")
     if not s.runs:
         check_elsewhere(s)
     if not s.runs and s.nonmembers is not None:

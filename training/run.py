@@ -29,6 +29,7 @@ from training import roles as dealing
 from training.processes import Processes, WholeBatch
 from training.run_folder import RunFolder
 
+FEW = 4  # images that a dry run encodes
 PUBLIC = 1000  # pictures beside the private ones, at most
 
 
@@ -135,7 +136,19 @@ def prepare(settings: Settings, processes: Processes) -> Run:
     base = load_base(settings.model, processes.device, settings.dtype, settings.size)
     images = load_images(settings.data, base.size, settings.caption, settings.nonmembers)
     s, images, roles = deal(settings, images, processes.main)
-    return assemble(s, base, encode(base, images, roles), processes)
+    return assemble(s, base, encoded(s, base, images, roles), processes)
+
+
+def encoded(s: Settings, base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
+    """The images as the base sees them; for a dry run a few of them stand for all."""
+    if not s.dry_run:
+        return encode(base, images, roles)
+    few = min(FEW, len(images.names))
+    names, captions = images.names[:few], images.captions[:few]
+    data = encode(base, Images(names, captions, images.pixels[:few]), {})
+    at = torch.arange(len(images.names)) % few
+    everything = images.names, images.captions, images.pixels, data.latents[at], data.text[at]
+    return Encoded(*everything, roles)
 
 
 def deal(s: Settings, images: Images, speak: bool) -> tuple[Settings, Images, dict[str, list[int]]]:
@@ -205,7 +218,7 @@ def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int
     chosen = np.random.default_rng(settings.seed).permutation(kept)[:PUBLIC].tolist()
     names = [f"public/{images.names[i]}" for i in chosen]
     captions = [images.captions[i] for i in chosen]
-    more = encode(base, Images(names, captions, images.pixels[chosen]), {})
+    more = encoded(settings, base, Images(names, captions, images.pixels[chosen]), {})
     return list(range(own, own + len(chosen))), joined(data, more)
 
 

@@ -99,7 +99,7 @@ def _subject(plan: Plan) -> tuple[Base, Encoded]:
         _loaded.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # whoever made the plan has said it all
             base = load_base(s.model, s.device, s.dtype, s.size)
-            images = load_images(s.data, base.size, s.caption)
+            images = load_images(s.data, base.size, s.caption, s.nonmembers)
             images = Images(plan.names, plan.captions, images.pixels[plan.images])
             if hash_of(images) != plan.digest:
                 raise UserError(f"{s.data} is not what the audit was begun with: put it back")

@@ -153,6 +153,16 @@ class Adapter:
         found = Counter((layer.rank, layer.alpha) for layer in self.layers.values())
         return found.most_common(1)[0][0]
 
+    def untrained(self, unet: nn.Module, generator: torch.Generator | None = None) -> "Adapter":
+        """An adapter of the same layers in a plain `unet`, before its first step; of one rank."""
+        layer = next(iter(self.layers.values()))
+        return inject(unet, self.target, layer.rank, layer.alpha, generator)
+
+    def leave(self, unet: nn.Module) -> None:
+        """Put the base layers back in place."""
+        for name, layer in self.layers.items():
+            _replace(unet, name, layer.base)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model; restored on the way out, also after an error."""
@@ -285,10 +295,9 @@ def wrap(unet: nn.Module, name: str, rank: int, alpha: float) -> LoRALinear:
 
 
 def remove(unet: nn.Module, adapter: Adapter) -> None:
-    """Put the base layers back in place: the UNet is as before `inject` or `lora_files.load`."""
+    """Take the adapter out: the UNet is as before `inject` or `lora_files.load`."""
     adapter.unmerge()
-    for name, layer in adapter.layers.items():
-        _replace(unet, name, layer.base)
+    adapter.leave(unet)
 
 
 def _replace(unet: nn.Module, name: str, module: nn.Module) -> None:

@@ -23,6 +23,7 @@ FAST = {
     "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
 }  # fmt: skip
+FULL_LR = {True: 1e-4, False: 5e-6}  # of --target full, for the embedded model or not
 TABLES = {"embedded": FAST, "Stable Diffusion": PAPER}
 
 
@@ -106,8 +107,8 @@ class Settings:
     )
     target: str | None = option(
         None,
-        "which layers are adapted",
-        ("attention", "transformer", "all"),
+        "which layers are adapted; full trains the weights of the UNet themselves, without LoRA",
+        ("attention", "transformer", "all", "full"),
         group="adapter",
         tables=TABLES,
     )
@@ -305,7 +306,14 @@ def resolve(settings: Settings) -> Settings:
 
 def _check_together(s: Settings) -> None:
     """Flags that cannot go together."""
+    full = s.target == "full"
     problems = {
+        "--rank and --alpha are a LoRA's: leave them out with --target full": full
+        and (s.rank is not None or s.alpha is not None),
+        "--target full trains no LoRA: leave --subspace, --dropout and --format kohya out": full
+        and (s.subspace or s.dropout or s.format == "kohya"),
+        "--method dp cannot clip the gradients of norms and biases: leave --target full out": full
+        and s.method == "dp",
         "--public goes with --method distill: leave it out": s.public is not None
         and s.method != "distill",
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
@@ -327,6 +335,8 @@ def _defaults(s: Settings, embedded: bool) -> dict:
     if s.method == "distill":  # a step of the student costs more
         public = "openmoji" if embedded else "none"
         defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+    if s.target == "full":  # the weights have their scale already
+        defaults = defaults | {"lr": FULL_LR[embedded], "rank": None, "alpha": None}
     if s.subspace:  # a core has few numbers, and moves far
         defaults = defaults | {"lr": 5 * defaults["lr"]}
     return defaults

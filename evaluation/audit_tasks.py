@@ -21,7 +21,7 @@ import torch
 import tqdm
 
 import lora
-import lora_files
+from adapters import files
 from base_files import load_base
 from cli import UserError, write_whole
 from data import Images, load_images
@@ -188,7 +188,7 @@ def merged(adapter: lora.Adapter) -> Iterator[None]:
 def _save(adapter: lora.Adapter, folder: Path, s: Settings, step: int) -> None:
     facts = {"base_model": Path(s.model).name, "method": s.method, "lambda": s.lam}
     facts |= {"seed": s.seed, "steps": step, "git_commit": git_commit()}
-    lora_files.save(adapter, folder, facts)
+    files.save(adapter, folder, facts)
 
 
 def write_arrays(path: Path, arrays: dict) -> None:

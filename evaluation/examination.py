@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import lora
-import lora_files
 import roc
+from adapters import files
 from cli import UserError
 from diffusion import ALL_TIMESTEPS
 from evaluation import comparisons, quality
@@ -146,11 +146,9 @@ class Examination:
         """
         if self.control is None or shadows:
             unet = self.subject.base.unet
-            trained, _ = lora_files.load(unet, target.adapter)
+            trained, _ = files.load(unet, target.adapter)
             lora.remove(unet, trained)
-            layer = next(iter(trained.layers.values()))
-            generator = torch.Generator().manual_seed(self.seed)
-            untrained = lora.inject(unet, trained.target, layer.rank, layer.alpha, generator)
+            untrained = trained.untrained(unet, torch.Generator().manual_seed(self.seed))
             digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
             store = Store(target.run.parent / f"control-{digest}", self.key)
             try:
@@ -164,7 +162,7 @@ class Examination:
     def measure_adapter(self, target: Target, shadows: Plan | None = None) -> Measured:
         """The adapter of a target, in the base for as long as it takes."""
         control, unet = self.measure_base(target, shadows), self.subject.base.unet
-        adapter, _ = lora_files.load(unet, target.adapter)
+        adapter, _ = files.load(unet, target.adapter)
         key = json.dumps([self.key, adapter_digest(target.adapter)])
         model = Model(target.name, adapter, Store(target.folder / "scores", key))
         try:

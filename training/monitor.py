@@ -13,10 +13,10 @@ import torch
 import tqdm
 
 import lora
-import lora_files
 import plots
 import roc
 import smoothness
+from adapters import files
 from cli import UserError
 from data import Images
 from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
@@ -185,7 +185,7 @@ def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None
         "steps": step,
         "git_commit": git_commit(),
     }
-    lora_files.save(run.adapter, folder, facts, kohya)
+    files.save(run.adapter, folder, facts, kohya)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def stopped(run: Run) -> tuple[Run, int]:
         return run, run.settings.steps
     path, step = run.folder.adapter("best")
     lora.remove(run.base.unet, run.adapter)
-    adapter, _ = lora_files.load(run.base.unet, path)
+    adapter, _ = files.load(run.base.unet, path)
     return replace(run, adapter=adapter), step
 
 
@@ -367,7 +367,8 @@ def plan(run: Run, seconds: float, lesson: float = 0.0) -> dict[str, str]:
         "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device}"
         f" x {run.processes.count}",
         "images": ", ".join(f"{role} {len(index)}" for role, index in data.roles.items()) + public,
-        "adapter": f"{count:,} parameters in {len(run.adapter.layers)} layers",
+        "adapter": f"{count:,} parameters in "
+        f"{f'{n} layers' if (n := len(run.adapter.layers)) else 'the whole UNet'}",
         "steps": f"{s.steps} of {run.batch} images, {passes:.1f} passes{teachers}",
         "time": f"{seconds:.2f} s a step, {minutes:.0f} min without pictures and held-out losses",
         "memory": f"{memory:.1f} GiB at its peak",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import lora
-import lora_files
+from adapters import files, whole
 from base_files import load_base
 from cli import UserError
 from data import Images, load_images, near_duplicates, split
@@ -142,17 +142,12 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
 
     Raises UserError for an adapter that does not fit.
     """
-    if settings.init:
-        adapter, _ = lora_files.load(base.unet, settings.init)
-        rank, alpha = adapter.rank_and_alpha()
-        settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
-    else:
-        try:
-            adapter = fresh(settings, base)
-        except ValueError as error:
-            raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
-        rank, alpha = adapter.rank_and_alpha()
-        settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
+    try:
+        adapter = fresh(settings, base)
+    except ValueError as error:
+        raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
+    rank, alpha = adapter.rank_and_alpha()
+    settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
     public, data = with_public(settings, base, data)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -165,7 +160,16 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
 
 
 def fresh(settings: Settings, base: Base) -> lora.Adapter:
-    """A new adapter in the base; raises ValueError where there cannot be one."""
+    """A new adapter in the base, or that of --init; raises ValueError where there cannot be one,
+    UserError for a file that does not fit.
+    """
+    if settings.init:
+        if (settings.target == "full") != whole.is_one(settings.init):
+            kind = "no whole UNet" if settings.target == "full" else "a whole UNet"
+            raise UserError(f"--init {settings.init} is {kind}: --target full goes with one")
+        return files.load(base.unet, settings.init)[0]
+    if settings.target == "full":
+        return whole.WholeUNet(base.unet)
     if settings.subspace:
         file = DIRECTIONS if settings.subspace == "public" else settings.subspace
         return subspace.inject(base.unet, *subspace.load(file))

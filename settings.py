@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cli import UserError, option
+from training import released
 
 EMBEDDED = str(Path(__file__).parent / "base")
 EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
@@ -220,6 +221,11 @@ class Settings:
         "a quarter of the forwards",
         ("drawn", "reused"),
     )
+    as_released: str | None = option(
+        None,
+        "do as the authors' code where it is not the paper: some of order, half, lambda, forward, "
+        "dropout, text-encoder with commas between, or all (docs/paper-and-code.md)",
+    )
     accumulate: int = option(
         1, "forwards per step: with N, a step is that of a batch N times as large"
     )
@@ -261,6 +267,17 @@ class Settings:
         """Its name in objectives.py: without an attacker it is L, whatever L is measured to."""
         return self.method if self.attacked else "lora"
 
+    def released(self, name: str) -> bool:
+        """Whether the run does `name`, one of released.NAMES, as the authors' code does."""
+        return name in released.chosen(self.as_released)
+
+    @property
+    def weight(self) -> float:
+        """The weight of G in the objective: lambda, or twice that where G goes without the 1/2 of
+        Eq. 5.
+        """
+        return 2 * self.lam if self.released("half") else self.lam
+
     # Flags that are gone, each with the value at which it changed nothing.
     RETIRED: ClassVar[dict] = {"attacker_every": 1}
 
@@ -297,6 +314,7 @@ def resolve(settings: Settings) -> Settings:
     settings = replace(settings, **left_out, out=str(out))
     for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
         _check_number(settings, name, highest)
+    _refuse(released.problems(settings))
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
             f"{out} already holds a run: give another --out, or --resume to continue it"
@@ -324,6 +342,11 @@ def _check_together(s: Settings) -> None:
         "--gradient-checkpointing computes again with other masks: leave --dropout out": s.dropout
         and s.gradient_checkpointing,
     }
+    _refuse(problems)
+
+
+def _refuse(problems: dict[str, bool]) -> None:
+    """Raise UserError for the first of the sentences that holds."""
     for problem, there in problems.items():
         if there:
             raise UserError(problem)
@@ -335,6 +358,8 @@ def _defaults(s: Settings, embedded: bool) -> dict:
     if s.method == "distill":  # a step of the student costs more
         public = "openmoji" if embedded else "none"
         defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+    if s.released("lambda"):
+        defaults = defaults | {"lam": 1.0}
     if s.target == "full":  # the weights have their scale already
         defaults = defaults | {"lr": FULL_LR[embedded], "rank": None, "alpha": None}
     if s.subspace:  # a core has few numbers, and moves far

@@ -144,9 +144,9 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
     def terms() -> Terms:
         error = run.errors(batch)
         gain = mi_gain(attacker, error, batch.timesteps) if s.attacked else None
-        return objective(s.objective, adaptation_loss(error), gain, s.lam, s.delta)
+        return objective(s.objective, adaptation_loss(error), gain, s.weight, s.delta)
 
-    return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.lam)
+    return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.weight)
 
 
 def sample_grid(run: Run, step: int) -> None:

@@ -43,9 +43,20 @@ class Batch:
     taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
     dropped: int | None = None  # seed of the masks, with --dropout
     counted: int | None = None  # images that count, where others only fill the batch up
+    again: int | None = None  # where the same images stand again with other noise, for G alone
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def fitted(self, error: torch.Tensor) -> torch.Tensor:
+        """The error maps that L is of: all, or with --as-released forward the first half."""
+        return error[: self.again]
+
+    def judged(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(error maps, timesteps) that G is of: all, or with --as-released forward the second
+        half.
+        """
+        return error[self.again :], self.timesteps[self.again :]
 
 
 @dataclass

@@ -128,6 +128,10 @@ class Adapter:
         layers = self.layers.values()
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """(parameters, their share of the learning rate), in the order of `parameters`."""
+        return [(self.parameters(), 1.0)]
+
     def factors(self) -> list[nn.Module]:
         """A and B of every layer, as modules."""
         return [f for layer in self.layers.values() for f in (layer.lora_A, layer.lora_B)]

@@ -61,8 +61,9 @@ class Learner:
         self.attacker_optimizer = torch.optim.Adam(
             self.attacker.parameters(), lr=settings.attacker_lr
         )
+        groups = [{"params": some, "share": share} for some, share in run.adapter.groups()]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
+            groups, lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.settings = settings
         # running means of the parameters, with --ema
@@ -132,7 +133,7 @@ class Learner:
             parameter.grad = gradient
         s = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * share_of_rate(s.schedule, step, s.steps)
+            group["lr"] = s.lr * group["share"] * share_of_rate(s.schedule, step, s.steps)
         self.optimizer.step()
         if self.means:
             decay = min(s.ema, (1 + step) / (10 + step))

@@ -119,10 +119,10 @@ def held_out(run: Run) -> dict[str, float]:
 
     The non-members' is the held-out loss: what early stopping goes by.
     """
-    loss = {}
+    loss, data = {}, run.seen_data()
     for side in ("member", "nonmember"):
-        index = run.data.roles[f"{side}_val"]
-        latents, text = run.data.latents[index], run.data.text[index]
+        index = data.roles[f"{side}_val"]
+        latents, text = data.latents[index], data.text[index]
         grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
         loss[f"{side}_val_loss"] = grid.mean().item()
     return loss
@@ -162,7 +162,7 @@ def sample_grid(run: Run, step: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((len(index), *run.base.latent_shape), generator=generator)
     empty = encode_captions(run.base, [""])
-    images = sample(run.base, run.data.text[index], empty, noise.to(run.base.device))
+    images = sample(run.base, run.seen_data().text[index], empty, noise.to(run.base.device))
     plots.image_grid(images, columns, run.folder.path / "samples" / f"step-{step:06d}.png")
 
 
@@ -265,7 +265,7 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
 
     The test images are left to evaluate.py.
     """
-    data, scores = run.data, {}
+    data, scores = run.seen_data(), {}
     for side in ("member", "nonmember"):
         index = data.roles[f"{side}_aux"] + data.roles[f"{side}_val"]
         grid = loss_grid(run.base, data.latents[index], data.text[index])
@@ -321,7 +321,7 @@ def stopped(run: Run) -> tuple[Run, int]:
         return run, run.settings.steps
     path, step = run.folder.adapter("best")
     lora.remove(run.base.unet, run.adapter)
-    adapter, _ = files.load(run.base.unet, path)
+    adapter, _ = files.load(run.base, path)
     return replace(run, adapter=adapter), step
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 import lora
-from adapters import files, whole
+import lora_files
+from adapters import text_encoder, whole
 from base_files import load_base
 from cli import UserError
 from data import Images, load_images, near_duplicates, split
@@ -17,12 +18,14 @@ from defences import subspace
 from diffusion import (
     Base,
     Encoded,
+    embed,
     encode,
     encode_captions,
     encode_images,
     joined,
     residual,
     squared_error,
+    tokenize,
 )
 from settings import DIRECTIONS, Settings
 from training.processes import Processes, WholeBatch
@@ -71,6 +74,8 @@ class Run:
     mirror: torch.Tensor | None = None  # (N, C, h, w) latents of the mirrored images, with --flip
     empty: torch.Tensor | None = None  # (1, L, D) embedding of "", with --caption-dropout
     public: list[int] = field(default_factory=list)  # positions of the public pictures in `data`
+    # (N + 1, L) of the captions and of "", where the text encoder is adapted too
+    tokens: torch.Tensor | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -108,13 +113,27 @@ class Run:
     def seen(self, batch: Batch, part: slice | list[int]) -> tuple[torch.Tensor, ...]:
         """(latents, text, timesteps, noise) of a part of a batch, as its draws say."""
         index = batch.index[part]
-        latents, text = self.data.latents[index], self.data.text[index]
+        latents, bare = self.data.latents[index], batch.bare
         if batch.mirrored is not None:
             where = batch.mirrored[part].view(-1, 1, 1, 1)
             latents = torch.where(where, self.mirror[index], latents)
-        if batch.bare is not None:
-            text = torch.where(batch.bare[part].view(-1, 1, 1), self.empty, text)
+        text = self.text(index, None if bare is None else bare[part])
         return latents, text, batch.timesteps[part], batch.noise[part]
+
+    def text(self, index: torch.Tensor, bare: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (b, L, D) of captions, of "" where `bare`: kept, or through the adapted text
+        encoder.
+        """
+        if self.tokens is not None:
+            index = index.to(self.tokens.device)
+            which = index if bare is None else torch.where(bare, len(self.tokens) - 1, index)
+            return embed(self.base, self.tokens[which])
+        text = self.data.text[index]
+        return text if bare is None else torch.where(bare.view(-1, 1, 1), self.empty, text)
+
+    def seen_data(self) -> Encoded:
+        """The images with their captions as the adapter has them now."""
+        return text_encoder.seen(self.base, self.data, self.adapter)
 
     def parts(self, batch: Batch) -> list[slice]:
         """What this process sends through the UNet of a batch: as many forwards for any batch."""
@@ -164,7 +183,8 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
         base.unet.enable_gradient_checkpointing()
     mirror = encode_images(base, data.pixels[:, :, ::-1].copy()) if settings.flip else None
     empty = encode_captions(base, [""]) if settings.caption_dropout else None
-    run = Run(settings, base, data, adapter, processes, mirror, empty, public)
+    tokens = tokenize(base, [*data.captions, ""]) if settings.released("text-encoder") else None
+    run = Run(settings, base, data, adapter, processes, mirror, empty, public, tokens)
     steps = settings.steps or -(-settings.epochs * len(data.members()) // run.batch)
     teacher_steps = settings.teacher_steps or -(-steps // 4)
     return replace(run, settings=replace(settings, steps=steps, teacher_steps=teacher_steps))
@@ -178,14 +198,17 @@ def fresh(settings: Settings, base: Base) -> lora.Adapter:
         if (settings.target == "full") != whole.is_one(settings.init):
             kind = "no whole UNet" if settings.target == "full" else "a whole UNet"
             raise UserError(f"--init {settings.init} is {kind}: --target full goes with one")
-        return files.load(base.unet, settings.init)[0]
+        kind = whole if settings.target == "full" else lora_files
+        return kind.load(base.unet, settings.init)[0]
     if settings.target == "full":
         return whole.WholeUNet(base.unet)
     if settings.subspace:
         file = DIRECTIONS if settings.subspace == "public" else settings.subspace
         return subspace.inject(base.unet, *subspace.load(file))
     generator = torch.Generator().manual_seed(settings.seed)
-    return lora.inject(base.unet, settings.target, settings.rank, settings.alpha, generator)
+    adapter = lora.inject(base.unet, settings.target, settings.rank, settings.alpha, generator)
+    both = settings.released("text-encoder")
+    return text_encoder.inject(base, adapter, generator) if both else adapter
 
 
 def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int], Encoded]:

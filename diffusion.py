@@ -122,24 +122,36 @@ def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
     """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut, with one
     warning.
     """
-    tokenizer, parts = base.pipeline.tokenizer, []
+    tokenizer = base.pipeline.tokenizer
     long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
     if long:
         print(
             f"note: {long} of {len(captions)} captions are cut to "
             f"{tokenizer.model_max_length} tokens"
         )
-    for i in range(0, len(captions), batch):
-        ids = tokenizer(
-            captions[i : i + batch], padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        parts.append(base.pipeline.text_encoder(ids.to(base.device))[0])
-    return torch.cat(parts)
+    return embed_captions(base, captions, batch)
+
+
+@torch.no_grad()
+def embed_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
+    """The same without a word about long ones."""
+    ids = tokenize(base, captions)
+    return torch.cat([embed(base, ids[i : i + batch]) for i in range(0, len(ids), batch)])
+
+
+def tokenize(base: Base, captions: list[str]) -> torch.Tensor:
+    """Captions -> token ids (N, L), cut and padded to what the text encoder takes."""
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return base.pipeline.tokenizer(captions, **options).input_ids.to(base.device)
+
+
+def embed(base: Base, ids: torch.Tensor) -> torch.Tensor:
+    """Token ids (N, L) -> text embeddings (N, L, D); gradients of an adapted text encoder flow."""
+    return base.pipeline.text_encoder(ids)[0]
 
 
 # --------------------------------------------------------------------------------------------------

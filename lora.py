@@ -128,6 +128,10 @@ class Adapter:
         layers = self.layers.values()
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """(parameters, their share of the learning rate), in the order of `parameters`."""
+        return [(self.parameters(), 1.0)]
+
     def factors(self) -> list[nn.Module]:
         """A and B of every layer, as modules."""
         return [f for layer in self.layers.values() for f in (layer.lora_A, layer.lora_B)]
@@ -152,6 +156,16 @@ class Adapter:
         """(rank, alpha) of all layers; of most layers, where they differ."""
         found = Counter((layer.rank, layer.alpha) for layer in self.layers.values())
         return found.most_common(1)[0][0]
+
+    def untrained(self, unet: nn.Module, generator: torch.Generator | None = None) -> "Adapter":
+        """An adapter of the same layers in a plain `unet`, before its first step; of one rank."""
+        layer = next(iter(self.layers.values()))
+        return inject(unet, self.target, layer.rank, layer.alpha, generator)
+
+    def leave(self, unet: nn.Module) -> None:
+        """Put the base layers back in place."""
+        for name, layer in self.layers.items():
+            _replace(unet, name, layer.base)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -304,10 +318,9 @@ def wrap(unet: nn.Module, name: str, rank: int, alpha: float) -> LoRALinear:
 
 
 def remove(unet: nn.Module, adapter: Adapter) -> None:
-    """Put the base layers back in place: the UNet is as before `inject` or `lora_files.load`."""
+    """Take the adapter out: the UNet is as before `inject` or `lora_files.load`."""
     adapter.unmerge()
-    for name, layer in adapter.layers.items():
-        _replace(unet, name, layer.base)
+    adapter.leave(unet)
 
 
 def _replace(unet: nn.Module, name: str, module: nn.Module) -> None:

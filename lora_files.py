@@ -47,7 +47,10 @@ DOTTED = {
 }
 KOHYA = {".lora_down.weight": ("", "A"), ".lora_up.weight": ("", "B"), ".alpha": ("", "alpha")}
 FORMS = {"unet.": DOTTED, "base_model.model.": DOTTED, "lora_unet_": KOHYA, "": DOTTED}
-TEXT = ("text_encoder.", "lora_te_", "lora_te1_")  # adapters of the text encoder
+# of the text encoder; diffusers of 2023 had an ending of its own there
+LINEAR = {f".lora_linear_layer.{n}.weight": ("", f) for n, f in (("down", "A"), ("up", "B"))}
+TEXT_FORMS = {"text_encoder.": DOTTED | LINEAR, "lora_te_": KOHYA, "lora_te1_": KOHYA}
+TEXT = tuple(TEXT_FORMS)
 SDXL = ("lora_te2_", "text_encoder_2.", "conditioner", "add_k_proj")
 BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 OTHERS = {  # part of a key -> what such a file is
@@ -78,8 +81,10 @@ def save(
     folder: str | Path,
     extra: dict[str, object] | None = None,
     kohya: bool = False,
+    text: lora.Adapter | None = None,
 ) -> Path:
     """Write the adapter into `folder` (diffusers form, or kohya's with `kohya`); returns the file.
+    `text` is one of the text encoder beside it.
 
     `extra` are our own facts (method, lambda, seed, ...), stored as strings beside the scale.  Rank
     and alpha may differ between layers: in the diffusers form those of most layers are stated for
@@ -89,35 +94,45 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     facts = {k: str(v) for k, v in (extra or {}).items()}
     metadata = {"format": "pt", "target": adapter.target, **facts}
-    if kohya:
-        tensors = {}
-        for name, layer in adapter.layers.items():
-            key = "lora_unet_" + name.replace(".", "_")
-            tensors[f"{key}.lora_down.weight"] = layer.lora_A.weight
-            tensors[f"{key}.lora_up.weight"] = layer.lora_B.weight
-            tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
-    else:
-        tensors = {f"unet.{k}": v for k, v in adapter.state_dict().items()}
-        metadata[HEADER] = json.dumps(_header(adapter), sort_keys=True)
+    parts, header, tensors = {"unet": adapter} | ({"text_encoder": text} if text else {}), {}, {}
+    for part, of_part in parts.items():
+        header |= _header(of_part, part)
+        if kohya:
+            tensors |= _kohya(of_part, part)
+        else:
+            tensors |= {f"{part}.{k}": v for k, v in of_part.state_dict().items()}
+    if not kohya:
+        metadata[HEADER] = json.dumps(header, sort_keys=True)
     content = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     return write_whole(folder / (KOHYA_NAME if kohya else FILE_NAME), serialize(content, metadata))
 
 
-def _header(adapter: lora.Adapter) -> dict:
+def _kohya(adapter: lora.Adapter, part: str) -> dict[str, torch.Tensor]:
+    """Its tensors in kohya's form."""
+    tensors = {}
+    for name, layer in adapter.layers.items():
+        key = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + name.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = layer.lora_A.weight
+        tensors[f"{key}.lora_up.weight"] = layer.lora_B.weight
+        tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
+    return tensors
+
+
+def _header(adapter: lora.Adapter, part: str) -> dict:
     """peft's settings of the adapter under the names that diffusers asks for.
 
     A pattern that begins with ^ is a full name; without it another name could end so.
     """
     rank, alpha = adapter.rank_and_alpha()
     config = {
-        "unet.r": rank,
-        "unet.lora_alpha": _number(alpha),
-        "unet.target_modules": list(adapter.modules),
+        f"{part}.r": rank,
+        f"{part}.lora_alpha": _number(alpha),
+        f"{part}.target_modules": list(adapter.modules),
     }
     layers = adapter.layers.items()
     ranks = {f"^{n}": layer.rank for n, layer in layers if layer.rank != rank}
     alphas = {f"^{n}": _number(layer.alpha) for n, layer in layers if layer.alpha != alpha}
-    patterns = {"unet.rank_pattern": ranks, "unet.alpha_pattern": alphas}
+    patterns = {f"{part}.rank_pattern": ranks, f"{part}.alpha_pattern": alphas}
     return config | {k: v for k, v in patterns.items() if v}
 
 
@@ -129,14 +144,17 @@ def _number(alpha: float) -> int | float:
 # Reading
 
 
-def load(unet: nn.Module, path: str | Path) -> tuple[lora.Adapter, dict[str, str]]:
+def load(
+    unet: nn.Module, path: str | Path, beside: bool = False
+) -> tuple[lora.Adapter, dict[str, str]]:
     """Inject the adapter of a file or folder into a plain `unet`; returns it and the file's header.
+    With `beside` its part for the text encoder is read by somebody else.
 
     Everything is checked before the model is touched.  Raises UserError naming the first layer that
     does not fit.
     """
     modules = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    factors, metadata = read(path, modules)
+    factors, metadata = read(path, modules, beside=TEXT if beside else ())
     names = [n for n in modules if n in factors]
     inside = (t for t in lora.TARGETS if set(names) <= set(lora.layer_names(unet, t)))
     target = next(inside, "all")
@@ -153,19 +171,23 @@ def load(unet: nn.Module, path: str | Path) -> tuple[lora.Adapter, dict[str, str
 
 
 def read(
-    path: str | Path, modules: dict[str, nn.Module] | None = None
+    path: str | Path,
+    modules: dict[str, nn.Module] | None = None,
+    forms: dict[str, dict] = FORMS,
+    beside: tuple[str, ...] = (),
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, str]]:
     """({module: (A, B, alpha)}, the file's header) of an adapter file, or of a folder with one.
 
     With the `modules` of a model the keys are their names, and all shapes are compared before the
     first tensor is read; without, kohya's names keep underscores in place of dots.  A file without
     a stated alpha takes alpha = rank, as diffusers does.  A part for the text encoder is left out
-    with a note.  Raises UserError for whatever is no plain LoRA of a UNet.
+    with a note, unless its prefixes are those `beside`; with TEXT_FORMS it alone is read, and may
+    be empty.  Raises UserError for whatever is no plain LoRA of a UNet.
     """
     path = _located(Path(path))
     with _opened(path) as file:
         metadata = file.metadata() or {}
-        found, layers, factors = _places(path, file.keys()), {}, {}
+        found, layers, factors = _places(path, file.keys(), forms, beside), {}, {}
         settings = {p: _settings(path, p, metadata) for p in {p for p, _ in found}}
         for (prefix, key), tensors in found.items():
             shapes = [tuple(file.get_slice(tensors[p]).get_shape()) for p in "AB"]
@@ -220,18 +242,23 @@ def _opened(path: Path) -> Iterator:
 
 def _place(key: str, prefix: str) -> tuple[str, str] | None:
     """(module, "A", "B" or "alpha") of a key; None if it is no part of a LoRA of this form."""
-    for ending, (hidden, part) in FORMS[prefix].items():
+    for ending, (hidden, part) in (FORMS | TEXT_FORMS)[prefix].items():
         if key.endswith(ending):
             name = key.removeprefix(prefix).removesuffix(ending) + hidden
             return name.replace(".processor.", "."), part
     return None
 
 
-def _places(path: Path, keys: list[str]) -> dict[tuple[str, str], dict[str, str]]:
+def _places(
+    path: Path, keys: list[str], forms: dict, beside: tuple
+) -> dict[tuple[str, str], dict[str, str]]:
     """{(prefix, module): {"A": key, "B": key}}, for kohya with "alpha"; both factors are there."""
-    prefixes = {k: next(p for p in FORMS if k.startswith(p)) for k in keys}
-    bare = not any(prefixes.values())  # else a key without prefix is not the UNet's
-    ours = [k for k, p in prefixes.items() if (p or bare) and not k.startswith(TEXT)]
+    known, text = TEXT_FORMS | FORMS, forms is TEXT_FORMS
+    prefixes = {k: next(p for p in known if k.startswith(p)) for k in keys}
+    bare = not any(
+        p for p in prefixes.values() if p in FORMS
+    )  # else a key without prefix is not the UNet's
+    ours = [k for k, p in prefixes.items() if (p or bare) and p in forms]
     strange = ((k, what) for k in keys for part, what in OTHERS.items() if part in k)
     for key, what in strange:
         raise refusal(
@@ -245,7 +272,7 @@ def _places(path: Path, keys: list[str]) -> dict[tuple[str, str], dict[str, str]
                 raise refusal(path, f"holds both {tensors[place[1]]} and {key}")
         else:
             rest.append(key)
-    if not found:
+    if not found and not text:
         raise refusal(path, "holds no UNet LoRA in a form of diffusers, peft or kohya")
     for (_, name), tensors in found.items():
         if "A" in tensors and "B" not in tensors:
@@ -253,7 +280,7 @@ def _places(path: Path, keys: list[str]) -> dict[tuple[str, str], dict[str, str]
         rest += [key for key in tensors.values() if "A" not in tensors]
     if rest:  # leaving it out would be another model
         raise refusal(path, f"holds {rest[0]}, which is no part of a plain LoRA")
-    if others := sorted(set(keys) - set(ours)):
+    if others := sorted(k for k in set(keys) - set(ours) if not (text or k.startswith(beside))):
         what = f"what is not the UNet ({len(others)} tensors, such as {others[0]})"
         print(shown(f"note: {path} also adapts {what}: not read"))
     return found
@@ -296,7 +323,8 @@ def _settings(path: Path, prefix: str, metadata: dict[str, str]) -> Callable:
 
     Raises UserError for settings that change the formula.
     """
-    config = {} if prefix == "lora_unet_" else _config(path, prefix, metadata)
+    plain = FORMS.get(prefix) is not KOHYA and TEXT_FORMS.get(prefix) is not KOHYA
+    config = _config(path, prefix, metadata) if plain else {}
     for name in (n for n in UNUSUAL if config.get(n)):
         raise refusal(path, f"was made with {name}, which is no plain LoRA: it cannot be read here")
     if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
@@ -331,7 +359,7 @@ def _config(path: Path, prefix: str, metadata: dict[str, str]) -> dict:
             raise refusal(path, f"has a damaged header: {HEADER} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise refusal(path, f"has damaged settings: {where} is not an object of settings")
-    if prefix == "unet.":
+    if prefix in ("unet.", "text_encoder."):
         return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return config
 

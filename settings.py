@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cli import UserError, option
+from training import released
 
 EMBEDDED = str(Path(__file__).parent / "base")
 EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
@@ -25,6 +26,7 @@ FAST = {
     "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
 }  # fmt: skip
+FULL_LR = {True: 1e-4, False: 5e-6}  # of --target full, for the embedded model or not
 TABLES = {"embedded": FAST, "Stable Diffusion": PAPER}
 
 
@@ -120,8 +122,8 @@ class Settings:
     )
     target: str | None = option(
         None,
-        "which layers are adapted",
-        ("attention", "transformer", "all"),
+        "which layers are adapted; full trains the weights of the UNet themselves, without LoRA",
+        ("attention", "transformer", "all", "full"),
         group="adapter",
         tables=TABLES,
     )
@@ -237,6 +239,11 @@ class Settings:
         "a quarter of the forwards",
         ("drawn", "reused"),
     )
+    as_released: str | None = option(
+        None,
+        "do as the authors' code where it is not the paper: some of order, half, lambda, forward, "
+        "dropout, text-encoder with commas between, or all (docs/paper-and-code.md)",
+    )
     accumulate: int = option(
         1, "forwards per step: with N, a step is that of a batch N times as large"
     )
@@ -283,6 +290,17 @@ class Settings:
         """Its name in objectives.py: without an attacker it is L, whatever L is measured to."""
         return self.method if self.attacked else "lora"
 
+    def released(self, name: str) -> bool:
+        """Whether the run does `name`, one of released.NAMES, as the authors' code does."""
+        return name in released.chosen(self.as_released)
+
+    @property
+    def weight(self) -> float:
+        """The weight of G in the objective: lambda, or twice that where G goes without the 1/2 of
+        Eq. 5.
+        """
+        return 2 * self.lam if self.released("half") else self.lam
+
     # Flags that are gone, each with the value at which it changed nothing.
     RETIRED: ClassVar[dict] = {"attacker_every": 1}
 
@@ -320,6 +338,7 @@ def resolve(settings: Settings) -> Settings:
     settings = replace(settings, **left_out, out=str(out))
     for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
         _check_number(settings, name, highest)
+    _refuse(released.problems(settings))
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
             f"{out} already holds a run: give another --out, or --resume to continue it"
@@ -339,9 +358,16 @@ def most_members(settings: Settings) -> int:
 
 def _check_together(s: Settings) -> None:
     """Flags that cannot go together."""
+    full = s.target == "full"
     problems = {
         "--nonmembers and --split pokemon both say who is no member: leave one out": s.nonmembers
         and s.split == "pokemon",
+        "--rank and --alpha are a LoRA's: leave them out with --target full": full
+        and (s.rank is not None or s.alpha is not None),
+        "--target full trains no LoRA: leave --subspace, --dropout and --format kohya out": full
+        and (s.subspace or s.dropout or s.format == "kohya"),
+        "--method dp cannot clip the gradients of norms and biases: leave --target full out": full
+        and s.method == "dp",
         "--public goes with --method distill: leave it out": s.public is not None
         and s.method != "distill",
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
@@ -352,6 +378,11 @@ def _check_together(s: Settings) -> None:
         "--gradient-checkpointing computes again with other masks: leave --dropout out": s.dropout
         and s.gradient_checkpointing,
     }
+    _refuse(problems)
+
+
+def _refuse(problems: dict[str, bool]) -> None:
+    """Raise UserError for the first of the sentences that holds."""
     for problem, there in problems.items():
         if there:
             raise UserError(problem)
@@ -363,6 +394,10 @@ def _defaults(s: Settings, embedded: bool) -> dict:
     if s.method == "distill":  # a step of the student costs more
         public = "openmoji" if embedded else "none"
         defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+    if s.released("lambda"):
+        defaults = defaults | {"lam": 1.0}
+    if s.target == "full":  # the weights have their scale already
+        defaults = defaults | {"lr": FULL_LR[embedded], "rank": None, "alpha": None}
     if s.subspace:  # a core has few numbers, and moves far
         defaults = defaults | {"lr": 5 * defaults["lr"]}
     return defaults

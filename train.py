@@ -65,7 +65,8 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
     for step in steps:
         began, row = time.time(), {"step": step}
 
-        if s.attacked:  # (a) the attacker ascends its gain on a balanced auxiliary batch
+        if s.attacked and not (s.released("order") and step == 1):
+            # (a) the attacker ascends its gain on a balanced auxiliary batch
             pair = auxiliary_batch(run, learner)  # (e, t) of members, (e, t) of non-members
             if pair:
                 loss, accuracy = attacker_step(h, learner.attacker_optimizer, *pair)  # G, Eq. 5
@@ -75,10 +76,10 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         batch = learner.member_batch()  # (b) the adapter descends on a fresh batch of D_tr
         forward = learner.through(batch)
         e = forward.error
-        loss = adaptation_loss(e)  # L, Eq. 3
-        gain = mi_gain(h, e, batch.timesteps) if s.attacked else None  # G, Eq. 5
+        loss = adaptation_loss(batch.fitted(e))  # L, Eq. 3
+        gain = mi_gain(learner.judge, *batch.judged(e)) if s.attacked else None  # G, Eq. 5
         # L + lam G (Eq. 6), or L / D (Eq. 10)
-        terms = objective(s.objective, loss, gain, s.lam, s.delta)
+        terms = objective(s.objective, loss, gain, s.weight, s.delta)
         if step % s.norms_every == 0 or step == 1:
             row |= gradient_norms(terms, forward.gradients)
         gradients = forward.gradients(terms.total, last=True)  # through h and through the UNet

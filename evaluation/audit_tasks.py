@@ -21,7 +21,7 @@ import torch
 import tqdm
 
 import lora
-import lora_files
+from adapters import files, text_encoder
 from base_files import load_base
 from cli import UserError, write_whole
 from data import Images, load_images
@@ -121,6 +121,7 @@ def ask(
     features (D, F) of pictures from the captions of images `drawn`, if there are any; at the last
     step also gradient (P,), the mean log norm, which costs as much as all the others.
     """
+    data = text_encoder.seen(base, data, adapter)
     latents, text, index = data.latents[: plan.pool], data.text[: plan.pool], plan.held_out
     with adapter.folded():
         losses, predictions = predict(base, latents, text)
@@ -174,7 +175,7 @@ def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
 def _save(adapter: lora.Adapter, folder: Path, s: Settings, step: int) -> None:
     facts = {"base_model": Path(s.model).name, "method": s.method, "lambda": s.lam}
     facts |= {"seed": s.seed, "steps": step, "git_commit": git_commit()}
-    lora_files.save(adapter, folder, facts)
+    files.save(adapter, folder, facts)
 
 
 def write_arrays(path: Path, arrays: dict) -> None:

@@ -9,15 +9,15 @@ Tested in tests/test_evaluate.py and, on an over-fitted adapter, in tests/test_l
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import lora
-import lora_files
 import roc
+from adapters import files, text_encoder
 from cli import UserError
 from diffusion import ALL_TIMESTEPS
 from evaluation import comparisons, quality
@@ -73,8 +73,9 @@ class Examination:
         `control` is the base without the adapter, which the attacker has as well; `shadows` have
         been trained.
         """
-        s, data = self.settings, self.subject.data
-        raw = query(model, self.subject, self.network, s.guidance, self.seed)
+        s, subject = self.settings, self.seen_by(model)
+        data = subject.data
+        raw = query(model, subject, self.network, s.guidance, self.seed)
         references = {"difference": control.raw["losses"]} if control else {}
         scores = attack_scores(data, raw, references, self.seed)
         calibrated = self.with_shadows(model, shadows) if shadows else {}
@@ -89,7 +90,7 @@ class Examination:
         record["held_out_loss"] = float(grid[data.roles["nonmember_test"]].mean())
         areas = [roc.auc(*data.pair(-column, "test")) for column in grid.T]
         record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
-        pictures = self.draw(model) if s.pictures else None
+        pictures = self.draw(model, subject) if s.pictures else None
         made = quality.features(self.network, pictures) if s.pictures else None
         if made is not None:
             record["quality"] = quality.compare(self.real, made)
@@ -128,14 +129,19 @@ class Examination:
         )
         return {"attacks": attacked, "headline": headline, "worst": worst}
 
-    def draw(self, model: Model) -> np.ndarray:
+    def seen_by(self, model: Model) -> Subject:
+        """The images with their captions as the model's text encoder has them, if it is adapted."""
+        data = text_encoder.seen(self.subject.base, self.subject.data, model.adapter)
+        return self.subject if data is self.subject.data else replace(self.subject, data=data)
+
+    def draw(self, model: Model, subject: Subject) -> np.ndarray:
         """Pictures from the members' captions, kept with the model's answers: (P, H, W, 3)."""
         s = self.settings
         model.adapter.merge()
         index = np.resize(self.subject.data.members(), s.pictures)
         return model.store.get(
             f"pictures-{s.pictures}-{s.sampling_steps}",
-            lambda: {"made": draw(self.subject, index, s.sampling_steps, s.guidance)},
+            lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)},
         )["made"]
 
     def measure_base(self, target: Target, shadows: Plan | None = None) -> Measured:
@@ -146,11 +152,9 @@ class Examination:
         """
         if self.control is None or shadows:
             unet = self.subject.base.unet
-            trained, _ = lora_files.load(unet, target.adapter)
+            trained, _ = files.load(self.subject.base, target.adapter)
             lora.remove(unet, trained)
-            layer = next(iter(trained.layers.values()))
-            generator = torch.Generator().manual_seed(self.seed)
-            untrained = lora.inject(unet, trained.target, layer.rank, layer.alpha, generator)
+            untrained = trained.untrained(unet, torch.Generator().manual_seed(self.seed))
             digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
             store = Store(target.run.parent / f"control-{digest}", self.key)
             try:
@@ -164,7 +168,7 @@ class Examination:
     def measure_adapter(self, target: Target, shadows: Plan | None = None) -> Measured:
         """The adapter of a target, in the base for as long as it takes."""
         control, unet = self.measure_base(target, shadows), self.subject.base.unet
-        adapter, _ = lora_files.load(unet, target.adapter)
+        adapter, _ = files.load(self.subject.base, target.adapter)
         key = json.dumps([self.key, adapter_digest(target.adapter)])
         model = Model(target.name, adapter, Store(target.folder / "scores", key))
         try:

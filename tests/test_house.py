@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("training", "evaluation", "defences", "embedded", "studies")
+FOLDERS = ("adapters", "training", "evaluation", "defences", "embedded", "studies")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
@@ -59,6 +59,8 @@ def test_the_paper_stands_alone():
 def test_folders_keep_their_distance():
     """Training never looks at the evaluation, which sees only what a run has left on disk."""
     for name, used in ARROWS.items():
+        if name.startswith("adapters."):
+            assert not [u for u in used if "." in u and not u.startswith("adapters.")], name
         if name.startswith("training."):
             others = ("evaluation.", "embedded.", "defences.")
             used = used - {"defences.subspace"}  # an adapter, as lora.py has one

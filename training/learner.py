@@ -5,6 +5,7 @@ it as tensors.
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -60,8 +61,9 @@ class Learner:
         self.attacker_optimizer = torch.optim.Adam(
             self.attacker.parameters(), lr=settings.attacker_lr
         )
+        groups = [{"params": some, "share": share} for some, share in run.adapter.groups()]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
+            groups, lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.settings = settings
         # running means of the parameters, with --ema
@@ -69,7 +71,8 @@ class Learner:
 
     def member_batch(self) -> Batch:
         """A fresh batch of D_tr, the members, mirrored or without a caption as the flags say."""
-        return self.noised(self.private.draw())
+        batch = self.noised(self.private.draw())
+        return self.noised_again(batch) if self.settings.released("forward") else batch
 
     def noised(self, index: torch.Tensor) -> Batch:
         """The images at `index` with their draws of the outer step."""
@@ -82,6 +85,21 @@ class Learner:
         if self.settings.dropout:
             batch.dropped = int(torch.randint(2**31, (), generator=self.outer))
         return batch
+
+    def judge(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The attacker as the adapter meets it: with --as-released dropout its own is on."""
+        self.attacker.train(self.settings.released("dropout"))
+        log_h = self.attacker(error, timesteps)
+        self.attacker.eval()
+        return log_h
+
+    def noised_again(self, batch: Batch) -> Batch:
+        """The batch, and behind it the same images with other timesteps and noise for G."""
+        timesteps, noise = draw_noise(self.base, len(batch), self.outer)
+        same = {name: getattr(batch, name) for name in ("index", "mirrored", "bare")}
+        twice = {name: torch.cat([t, t]) for name, t in same.items() if t is not None}
+        twice["timesteps"] = torch.cat([batch.timesteps, timesteps])
+        return replace(batch, **twice, noise=torch.cat([batch.noise, noise]), again=len(batch))
 
     def through(self, batch: Batch) -> WholeBatch:
         """The error maps of a batch, and gradients of functions of them in the adapter."""
@@ -115,7 +133,7 @@ class Learner:
             parameter.grad = gradient
         s = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * share_of_rate(s.schedule, step, s.steps)
+            group["lr"] = s.lr * group["share"] * share_of_rate(s.schedule, step, s.steps)
         self.optimizer.step()
         if self.means:
             decay = min(s.ema, (1 + step) / (10 + step))

@@ -9,10 +9,10 @@ import torch
 import tqdm
 
 import lora
-import lora_files
 import plots
 import roc
 import smoothness
+from adapters import files
 from cli import UserError
 from data import Images
 from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
@@ -115,10 +115,10 @@ def held_out(run: Run) -> dict[str, float]:
 
     The non-members' is the held-out loss: what early stopping goes by.
     """
-    loss = {}
+    loss, data = {}, run.seen_data()
     for side in ("member", "nonmember"):
-        index = run.data.roles[f"{side}_val"]
-        latents, text = run.data.latents[index], run.data.text[index]
+        index = data.roles[f"{side}_val"]
+        latents, text = data.latents[index], data.text[index]
         with run.folded():
             grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
         loss[f"{side}_val_loss"] = grid.mean().item()
@@ -141,9 +141,9 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
     def terms() -> Terms:
         error = run.errors(batch)
         gain = mi_gain(attacker, error, batch.timesteps) if s.attacked else None
-        return objective(s.objective, adaptation_loss(error), gain, s.lam, s.delta)
+        return objective(s.objective, adaptation_loss(error), gain, s.weight, s.delta)
 
-    return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.lam)
+    return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.weight)
 
 
 def sample_grid(run: Run, step: int) -> None:
@@ -159,7 +159,7 @@ def sample_grid(run: Run, step: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((len(index), *run.base.latent_shape), generator=generator)
     empty = encode_captions(run.base, [""])
-    images = sample(run.base, run.data.text[index], empty, noise.to(run.base.device))
+    images = sample(run.base, run.seen_data().text[index], empty, noise.to(run.base.device))
     plots.image_grid(images, columns, run.folder.path / "samples" / f"step-{step:06d}.png")
 
 
@@ -182,7 +182,7 @@ def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None
         "steps": step,
         "git_commit": git_commit(),
     }
-    lora_files.save(run.adapter, folder, facts, kohya)
+    files.save(run.adapter, folder, facts, kohya)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
 
     The test images are left to evaluate.py.
     """
-    data, scores = run.data, {}
+    data, scores = run.seen_data(), {}
     for side in ("member", "nonmember"):
         index = data.roles[f"{side}_aux"] + data.roles[f"{side}_val"]
         grid = loss_grid(run.base, data.latents[index], data.text[index])
@@ -318,7 +318,7 @@ def stopped(run: Run) -> tuple[Run, int]:
         return run, run.settings.steps
     path, step = run.folder.adapter("best")
     lora.remove(run.base.unet, run.adapter)
-    adapter, _ = lora_files.load(run.base.unet, path)
+    adapter, _ = files.load(run.base, path)
     return replace(run, adapter=adapter), step
 
 

@@ -167,7 +167,8 @@ def dry(run: Run, learner: Learner, seconds: float, lesson: float = 0.0) -> dict
     found = {
         "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device}"
         f" x {run.processes.count}",
-        "adapter": f"{count:,} parameters in {len(run.adapter.layers)} layers",
+        "adapter": f"{count:,} parameters in "
+        f"{f'{n} layers' if (n := len(run.adapter.layers)) else 'the whole UNet'}",
     }
     if s.method == "distill":
         found["teachers"] = f"{s.teachers} of {s.teacher_steps} steps at {lesson:.2g} s"

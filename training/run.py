@@ -10,6 +10,7 @@ import torch
 
 import lora
 import lora_files
+from adapters import text_encoder, whole
 from base_files import load_base
 from cli import UserError
 from data import PARTS, Images, load_images, near_duplicates
@@ -17,12 +18,14 @@ from defences import subspace
 from diffusion import (
     Base,
     Encoded,
+    embed,
     encode,
     encode_captions,
     encode_images,
     joined,
     residual,
     squared_error,
+    tokenize,
 )
 from settings import DIRECTIONS, Settings, most_members
 from training import roles as dealing
@@ -45,9 +48,20 @@ class Batch:
     taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
     dropped: int | None = None  # seed of the masks, with --dropout
     counted: int | None = None  # images that count, where others only fill the batch up
+    again: int | None = None  # where the same images stand again with other noise, for G alone
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def fitted(self, error: torch.Tensor) -> torch.Tensor:
+        """The error maps that L is of: all, or with --as-released forward the first half."""
+        return error[: self.again]
+
+    def judged(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(error maps, timesteps) that G is of: all, or with --as-released forward the second
+        half.
+        """
+        return error[self.again :], self.timesteps[self.again :]
 
 
 @dataclass
@@ -62,6 +76,8 @@ class Run:
     mirror: torch.Tensor | None = None  # (N, C, h, w) latents of the mirrored images, with --flip
     empty: torch.Tensor | None = None  # (1, L, D) embedding of "", with --caption-dropout
     public: list[int] = field(default_factory=list)  # positions of the public pictures in `data`
+    # (N + 1, L) of the captions and of "", where the text encoder is adapted too
+    tokens: torch.Tensor | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -99,13 +115,27 @@ class Run:
     def seen(self, batch: Batch, part: slice | list[int]) -> tuple[torch.Tensor, ...]:
         """(latents, text, timesteps, noise) of a part of a batch, as its draws say."""
         index = batch.index[part]
-        latents, text = self.data.latents[index], self.data.text[index]
+        latents, bare = self.data.latents[index], batch.bare
         if batch.mirrored is not None:
             where = batch.mirrored[part].view(-1, 1, 1, 1)
             latents = torch.where(where, self.mirror[index], latents)
-        if batch.bare is not None:
-            text = torch.where(batch.bare[part].view(-1, 1, 1), self.empty, text)
+        text = self.text(index, None if bare is None else bare[part])
         return latents, text, batch.timesteps[part], batch.noise[part]
+
+    def text(self, index: torch.Tensor, bare: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (b, L, D) of captions, of "" where `bare`: kept, or through the adapted text
+        encoder.
+        """
+        if self.tokens is not None:
+            index = index.to(self.tokens.device)
+            which = index if bare is None else torch.where(bare, len(self.tokens) - 1, index)
+            return embed(self.base, self.tokens[which])
+        text = self.data.text[index]
+        return text if bare is None else torch.where(bare.view(-1, 1, 1), self.empty, text)
+
+    def seen_data(self) -> Encoded:
+        """The images with their captions as the adapter has them now."""
+        return text_encoder.seen(self.base, self.data, self.adapter)
 
     def parts(self, batch: Batch) -> list[slice]:
         """What this process sends through the UNet of a batch: as many forwards for any batch."""
@@ -179,35 +209,43 @@ def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes
 
     Raises UserError for an adapter that does not fit.
     """
-    if settings.init:
-        adapter, _ = lora_files.load(base.unet, settings.init)
-        rank, alpha = adapter.rank_and_alpha()
-        settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
-    else:
-        try:
-            adapter = fresh(settings, base)
-        except ValueError as error:
-            raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
-        rank, alpha = adapter.rank_and_alpha()
-        settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
+    try:
+        adapter = fresh(settings, base)
+    except ValueError as error:
+        raise UserError(f"{settings.model} cannot be adapted so: {error}") from None
+    rank, alpha = adapter.rank_and_alpha()
+    settings = replace(settings, rank=rank, alpha=alpha, target=adapter.target)
     public, data = with_public(settings, base, data)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     mirror = encode_images(base, data.pixels[:, :, ::-1].copy()) if settings.flip else None
     empty = encode_captions(base, [""]) if settings.caption_dropout else None
-    run = Run(settings, base, data, adapter, processes, mirror, empty, public)
+    tokens = tokenize(base, [*data.captions, ""]) if settings.released("text-encoder") else None
+    run = Run(settings, base, data, adapter, processes, mirror, empty, public, tokens)
     steps = settings.steps or -(-settings.epochs * len(data.members()) // run.batch)
     teacher_steps = settings.teacher_steps or -(-steps // 4)
     return replace(run, settings=replace(settings, steps=steps, teacher_steps=teacher_steps))
 
 
 def fresh(settings: Settings, base: Base) -> lora.Adapter:
-    """A new adapter in the base; raises ValueError where there cannot be one."""
+    """A new adapter in the base, or that of --init; raises ValueError where there cannot be one,
+    UserError for a file that does not fit.
+    """
+    if settings.init:
+        if (settings.target == "full") != whole.is_one(settings.init):
+            kind = "no whole UNet" if settings.target == "full" else "a whole UNet"
+            raise UserError(f"--init {settings.init} is {kind}: --target full goes with one")
+        kind = whole if settings.target == "full" else lora_files
+        return kind.load(base.unet, settings.init)[0]
+    if settings.target == "full":
+        return whole.WholeUNet(base.unet)
     if settings.subspace:
         file = DIRECTIONS if settings.subspace == "public" else settings.subspace
         return subspace.inject(base.unet, *subspace.load(file))
     generator = torch.Generator().manual_seed(settings.seed)
-    return lora.inject(base.unet, settings.target, settings.rank, settings.alpha, generator)
+    adapter = lora.inject(base.unet, settings.target, settings.rank, settings.alpha, generator)
+    both = settings.released("text-encoder")
+    return text_encoder.inject(base, adapter, generator) if both else adapter
 
 
 def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int], Encoded]:

@@ -1,0 +1,1 @@
+"""What is trained beside the LoRA of lora.py: a whole UNet, and a LoRA of the text encoder."""

@@ -20,11 +20,13 @@ PAPER = {
     "dtype": "auto",
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,
+    "schedule": "constant",
 }  # fmt: skip
 FAST = {
     "dtype": "float32",
     "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
+    "schedule": "cosine",
 }  # fmt: skip
 FULL_LR = {True: 1e-4, False: 5e-6}  # of --target full, for the embedded model or not
 TABLES = {"embedded": FAST, "Stable Diffusion": PAPER}
@@ -164,11 +166,12 @@ class Settings:
     )
 
     # Regularisation: what stops the adapter from memorising, without an attacker
-    schedule: str = option(
-        "constant",
+    schedule: str | None = option(
+        None,
         "learning rate over the run: from --lr down to 0 along half a cosine or a line",
         ("constant", "cosine", "linear"),
         group="regularisation",
+        tables=TABLES,
     )
     weight_decay: float = option(0.01, "of A and B (AdamW)", group="regularisation")
     ema: float = option(
@@ -391,9 +394,10 @@ def _refuse(problems: dict[str, bool]) -> None:
 def _defaults(s: Settings, embedded: bool) -> dict:
     """Values of the flags left out: by the model, and by what the method needs."""
     defaults = dict(FAST if embedded else PAPER)
-    if s.method == "distill":  # a step of the student costs more
+    if s.method == "distill":  # a step of the student costs more, and its teachers stop early
         public = "openmoji" if embedded else "none"
-        defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+        epochs = -(-defaults["epochs"] // 2)
+        defaults = defaults | {"epochs": epochs, "public": public, "schedule": "constant"}
     if s.released("lambda"):
         defaults = defaults | {"lam": 1.0}
     if s.target == "full":  # the weights have their scale already

@@ -71,6 +71,8 @@ def load_base(
     size = _size(name, pipeline, size)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    if device == "cpu":  # convolutions are a tenth faster so
+        pipeline.unet.to(memory_format=torch.channels_last)
     device = torch.device(device)
     base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
     _try_out(base)

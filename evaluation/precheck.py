@@ -29,10 +29,10 @@ def check(s) -> None:
         raise UserError(f"--at must be last, best or a step, not {s.at}")
     if not re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:1 or mps, not {s.device}")
-    if not s.runs:
-        check_elsewhere(s)
     if not s.runs and s.nonmembers is not None:
         raise UserError("--nonmembers is for runs that were given one: leave it out")
+    if not s.runs:
+        check_elsewhere(s)
     for flag in ("adapter", "splits", "caption", "out") if s.runs else ():
         if getattr(s, flag) is not None:
             raise UserError(

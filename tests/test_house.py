@@ -15,7 +15,14 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
     if path.name != "__init__.py"
 }
-SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "studies.defences"}
+SCRIPTS = {
+    "train",
+    "evaluate",
+    "audit",
+    "embedded.pretrain",
+    "studies.defences",
+    "studies.as_released",
+}
 SCRIPTS |= {"defences.directions"}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 

@@ -620,7 +620,7 @@ def test_dry_run_says_and_writes_nothing(small, tiny_base, tmp_path, capsys, met
     plan = train.train(small(method=method, dry_run=True, steps=100))
     text = capsys.readouterr().out
     assert "20 members (10 aux" in text and "nothing was written" in text
-    assert plan["plan"].startswith("100 steps of 4 images, 20 passes; 10 adapters of ")
+    assert plan["plan"].startswith("100 steps of 4 images, 20 passes; 1 adapter of ")
     unet = load_base(tiny_base).unet
     layers = sum(
         name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name, _ in unet.named_modules()

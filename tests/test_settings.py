@@ -84,7 +84,7 @@ def test_help_shows_both_defaults(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "(default: 7e-3 embedded, 1e-4 Stable Diffusion)" in text
     assert "(default: pooled embedded, raw Stable Diffusion)" in text
-    view = text[: text.index("\nadvanced:")]
+    view = text[: text.index("\nregularisation:")]
     assert 12 <= view.count("\n  --") <= 21 and "--attacker-lr" not in view
 
 

@@ -85,14 +85,18 @@ def gigabytes(run: Run, learner: Learner) -> dict[str, float]:
 def steps_line(run: Run, learner: Learner) -> str:
     """`160,000 steps of 1 image, 400 passes; 10 adapters of 0.05 GB, states of 0.15 GB: 1.0 GB`."""
     s, size = run.settings, gigabytes(run, learner)
-    count = sum(saves(s, step) for step in range(1, s.steps + 1))
     passes = s.steps * run.batch / len(run.data.members())
-    images = "1 image" if run.batch == 1 else f"{run.batch} images"
+    adapters = counted(sum(saves(s, step) for step in range(1, s.steps + 1)), "adapter")
     return (
-        f"{s.steps:,} steps of {images}, {passes:.3g} passes; {count} adapters of "
-        f"{size['adapter']:.2g} GB, {s.keep} states of {size['state']:.2g} GB: "
+        f"{s.steps:,} steps of {counted(run.batch, 'image')}, {passes:.3g} passes; {adapters} of "
+        f"{size['adapter']:.2g} GB, {counted(s.keep, 'state')} of {size['state']:.2g} GB: "
         f"{size['total']:.2g} GB at most"
     )
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 adapter`, `2 adapters`."""
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def hours(run: Run, seconds: float, lesson: float = 0.0) -> str:

@@ -1,9 +1,9 @@
-"""What a METHOD leaks: adapters on random halves of a pool, each in turn the target of an attacker
-who has all the others.
+"""What a METHOD leaks: adapters on random halves of a pool, each in turn the
+target of an attacker who has all the others.
 
-    python audit.py --method lora                       # 8 adapters, answers in runs/audit-lora
-    python audit.py --method smp --adapters 16          # finished adapters are not trained again
-    python audit.py runs/audit-lora runs/audit-smp      # compare finished audits
+    python audit.py --method lora                   # 8 adapters, 200 images
+    python audit.py --method smp --adapters 16      # finished ones are kept
+    python audit.py runs/audit-lora runs/audit-smp  # compare finished audits
 
 Every image of the pool is a member of half of the adapters.  An attacker with shadows knows how
 hard an image is, and so sees leaks that no attack on one model shows: Carlini et al. 2022; Aerni,
@@ -19,7 +19,7 @@ from pathlib import Path
 from cli import UserError, one_line_errors, option, parse
 from settings import Settings, resolve
 
-WHERE = "what and where"
+WHERE, OWN = "what and where", "audit"  # groups of --help
 
 
 @dataclass
@@ -27,21 +27,22 @@ class Audit(Settings):
     """Flags of audit.py: those of train.py, which decide the method, and these."""
 
     audits: list[str] | None = option(None, "finished audits to compare", group=WHERE)
-    adapters: int = option(8, "adapters to train, an even number of 4 or more", group=WHERE)
+    out: str | None = option(None, "folder (default: runs/audit-<method>)", group=WHERE)
+    adapters: int = option(8, "adapters to train, an even number of 4 or more", group=OWN)
     pool: int | None = option(
-        None, "images, half of them members of an adapter (default: 200)", group=WHERE
+        None, "images, half of them members of an adapter (default: 200)", group=OWN
     )
     pictures: int = option(
         0,
         "pictures of each adapter and step, for the Frechet distance of all together",
-        group=WHERE,
+        group=OWN,
     )
-    canaries: int = option(0, "images of the pool that get the caption of another", group=WHERE)
+    canaries: int = option(0, "images of the pool that get the caption of another", group=OWN)
     jobs: int | None = option(
-        None, "adapters at a time, a process each (default: cores, or 1 on a GPU)", group=WHERE
+        None, "adapters at a time, a process each (default: cores, or 1 on a GPU)", group=OWN
     )
     cluster: str | None = option(
-        None, "address of a Dask scheduler whose workers train, in place of --jobs", group=WHERE
+        None, "address of a Dask scheduler whose workers train, in place of --jobs", group=OWN
     )
 
 
@@ -52,7 +53,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from base_files import load_base, resolve_dtype
+from base_files import load_base, resolve_device, resolve_dtype
 from cli import write_json
 from data import load_images
 from evaluation import audit_plan, audit_report, audit_tasks, lira, quality, workers
@@ -86,8 +87,14 @@ def complete(s: Audit) -> Audit:
         raise UserError(f"--pictures must be 0 or more, not {s.pictures}")
     if s.split != "default":
         raise UserError("--split says nothing in an audit, which deals the images itself")
+    if s.nonmembers is not None:
+        raise UserError(
+            "--nonmembers says nothing in an audit, where every image is a member of half of the "
+            "adapters: leave it out"
+        )
     if s.stop != "last":
         raise UserError("--stop says nothing in an audit, which asks adapters at several steps")
+    s = replace(s, device=resolve_device(s.device))
     jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)
     out = s.out or f"runs/audit-{s.method}"
     s = resolve(replace(s, pool=pool, members=pool // 2, jobs=jobs, out=out))

@@ -48,6 +48,7 @@ def load_base(
     for log in (logging, transformers_logging):
         log.set_verbosity_error()
         log.disable_progress_bar()
+    device = resolve_device(device)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -70,19 +71,31 @@ def load_base(
     size = _size(name, pipeline, size)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    if device == "cpu":  # convolutions are a tenth faster so
+        pipeline.unet.to(memory_format=torch.channels_last)
     device = torch.device(device)
     base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
     _try_out(base)
     return base
 
 
-def resolve_dtype(dtype: str, device: str) -> str:
-    """ "auto" as the name of a dtype: half precision on a GPU, bfloat16 where it has it, and
-    float32 elsewhere.
+def resolve_device(device: str, before: str | None = None) -> str:
+    """ "auto" as the name of a device that is here: `before` if it is, else cuda, mps or cpu."""
+    if device != "auto":
+        return device
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["cpu"] = True
+    order = [*([before] if before else []), *here]
+    return next(name for name in order if here.get(name.split(":")[0]))
+
+
+def resolve_dtype(dtype: str | None, device: str) -> str:
+    """ "auto" (or None) as the name of a dtype: half precision on a GPU, bfloat16 where it has it,
+    and float32 elsewhere.
     """
-    if dtype != "auto":
+    if dtype not in ("auto", None):
         return dtype
-    if not device.startswith("cuda") or not torch.cuda.is_available():
+    if not resolve_device(device).startswith("cuda") or not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 

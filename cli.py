@@ -24,14 +24,16 @@ class UserError(Exception):
 
 GROUPS = (
     "what and where",
+    "audit",
+    "an adapter trained elsewhere",
     "method",
     "adapter",
     "optimisation",
     "saving and looking",
-    "advanced",
     "regularisation",
     "distillation",
     "differential privacy",
+    "advanced",
 )  # as --help shows them
 
 
@@ -43,15 +45,17 @@ def option(
     aliases: tuple[str, ...] = (),
     tables: dict[str, dict] | None = None,
     beats: str | None = None,
+    shows: str | None = None,
 ):
     """A dataclass field that is a flag: its help text, choices, group in --help and other names.
 
     `tables` {"kind of model": {field: default}} is for a default of None that depends on the model:
     the help shows the default of each.  `beats` names the field that counts only where this one is
-    not set: given on the command line, that field drops this one from a --config file.
+    not set: given on the command line, that field drops this one from a --config file.  `shows` is
+    what the help says of the default where that is not its value.
     """
     metadata = {"help": help, "choices": choices, "group": group, "aliases": aliases}
-    metadata |= {"tables": tables or {}, "beats": beats}
+    metadata |= {"tables": tables or {}, "beats": beats, "shows": shows}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -71,14 +75,15 @@ def parse(settings: type, doc: str, positional: str | None = None, argv: list[st
     """
     parser = Parser(
         usage=f"%(prog)s {f'[{positional} ...] ' if positional else ''}[flags]",
-        description=doc,
+        description=_opening(doc),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for field in dataclasses.fields(settings):
+    fields = dataclasses.fields(settings)
+    for field in sorted(fields, key=lambda field: field.name != positional):
         _add(groups, field, field.name == positional)
     first = groups[GROUPS[0]]
     text = "take flags from a run's config.json (but --out and --resume) or from a TOML file; "
@@ -111,8 +116,17 @@ def _add(groups: dict, field: dataclasses.Field, positional: bool) -> None:
         group.add_argument(*no, dest=field.name, action="store_false", help=hidden)
         return
     choices = field.metadata["choices"]
-    name = None if choices else field.name.upper()
+    name = None if choices else {int: "N", float: "X"}.get(kind, field.name.upper())
     group.add_argument(*flags, dest=field.name, type=kind, choices=choices, metavar=name, help=text)
+
+
+def _opening(doc: str) -> str:
+    """Of a script's docstring what --help shows: down to the examples; the rest is for those who
+    read the code.
+    """
+    paragraphs = doc.strip().split("\n\n")
+    examples = [i for i, text in enumerate(paragraphs) if text.startswith("    ")]
+    return "\n\n".join(paragraphs[: examples[-1] + 1] if examples else paragraphs)
 
 
 def _flag(name: str) -> str:
@@ -127,6 +141,8 @@ def _kind(field: dataclasses.Field) -> type:
 
 def _default(field: dataclasses.Field) -> str:
     """What --help says of a default: " (default: 1e-3 embedded, 1e-4 Stable Diffusion)"."""
+    if field.metadata["shows"]:
+        return f" (default: {field.metadata['shows']})"
     tables = {name: table[field.name] for name, table in field.metadata["tables"].items()}
     if len(set(tables.values())) > 1:
         return f" (default: {', '.join(f'{_typed(v)} {name}' for name, v in tables.items())})"

@@ -2,10 +2,11 @@
 
     images = load_images("twemoji", size=48)            # the embedded private set
     images = load_images("my_folder", 512, "a photo")   # or your own
-    roles = split(images, seed=0, members=100)          # {"member_aux": [3, 17, ...], ...}
+    images = load_images("my_folder", 512, nonmembers="openmoji")   # and others' as non-members
 
 A folder holds captioned images in one of the forms of folders.py, or the paper's four sub-folders
 D^m_aux, D^m_te, D^nm_aux, D^nm_te, each in one of these forms; the split is then taken from them.
+Else training/roles.py deals it.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ FOLDERS = {
     "D^nm_aux": ("nonmember_aux", "nonmember_val"),
     "D^nm_te": ("nonmember_test",),
 }
+OUTSIDE = "nonmembers/"  # before the names of the images of --nonmembers
 # whatever the suffix says, Pillow tries no other decoder
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
@@ -52,6 +54,7 @@ class Images:
     pixels: np.ndarray  # (N, size, size, 3) uint8 RGB
     # indices per sub-folder (keys of FOLDERS) if the folder comes split
     folders: dict[str, list[int]] | None = None
+    private: int | None = None  # with --nonmembers: so many are one's own, those behind are not
 
     def hashes(self) -> list[str]:
         """Per image the SHA-256 of its pixels, at the size loaded, and its caption, not its name.
@@ -64,13 +67,33 @@ class Images:
         ]
 
 
-def load_images(data: str, size: int, caption: str | None = None) -> Images:
-    """The set `data`: one of EMBEDDED_SETS, or a folder, as squares of `size` pixels.
+def load_images(
+    data: str, size: int, caption: str | None = None, nonmembers: str | None = None
+) -> Images:
+    """The set `data`: one of EMBEDDED_SETS, or a folder, as squares of `size` pixels; behind it the
+    set `nonmembers`, if there is one, whose names begin with OUTSIDE.
 
     `caption` is given to images that have none of their own.  Prints one line if anything in the
     folder is not used, or if `caption` stands for some images only.
     Raises UserError for a folder, image or caption that cannot be used.  Test: tests/test_data.py.
     """
+    images = _load(data, size, caption)
+    if nonmembers is None:
+        return images
+    if images.folders:
+        raise UserError(
+            f"{shown(data)} comes split, with non-members of its own: leave --nonmembers out"
+        )
+    others = _load(nonmembers, size, caption)
+    names = [OUTSIDE + name for name in others.names]
+    if set(names) & set(images.names):
+        raise UserError(f"{shown(data)} has a sub-folder nonmembers: rename it")
+    pixels = np.concatenate([images.pixels, others.pixels])
+    captions = images.captions + others.captions
+    return Images(images.names + names, captions, pixels, private=len(images.names))
+
+
+def _load(data: str, size: int, caption: str | None) -> Images:
     if data in EMBEDDED_SETS:
         from embedded import emojis
 
@@ -255,26 +278,11 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T) / a.shape[1]
 
 
-def split(images: Images, seed: int, members: int, preset: str = "default") -> dict[str, list[int]]:
-    """Disjoint random roles: {role: sorted indices into `images`} for every role of ROLES.
+def distinct(images: Images, order: list[int]) -> list[int]:
+    """Those of `order`, sorted, that repeat none before them in it; a line says what is left out.
 
-        default    half of `members` in member_aux, a fifth of the rest in member_val, what is left
-                   in member_test; nonmember_aux = member_aux, nonmember_val = 2 member_val; of what
-                   is left then a fifth is fresh, the rest nonmember_test
-        pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233, a tenth of each aux set
-                   aside for validation, what is left is fresh (of the paper's 833 images none)
-
-    A folder that comes split keeps its sub-folders, with the same tenth set aside; `members` and
-    `preset` then do nothing.
-    Of near-duplicates only the first gets a role, so that no member is also a non-member (in a
-    folder that comes split, the member), and a line is printed that says so.
-    Raises UserError if there are too few images.  Test: tests/test_data.py.
+    So the order says which of two near-duplicates keeps its role.
     """
-    order = (
-        [i for part in FOLDERS for i in images.folders[part]]
-        if images.folders
-        else list(range(len(images.names)))
-    )
     first = near_duplicates(images.pixels[order])
     copies = [(order[i], order[f]) for i, f in enumerate(first) if i != f]
     if copies:
@@ -283,52 +291,40 @@ def split(images: Images, seed: int, members: int, preset: str = "default") -> d
             f"left out {len(copies)} of {len(order)} images, copies of others; the first: "
             f"{shown(copy)} = {shown(original)}"
         )
-    kept = sorted(set(order) - {copy for copy, _ in copies})
-    rng = np.random.default_rng(seed)
-    if images.folders:
-        roles: dict[str, list[int]] = {"fresh": []}
-        for part, names in FOLDERS.items():
-            pool = sorted(set(images.folders[part]) & set(kept))
-            val = max(1, round(len(pool) / 10)) if len(names) == 2 else 0
-            if len(pool) < val + 2:
-                raise UserError(
-                    f"{part} holds {len(pool)} distinct images but needs {len(names) + 1}: add "
-                    "some (--members cannot help, the folder comes split)"
-                )
-            roles |= _deal(pool, dict(zip(names, (len(pool) - val, val), strict=False)), rng)
-    else:
-        roles = _deal(kept, _sizes(len(kept), members, preset), rng)
+    return sorted(set(order) - {copy for copy, _ in copies})
+
+
+def parts(members: int) -> tuple[int, int, int]:
+    """(auxiliary, validation, test) members out of `members`: half, and of the rest a fifth."""
+    aux = members // 2
+    val = round((members - aux) / 5)
+    return aux, val, members - aux - val
+
+
+def split_as_it_comes(images: Images, seed: int) -> dict[str, list[int]]:
+    """The roles in a folder that comes split: its sub-folders, of each aux one a random tenth set
+    aside for validation; of near-duplicates the member.
+
+    Raises UserError if one of them holds too few.  Test: tests/test_roles.py.
+    """
+    kept = set(distinct(images, [i for part in FOLDERS for i in images.folders[part]]))
+    rng, roles = np.random.default_rng(seed), {"fresh": []}
+    for part, names in FOLDERS.items():
+        pool = sorted(set(images.folders[part]) & kept)
+        val = max(1, round(len(pool) / 10)) if len(names) == 2 else 0
+        if len(pool) < val + 2:
+            raise UserError(
+                f"{part} holds {len(pool)} distinct images but needs {len(names) + 1}: add "
+                "some (--members cannot help, the folder comes split)"
+            )
+        roles |= deal(pool, dict(zip(names, (len(pool) - val, val), strict=False)), rng)
     return {role: roles[role] for role in ROLES}
 
 
-def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
-    """Number of images per role, for a set of `total` distinct images."""
-    if preset == "default":
-        aux = members // 2
-        val = round((members - aux) / 5)
-        if members < 5:
-            raise UserError(
-                f"--members is {members}: 5 is the least that gives every role an image"
-            )
-        needed, remedy = members + aux + 2 * val + 2, "add images or lower --members"
-        fresh = round((total - needed + 2) / 5)
-        counts = (aux, val, members - aux - val, aux, 2 * val, total - needed + 2 - fresh, fresh)
-    elif preset == "pokemon":
-        needed, remedy = 833, "add images, or take the default preset and choose --members"
-        counts = (180, 20, 200, 180, 20, 233, total - needed)
-    else:
-        raise UserError(
-            f'there is no preset "{preset}": take "default" (with --members) or "pokemon"'
-        )
-    if total < needed:
-        raise UserError(
-            f"the split needs at least {needed} distinct images and there are {total}: {remedy}"
-        )
-    return dict(zip(ROLES, counts, strict=True))
-
-
-def _deal(pool: list[int], sizes: dict[str, int], rng: np.random.Generator) -> dict[str, list[int]]:
-    """Shuffle `pool` and cut it into consecutive pieces of the given sizes, each then sorted."""
+def deal(pool: list[int], sizes: dict[str, int], rng: np.random.Generator) -> dict[str, list[int]]:
+    """Shuffle `pool` and cut it into consecutive pieces of the given sizes, each then sorted; the
+    last takes all that is left.
+    """
     cuts = np.cumsum(list(sizes.values()))[:-1]
     return {
         role: sorted(cut.tolist())

@@ -1,11 +1,11 @@
-"""What an adapter leaks, and how good its pictures are: fifteen attacks, controls, intervals and a
-report.
+"""What an adapter leaks, and how good its pictures are: fifteen attacks,
+controls, intervals and a report.
 
-    python evaluate.py runs/lora runs/mp runs/smp  # a table, figures, eval.json in each run folder
-    python evaluate.py runs/lora --at best         # the adapter with the lowest held-out loss
-    python evaluate.py runs/smp --shadow 8         # and an attacker who trains adapters too
-    python evaluate.py runs/lora --data FOLDER     # its images, moved or renamed
-    python evaluate.py --model SD15 --adapter my.safetensors --data FOLDER   # trained elsewhere
+    python evaluate.py runs/lora runs/smp       # a table, a report in each run
+    python evaluate.py runs/lora --at best      # at its best held-out loss
+    python evaluate.py runs/smp --shadow 8      # an attacker who trains, too
+    python evaluate.py runs/lora --data FOLDER  # its images, moved or renamed
+    python evaluate.py --adapter my.safetensors --model SD15 --data FOLDER
 
 Figures are of test images that no choice was made on.  The hyper-parameters that an attack leaves
 open are chosen on the images that the attacker knows (auxiliary and validation), thresholds and
@@ -15,12 +15,16 @@ evaluation goes on where it was.
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cli import one_line_errors, option, parse, write_json
 from evaluation.precheck import check
 
-WHERE, ELSEWHERE, LOOKS = "what and where", "adapter", "saving and looking"  # groups of --help
+WHERE, ELSEWHERE, LOOKS = (
+    "what and where",
+    "an adapter trained elsewhere",
+    "saving and looking",
+)  # groups of --help
 
 
 @dataclass
@@ -42,7 +46,8 @@ class Settings:
         "the runs lie now",
         group=WHERE,
     )
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps", group=WHERE)
+    nonmembers: str | None = option(None, "where the --nonmembers of the runs lie now", group=WHERE)
+    device: str = option("auto", "as in train.py", group=WHERE)
     adapter: str | None = option(
         None,
         "adapter file or folder trained elsewhere (diffusers, peft or kohya form)",
@@ -66,7 +71,7 @@ class Settings:
         ("embedded", "inception"),
         group=LOOKS,
     )
-    nonmembers: int = option(
+    test_nonmembers: int = option(
         200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR"
     )
     bootstrap: int = option(1000, "rounds of permuted labels: what chance reaches")
@@ -93,6 +98,7 @@ if __name__ == "__main__":
 import torch
 
 import plots
+from base_files import resolve_device
 from evaluation import audit_plan, audit_tasks, figures, quality, report, shadows, tables, workers
 from evaluation.examination import Examination, Measured
 from evaluation.target import Target, kind, read_adapter, read_run, sources
@@ -109,9 +115,10 @@ def evaluate(s: Settings) -> list[dict]:
     Raises UserError for what the user can mend.
     """
     check(s)
+    s = replace(s, device=resolve_device(s.device))
     if s.threads:
         torch.set_num_threads(s.threads)
-    now = {"model": s.model, "data": s.data, "dtype": s.dtype}
+    now = {"model": s.model, "data": s.data, "nonmembers": s.nonmembers, "dtype": s.dtype}
     targets = [read_run(folder, s.at, **now) for folder in s.runs or ()] or [read_adapter(s)]
     network, examination, records, models = quality.load_network(s.features), None, [], []
     for target in targets:

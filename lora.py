@@ -211,6 +211,25 @@ class Adapter:
                 layer.base.weight -= layer.delta().to(layer.base.weight.dtype)
                 layer.merged = False
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, the adapter is in the base weights, for forwards without gradient; after it they
+        have the same bits as before.  Nothing where it is merged already.
+        """
+        layers = [layer for layer in self.layers.values() if not layer.merged]
+        before = [layer.base.weight for layer in layers]
+        with torch.no_grad():
+            for layer in layers:
+                weight = layer.base.weight
+                changed = weight + layer.delta().to(weight.dtype)
+                layer.base.weight = nn.Parameter(changed, requires_grad=False)
+                layer.merged = True
+        try:
+            yield
+        finally:
+            for layer, weight in zip(layers, before, strict=True):
+                layer.base.weight, layer.merged = weight, False
+
 
 # --------------------------------------------------------------------------------------------------
 # Gradients of single images

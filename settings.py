@@ -17,12 +17,16 @@ DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
 # model, values set by hand, but for the number of epochs (docs/results.md says how).
 PAPER = {
+    "dtype": "auto",
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,
     "lr": 1e-4, "attacker_lr": 1e-5, "batch_size": 1, "epochs": 400, "members": 400,
+    "schedule": "constant",
 }  # fmt: skip
 FAST = {
+    "dtype": "float32",
     "rank": 64, "alpha": 64.0, "target": "all", "proxy": "pooled", "lam": 4.0,
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
+    "schedule": "cosine",
 }  # fmt: skip
 FULL_LR = {True: 1e-4, False: 5e-6}  # of --target full, for the embedded model or not
 TABLES = {"embedded": FAST, "Stable Diffusion": PAPER}
@@ -46,12 +50,24 @@ class Settings:
         EMBEDDED,
         "StableDiffusionPipeline folder, hub name, or one .safetensors checkpoint",
         group="what and where",
+        shows="the embedded model, for pictures of 48 pixels",
     )
     data: str = option(
         "twemoji", "twemoji, openmoji, or a folder of captioned images", group="what and where"
     )
+    nonmembers: str | None = option(
+        None,
+        "public or otherwise unrelated images, as --data, to be all the non-members, so that "
+        "one's own can all be members (default: a part of --data is kept apart)",
+        group="what and where",
+    )
     out: str | None = option(None, "run folder (default: runs/<method>)", group="what and where")
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps", group="what and where")
+    device: str = option(
+        "auto",
+        "cpu, cuda, cuda:1, mps; auto is the first there is of cuda, mps and cpu, with --resume "
+        "that of the run",
+        group="what and where",
+    )
     resume: bool = option(
         False,
         "continue the run in --out, with its settings; a run not begun is begun",
@@ -150,11 +166,12 @@ class Settings:
     )
 
     # Regularisation: what stops the adapter from memorising, without an attacker
-    schedule: str = option(
-        "constant",
+    schedule: str | None = option(
+        None,
         "learning rate over the run: from --lr down to 0 along half a cosine or a line",
         ("constant", "cosine", "linear"),
         group="regularisation",
+        tables=TABLES,
     )
     weight_decay: float = option(0.01, "of A and B (AdamW)", group="regularisation")
     ema: float = option(
@@ -182,7 +199,8 @@ class Settings:
     # Saving and looking
     save_every: int | None = option(
         None,
-        "steps between adapters kept, each with its held-out loss (default: an eighth of the run)",
+        "steps between adapters kept, each with its held-out loss (default: an eighth of the run; "
+        "the first after a twentieth)",
         group="saving and looking",
     )
     samples: int = option(
@@ -192,7 +210,7 @@ class Settings:
     )
     dry_run: bool = option(
         False,
-        "say what would happen, with time and memory from two steps, and stop",
+        "say what would happen, with hours, gigabytes and memory from two steps, and stop",
         group="saving and looking",
     )
 
@@ -207,7 +225,10 @@ class Settings:
         ("default", "pokemon"),
     )
     members: int | None = option(
-        None, "images to adapt on; half of them also train the attacker", tables=TABLES
+        None,
+        "images to adapt on; half of them also train the attacker; left out, as many as the "
+        "images serve, up to the default",
+        tables=TABLES,
     )
     alpha: float | None = option(
         None, "LoRA alpha: the adapter is scaled by alpha / rank", tables=TABLES
@@ -231,17 +252,20 @@ class Settings:
     )
     epochs: int | None = option(None, "passes over the members; --steps wins", tables=TABLES)
     clip: float = option(1.0, "limit of the gradient norm")
-    dtype: str = option(
-        "auto",
+    dtype: str | None = option(
+        None,
         "of the frozen base, the rest stays float32; auto: bfloat16 or float16 on a GPU, "
         "float32 on a CPU",
         ("auto", "float32", "bfloat16", "float16"),
+        tables=TABLES,
     )
     gradient_checkpointing: bool = option(
         False, "compute activations twice to keep fewer: a third slower, far smaller"
     )
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
-    sample_every: int | None = option(None, "steps between sample grids (default: only the last)")
+    sample_every: int | None = option(
+        None, "steps between sample grids (default: with the first adapter and the last)"
+    )
     norms_every: int = option(
         20, "steps between separate gradient norms of L and G (two more backward passes)"
     )
@@ -250,7 +274,9 @@ class Settings:
         "steps between Hessian norms and their bound on a fixed batch (each costs dozens of "
         "steps); 0 is never",
     )
-    state_every: int = option(100, "steps between training states for --resume")
+    state_every: int | None = option(
+        None, "steps between training states for --resume (default: five minutes)"
+    )
     keep: int = option(2, "training states kept")
     format: str = option(
         "diffusers", "kohya writes that form too, for ComfyUI and A1111", ("diffusers", "kohya")
@@ -304,11 +330,12 @@ FROM_ZERO = {
 
 def resolve(settings: Settings) -> Settings:
     """The settings with the flags left out filled in; raises UserError for what cannot work."""
-    embedded = os.path.realpath(settings.model) == os.path.realpath(EMBEDDED)
+    embedded = is_embedded(settings.model)
     if settings.method == "subspace" and embedded and settings.subspace is None:
         settings = replace(settings, subspace="public")
     _check_together(settings)
     defaults = _defaults(settings, embedded)
+    defaults.pop("members")  # how many serve is seen when the images are there: most_members
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
@@ -322,10 +349,22 @@ def resolve(settings: Settings) -> Settings:
     return settings
 
 
+def is_embedded(model: str) -> bool:
+    """Whether it is the model in base/, whose defaults are FAST."""
+    return os.path.realpath(model) == os.path.realpath(EMBEDDED)
+
+
+def most_members(settings: Settings) -> int:
+    """Members where --members is left out and there are images enough."""
+    return (FAST if is_embedded(settings.model) else PAPER)["members"]
+
+
 def _check_together(s: Settings) -> None:
     """Flags that cannot go together."""
     full = s.target == "full"
     problems = {
+        "--nonmembers and --split pokemon both say who is no member: leave one out": s.nonmembers
+        and s.split == "pokemon",
         "--rank and --alpha are a LoRA's: leave them out with --target full": full
         and (s.rank is not None or s.alpha is not None),
         "--target full trains no LoRA: leave --subspace, --dropout and --format kohya out": full
@@ -354,10 +393,11 @@ def _refuse(problems: dict[str, bool]) -> None:
 
 def _defaults(s: Settings, embedded: bool) -> dict:
     """Values of the flags left out: by the model, and by what the method needs."""
-    defaults = FAST if embedded else PAPER
-    if s.method == "distill":  # a step of the student costs more
+    defaults = dict(FAST if embedded else PAPER)
+    if s.method == "distill":  # a step of the student costs more, and its teachers stop early
         public = "openmoji" if embedded else "none"
-        defaults = defaults | {"epochs": -(-defaults["epochs"] // 2), "public": public}
+        epochs = -(-defaults["epochs"] // 2)
+        defaults = defaults | {"epochs": epochs, "public": public, "schedule": "constant"}
     if s.released("lambda"):
         defaults = defaults | {"lam": 1.0}
     if s.target == "full":  # the weights have their scale already

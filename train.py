@@ -1,13 +1,16 @@
-"""Adapt a latent diffusion model to private images, with or without a defence against membership
-inference.
+"""Adapt a latent diffusion model to private images, with or without a defence
+against membership inference.
 
-    python train.py --method smp                      # embedded model and images, minutes on a CPU
-    python train.py --method lora                     # without a defence; mp is the unstable sum
-    python train.py --method distill                  # beyond the paper: teachers that never saw it
-    python train.py --method smp --model SD15_FOLDER --data MY_IMAGES --device cuda
-    python train.py --out runs/smp --resume           # go on after a kill, to the same bits
-    accelerate launch --num_processes 4 train.py ...  # several GPUs
-    python evaluate.py runs/smp runs/lora             # what leaks, and at what quality
+    python train.py --method smp           # the small model, images with it
+    python train.py --method lora          # without a defence
+    python train.py --method distill       # teachers that never saw the image
+    python train.py --data MY_IMAGES       # one's own, with captions
+    python train.py --data MY_IMAGES --nonmembers openmoji   # all as members
+    python train.py --data MY_IMAGES --model SD15_FOLDER     # Stable Diffusion
+    python train.py --data MY_IMAGES --model SD15_FOLDER --dry-run  # costs
+    python train.py --out runs/smp --resume          # go on, to the same bits
+    accelerate launch --num_processes 4 train.py ... # several GPUs
+    python evaluate.py runs/smp runs/lora  # what leaks, and at what quality
 
 `algorithm_1` is Algorithm 1 of Luo et al. 2025 (arXiv 2402.11989); everything else here sets it up
 and keeps what it does.  Held by tests/test_train.py, tests/test_parallel.py and
@@ -37,16 +40,17 @@ from dataclasses import replace
 import torch
 
 from attacker import attacker_step
-from base_files import resolve_dtype
+from base_files import resolve_device, resolve_dtype
 from defences.distill import Student, Teachers
 from defences.dp import PrivateLearner, guarantee
 from diffusion import Base, Encoded
 from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
-from training import monitor, state
+from training import monitor, plan, state
 from training.learner import Learner
 from training.processes import Processes
 from training.run import Run, assemble, prepare
+from training.run_folder import RunFolder
 
 
 def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[dict]:
@@ -109,7 +113,7 @@ def train_adapter(base: Base, data: Encoded, s: Settings) -> Iterator[tuple[int,
     of a run with this seed.
     """
     torch.manual_seed(s.seed)  # attacker initialisation and dropout
-    run = assemble(s, base, data, Processes(s.device))
+    run = assemble(s, base, data, Processes(str(base.device)))
     try:
         teachers = Teachers(run) if s.method == "distill" else None
         for _ in teachers.train(algorithm_1) if teachers else ():
@@ -151,7 +155,7 @@ def train(settings: Settings) -> dict:
 def learn(settings: Settings) -> dict:
     """The run itself, in a folder that no other process writes to; returns its summary."""
     clock = Clock()
-    settings = replace(settings, dtype=resolve_dtype(settings.dtype, settings.device))
+    settings = on_device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     processes = Processes(settings.device)
@@ -163,9 +167,12 @@ def learn(settings: Settings) -> dict:
         teachers = taught(run, clock, caught) if settings.method == "distill" else None
         learner = learner_of(run, teachers)
         first = start(run, learner, clock)
+        plan.say(run, learner)
         with monitor.log(run) as log, monitor.progress(run, first) as bar:
             for row in algorithm_1(run, learner, bar):
                 monitor.show(bar, row)
+                if row["step"] == first + 1 and processes.main:  # the first one warms up
+                    bar.write(f"time:     {plan.hours(run, row['seconds'])}")
                 stopped = processes.any(bool(caught))
                 if processes.main:
                     record(run, learner, row, log, clock, stopped)
@@ -178,16 +185,32 @@ def learn(settings: Settings) -> dict:
     return summary
 
 
+def on_device(s: Settings) -> Settings:
+    """The settings with the device and the dtype that "auto" stands for here."""
+    before = RunFolder(s.out).device() if s.resume else None
+    device = resolve_device(s.device, before)
+    if before not in (None, device) and s.device == "auto":
+        print(f"note: {s.out} was begun on {before}, which is not here: it goes on on {device}")
+    return replace(s, device=device, dtype=resolve_dtype(s.dtype, device))
+
+
 class Clock:
-    """Seconds of a run, with those of the processes before this one."""
+    """Seconds of a run, with those of the processes before this one, and when a state is due."""
 
     def __init__(self):
         self.started, self.before = time.time(), 0.0
+        self.saved = time.monotonic()  # the last state
 
     @property
     def seconds(self) -> float:
         """Until now."""
         return self.before + time.time() - self.started
+
+    def due(self, s: Settings, step: int, anyway: bool) -> bool:
+        """Whether to save the state of a step now; `anyway` where nothing else may come."""
+        due = anyway or plan.state_due(s, step, time.monotonic() - self.saved)
+        self.saved = time.monotonic() if due else self.saved
+        return due
 
 
 def open_folder(run: Run) -> None:
@@ -217,8 +240,7 @@ def taught(run: Run, clock: Clock, caught: list[int]) -> Teachers:
             bar.n = k * s.teacher_steps + step
             bar.refresh()
             stopped = run.processes.any(bool(caught))
-            due = step % s.state_every == 0 or step == s.teacher_steps or stopped
-            if run.processes.main and due:
+            if run.processes.main and clock.due(s, step, step == s.teacher_steps or stopped):
                 facts = {"seconds": clock.seconds}
                 state.save(where(k), step, learner.tensors(), facts, keep=1)
             if stopped:
@@ -256,15 +278,14 @@ def record(run: Run, learner: Learner, row: dict, log, clock: Clock, stopped: bo
     is due.
     """
     s, step = run.settings, row["step"]
-    last = step == s.steps
     with learner.averaged():
-        if step % (s.save_every or max(1, s.steps // 8)) == 0 or last:
+        if plan.saves(s, step):
             row |= monitor.held_out(run)
             monitor.save_adapter(run, run.folder.checkpoint(step), step)
-        if s.sample_every and step % s.sample_every == 0:
+        if plan.draws(s, step):
             monitor.samples_on_the_way(run, step)
     log(row)
-    if step % s.state_every == 0 or last or stopped:
+    if clock.due(s, step, step == s.steps or stopped):
         log.sync()
         state.save(run.folder.state, step, learner.tensors(), {"seconds": clock.seconds}, s.keep)
 
@@ -283,16 +304,17 @@ def leave(run: Run, step: int, caught: list[int]) -> None:
 
 def dry_run(run: Run) -> dict[str, str]:
     """Print what a run would do, with the time of the second of two steps; nothing is written."""
-    monitor.base_row(run)
+    monitor.base_row(plan.sketch(run))
     teachers, lesson = None, 0.0
     if run.settings.method == "distill":
         teachers = Teachers(run).untrained()
         plain = teachers.as_run(0)
         lesson = list(algorithm_1(plain, Learner(plain), (1, 2)))[1]["seconds"]
-    rows = list(algorithm_1(run, learner_of(run, teachers), (1, 2)))
-    plan = monitor.plan(run, rows[1]["seconds"], lesson)
+    learner = learner_of(run, teachers)
+    rows = list(algorithm_1(run, learner, (1, 2)))
+    found = plan.dry(run, learner, rows[1]["seconds"], lesson)
     run.processes.close()
-    return plan
+    return found
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
         out="/unused",
         attacker_members=members,
         batch_size=args.batch_size,
+        steps=10**9,
         norms_every=10**9,
         gradient_checkpointing=args.gradient_checkpointing,
     )

@@ -24,7 +24,7 @@ class Flags:
     data: list[str] | None = option(None, "public sets: folders, or openmoji", group=WHERE)
     out: str = option("directions.safetensors", "the file to write", group=WHERE)
     model: str = option(EMBEDDED, "as in train.py", group=WHERE)
-    device: str = option("cpu", "as in train.py", group=WHERE)
+    device: str = option("auto", "as in train.py", group=WHERE)
     directions: int = option(16, "directions of every layer, k", group="adapter")
     target: str | None = option(
         None,

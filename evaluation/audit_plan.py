@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError
-from data import PARTS, ROLES, Images, near_duplicates
+from data import PARTS, ROLES, Images, near_duplicates, parts
 from diffusion import GRID_SEED, TIMESTEPS
 from settings import FREE, LOOKS, Settings
 
@@ -91,12 +91,6 @@ class Plan:
         return sorted({max(1, steps // part) for part in (8, 4, 2, 1)})
 
 
-def parts(members: int) -> tuple[int, int]:
-    """(auxiliary, validation) members out of `members`, as data.split has them."""
-    aux = members // 2
-    return aux, round((members - aux) / 5)
-
-
 def deal(
     images: Images, settings: Settings, adapters: int, pool: int, canaries: int, out: str
 ) -> Plan:
@@ -109,7 +103,7 @@ def deal(
     """
     first = near_duplicates(images.pixels)
     kept = [i for i, f in enumerate(first) if i == f]
-    aux, val = parts(pool // 2)
+    aux, val, _ = parts(pool // 2)
     taken = aux + 2 * val
     needed = pool + taken
     if len(kept) < needed + 2:
@@ -147,8 +141,8 @@ def half(seed: int, pool: int, index: int) -> list[int]:
 
 
 def cut_up(members: list[int]) -> dict[str, list[int]]:
-    """The roles of an adapter's members, as data.split has them."""
-    aux, val = parts(len(members))
+    """The roles of an adapter's members, as training/roles.py has them."""
+    aux, val, _ = parts(len(members))
     cut = members[:aux], members[aux : aux + val], members[aux + val :]
     return {f"member_{part}": sorted(c) for part, c in zip(PARTS, cut, strict=True)}
 

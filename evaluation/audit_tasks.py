@@ -99,7 +99,7 @@ def _subject(plan: Plan) -> tuple[Base, Encoded]:
         _loaded.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # whoever made the plan has said it all
             base = load_base(s.model, s.device, s.dtype, s.size)
-            images = load_images(s.data, base.size, s.caption)
+            images = load_images(s.data, base.size, s.caption, s.nonmembers)
             images = Images(plan.names, plan.captions, images.pixels[plan.images])
             if hash_of(images) != plan.digest:
                 raise UserError(f"{s.data} is not what the audit was begun with: put it back")
@@ -123,7 +123,7 @@ def ask(
     """
     data = text_encoder.seen(base, data, adapter)
     latents, text, index = data.latents[: plan.pool], data.text[: plan.pool], plan.held_out
-    with merged(adapter):
+    with adapter.folded():
         losses, predictions = predict(base, latents, text)
         held_out = held_out_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
@@ -170,20 +170,6 @@ def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
             if k == 0:
                 kept[:, j] = noise_pred.flatten(1).cpu().numpy()
     return losses, kept
-
-
-@contextlib.contextmanager
-def merged(adapter: lora.Adapter) -> Iterator[None]:
-    """Inside, the adapter is in the base weights; after it they have the same bits as before."""
-    before = [layer.base.weight.clone() for layer in adapter.layers.values()]
-    adapter.merge()
-    try:
-        yield
-    finally:
-        for layer, weight in zip(adapter.layers.values(), before, strict=True):
-            with torch.no_grad():
-                layer.base.weight.copy_(weight)
-            layer.merged = False
 
 
 def _save(adapter: lora.Adapter, folder: Path, s: Settings, step: int) -> None:

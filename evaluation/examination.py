@@ -55,7 +55,7 @@ class Examination:
     def __init__(self, target: Target, s, network):
         self.settings, self.seed, self.network = s, target.config["seed"], network
         self.sources = sources(target)
-        self.subject: Subject = prepare(target, s.device, s.nonmembers)
+        self.subject: Subject = prepare(target, s.device, s.test_nonmembers)
         self.key = json.dumps([fingerprint(target, self.subject, s), ASKED])
         data, held_out = self.subject.data, self.subject.held_out
         if s.pictures and len(held_out) < 2:

@@ -11,7 +11,7 @@ import settings
 from cli import UserError, checked, read_json
 
 NUMBERS = {  # lowest and highest
-    "nonmembers": (0, 10**7),
+    "test_nonmembers": (0, 10**7),
     "pictures": (0, 10**5),
     "sampling_steps": (1, 999),  # schedules have at least 1,000, some begin at 1
     "guidance": (0, 1000),
@@ -27,8 +27,10 @@ def check(s) -> None:
     check_numbers(s)
     if not re.fullmatch(r"(last|best|[0-9]{1,18})", s.at):
         raise UserError(f"--at must be last, best or a step, not {s.at}")
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device):
-        raise UserError(f"--device must be cpu, cuda, cuda:1 or mps, not {s.device}")
+    if not re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:1 or mps, not {s.device}")
+    if not s.runs and s.nonmembers is not None:
+        raise UserError("--nonmembers is for runs that were given one: leave it out")
     if not s.runs:
         check_elsewhere(s)
     for flag in ("adapter", "splits", "caption", "out") if s.runs else ():
@@ -107,7 +109,8 @@ def check_run(folder: Path, s) -> None:
         raise UserError(f"{path} is not a run's config: no settings in it")
     if lacking := [name for name in ASKED if name not in found]:
         raise UserError(f"{path} is damaged: its settings lack {lacking[0]}")
-    known = checked(settings.Settings, {name: found[name] for name in ASKED}, path)
+    asked = {name: found.get(name) for name in (*ASKED, "nonmembers")}
+    known = checked(settings.Settings, asked, path)
     if s.at == "last" and not (folder / "adapter").is_dir():
         raise UserError(f"{folder} has no adapter yet: its training did not finish")
     check_splits(folder / "splits.json")
@@ -119,6 +122,14 @@ def check_run(folder: Path, s) -> None:
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is damaged: not every line is an object")
     check_places(s.model or known["model"], s.data or known["data"])
+    others = s.nonmembers or known["nonmembers"]
+    if s.nonmembers is not None and known["nonmembers"] is None:
+        raise UserError(f"{folder} was trained without --nonmembers: leave it out")
+    if others not in (None, *settings.EMBEDDED_SETS) and not os.path.isdir(others):
+        raise UserError(
+            f"there is no folder {others} of the non-members: name where it lies now with "
+            "--nonmembers"
+        )
 
 
 def check_splits(path: Path) -> None:

@@ -44,7 +44,7 @@ def plan(target: Target, subject: Subject, count: int, device: str) -> audit_pla
         raise UserError(
             f"--shadow {count} is too few for {images} images of which {members} are members: "
             f"every image must be in {LEAST} shadows and out of {LEAST}; "
-            f"take --shadow {needed + needed % 2} or fewer --nonmembers"
+            f"take --shadow {needed + needed % 2} or fewer --test-nonmembers"
         )
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles, target.step]
@@ -59,7 +59,8 @@ def as_trained(target: Target) -> Settings:
     """
     config = RunFolder(target.run).config()
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
-    s = replace(s, model=target.config["model"], data=target.config["data"])
+    now = {name: target.config.get(name) for name in ("model", "data", "nonmembers")}
+    s = replace(s, **now)
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
     s = replace(s, accumulate=whole, save_every=None, stop="last", norms_every=10**9)
     s = replace(s, samples=0, sample_every=None, hessian_every=0, dtype=target.config["dtype"])

@@ -18,7 +18,7 @@ import torch
 
 from base_files import load_base
 from cli import UserError, read_json, shown
-from data import FOLDERS, PARTS, SIDES, Images, load_images, split
+from data import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 from diffusion import GRID_SEED, Base, Encoded, encode, encode_captions, encode_images
 from lora_files import PEFT_CONFIG
 from settings import FREE, LOOKS, Settings
@@ -100,7 +100,7 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
     """
     c = target.config
     base = load_base(c["model"], device, c["dtype"], c.get("size"))
-    images = load_images(c["data"], base.size, c["caption"])
+    images = load_images(c["data"], base.size, c["caption"], c.get("nonmembers"))
     every = dealt(target, images)
     roles, chosen = {}, []
     for role in (f"{side}_{part}" for side in SIDES for part in PARTS):
@@ -129,21 +129,24 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
             f"{', '.join(FOLDERS)}"
         )
     if target.splits is None:
-        return split(images, target.config["seed"], 0)
+        return split_as_it_comes(images, target.config["seed"])
     position = {name: i for i, name in enumerate(images.names)}
     now = position if target.images is None else by_content(target.images, images)
     missing = [name for names in target.splits.values() for name in names if name not in now]
     if missing:
         name, count = shown(missing[0]), f"{len(missing)} images of {target.name}"
+        beside = missing[0].startswith(OUTSIDE) and target.config.get("nonmembers")
+        flag = "--nonmembers" if beside else "--data"
+        source = beside or source
         if missing[0] in position:
             raise UserError(
                 f"the pixels or the caption of {name} in {shown(source)} are not those that "
                 f"{target.run} was trained on ({count} are not found): put them back, or name the "
-                "folder that holds them with --data"
+                f"folder that holds them with {flag}"
             )
         raise UserError(
             f"{shown(source)} no longer holds {name} ({count} are gone): put them back, or name "
-            "the folder that holds them with --data"
+            f"the folder that holds them with {flag}"
         )
     return {role: [now[name] for name in names] for role, names in target.splits.items()}
 
@@ -198,7 +201,7 @@ def cut(caption: str, share: float) -> str:
 
 def sources(target: Target) -> str:
     """Where images and base of a target come from: targets that agree share an examination."""
-    names = ("model", "data", "caption", "dtype", "seed", "size")
+    names = ("model", "data", "nonmembers", "caption", "dtype", "seed", "size")
     return json.dumps([[target.config.get(k) for k in names], target.splits, target.images])
 
 
@@ -206,7 +209,7 @@ def fingerprint(target: Target, subject: Subject, s) -> str:
     """What the scores and the pictures of the base model depend on, by content and not by name,
     beside the number and steps of the pictures.
     """
-    choices = {name: getattr(s, name) for name in ("nonmembers", "guidance", "features")}
+    choices = {"nonmembers": s.test_nonmembers, "guidance": s.guidance, "features": s.features}
     seeds = [GRID_SEED, SUBSET_SEED, target.config["seed"]]
     base = [base_stamp(target.config["model"]), target.config["dtype"]]
     return json.dumps([seeds, base, subject.content, choices])

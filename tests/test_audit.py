@@ -18,7 +18,6 @@ import torch
 from scipy.stats import binomtest
 
 import audit
-import lora
 import lora_files
 import roc
 import train
@@ -270,21 +269,6 @@ def test_predictions_are_those_of_the_loss_grid(tiny_base):
     want = loss_grid(base, latents, text, draws=2).numpy()
     np.testing.assert_allclose(losses, want, rtol=1e-4)
     assert kept.shape == (5, 4, 256) and kept.dtype == np.float16
-
-
-def test_merging_leaves_no_trace(tiny_base):
-    """The base has the same bits after it, which adding and taking away would not give."""
-    base = load_base(tiny_base)
-    adapter = lora.inject(base.unet, "all", 4, 8.0, torch.Generator().manual_seed(0))
-    layers = list(adapter.layers.values())
-    for layer in layers:
-        torch.nn.init.normal_(layer.lora_B.weight)
-    before = [layer.base.weight.clone() for layer in layers]
-    with audit_tasks.merged(adapter):
-        assert all(layer.merged for layer in layers)
-        assert not torch.equal(layers[0].base.weight, before[0])
-    assert not any(layer.merged for layer in layers)
-    assert all(torch.equal(x.base.weight, b) for x, b in zip(layers, before, strict=True))
 
 
 def test_a_whole_audit(audited, capsys):

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import data
 from cli import UserError
-from data import FOLDERS, PARTS, ROLES, SIDES, Images, load_images, near_duplicates, split
+from data import FOLDERS, PARTS, ROLES, SIDES, Images, load_images, near_duplicates
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -39,19 +37,14 @@ def message(folder: Path | str, caption: str | None = None, *words: str) -> str:
     return text
 
 
-def numbered(n: int, folders: dict[str, list[int]] | None = None) -> Images:
-    """n images of 4 x 4 black and white noise, far from one another."""
-    pixels = 255 * np.random.default_rng(0).integers(0, 2, (n, 4, 4, 3), dtype=np.uint8)
-    return Images([f"{i}.png" for i in range(n)], ["x"] * n, pixels, folders)
-
-
 def test_roles_are_sides_by_parts():
     assert set(ROLES) == {f"{side}_{part}" for side in SIDES for part in PARTS} | {"fresh"}
     assert len(ROLES) == 7 and [r for roles in FOLDERS.values() for r in roles] == list(ROLES[:6])
 
 
 def test_hashes():
-    images = numbered(4)
+    noise = np.random.default_rng(0).integers(0, 2, (4, 4, 4, 3), dtype=np.uint8)
+    images = Images([f"{i}.png" for i in range(4)], ["x"] * 4, 255 * noise)
     images.pixels[3] = images.pixels[2]
     images.captions[1] = "xy"
     hashes = images.hashes()
@@ -411,14 +404,6 @@ def test_metadata_csv_errors(tmp_path, text, words):
 # ---- duplicates and splits ----
 
 
-def check_disjoint(roles: dict[str, list[int]], n: int) -> None:
-    assert tuple(roles) == ROLES
-    dealt = [i for role in roles.values() for i in role]
-    assert len(dealt) == len(set(dealt)) and set(dealt) <= set(range(n))
-    assert all(role == sorted(role) for role in roles.values())
-    assert all(type(i) is int for i in dealt)  # json cannot write numpy's
-
-
 def copied(pixels: np.ndarray, how: str) -> np.ndarray:
     """A copy as people make them: saved as JPEG, or scaled by a factor and back to its size."""
     image = Image.fromarray(pixels)
@@ -476,126 +461,6 @@ def test_repeats_of_a_repeat_stay():
     assert near_duplicates(rows[[1, 0, 2]]) == [0, 0, 0]
 
 
-@settings(max_examples=30, deadline=None)
-@given(n=st.integers(12, 300), members=st.integers(5, 150), seed=st.integers(0, 2**32))
-def test_default_split(n, members, seed):
-    try:
-        roles = split(numbered(n), seed, members)
-    except UserError:
-        assert n < 1.8 * members + 5  # members + aux + 2 val + 2 <= 1.7 members + rounding
-        return
-    check_disjoint(roles, n)
-    sizes = {role: len(indices) for role, indices in roles.items()}
-    assert sum(sizes.values()) == n
-    assert sizes["member_aux"] + sizes["member_val"] + sizes["member_test"] == members
-    assert sizes["member_aux"] == sizes["nonmember_aux"] == members // 2
-    assert abs(sizes["member_val"] - (members - members // 2) / 5) <= 0.5
-    assert sizes["nonmember_val"] == 2 * sizes["member_val"] >= 2
-    assert abs(sizes["fresh"] - (sizes["fresh"] + sizes["nonmember_test"]) / 5) <= 0.5
-    assert (
-        min(
-            sizes[role] for role in ("member_aux", "member_test", "nonmember_aux", "nonmember_test")
-        )
-        >= 2
-    )
-
-
-def test_split_follows_the_seed():
-    images = numbered(100)
-    assert split(images, 0, 20) == split(images, 0, 20)
-    assert split(images, 0, 20) != split(images, 1, 20)
-    assert split(images, 0, 20)["member_aux"] != list(range(10))
-
-
-@pytest.mark.parametrize(
-    "members, needed", [(5, 11), (20, 36)]
-)  # 5 + 2 + 2*1 + 2 and 20 + 10 + 2*2 + 2
-def test_too_few_images(members, needed):
-    split(numbered(needed), 0, members)
-    with pytest.raises(
-        UserError, match=rf"^[^\n]*at least {needed} .*there are {needed - 1}: .*--members[^\n]*$"
-    ):
-        split(numbered(needed - 1), 0, members)
-
-
-@pytest.mark.parametrize("members", [-1, 0, 4])
-def test_too_few_members(members):
-    with pytest.raises(UserError, match=f"--members is {members}: 5 is the least"):
-        split(numbered(50), 0, members)
-
-
-def test_pokemon_preset():
-    sizes = (180, 20, 200, 180, 20, 233)
-    for n in (833, 900):
-        roles = split(numbered(n), 0, 0, "pokemon")
-        check_disjoint(roles, n)
-        assert tuple(map(len, roles.values())) == (*sizes, n - 833)
-    with pytest.raises(UserError, match=r"at least 833 .* there are 832: .*--members"):
-        split(numbered(832), 0, 0, "pokemon")
-    with pytest.raises(UserError, match='no preset "poke"'):
-        split(numbered(900), 0, 0, "poke")
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_copies_stay_on_one_side(capsys, seed):
-    images = numbered(60)
-    images.pixels = np.concatenate(
-        [images.pixels[:40], images.pixels[:20]]
-    )  # image 40 + i is a copy of image i
-    roles = split(images, seed, 10)
-    check_disjoint(roles, 60)
-    assert sorted(i for role in roles.values() for i in role) == list(range(40))
-    note = capsys.readouterr().out
-    assert note.count("\n") == 1 and "20 of 60" in note and "40.png = 0.png" in note
-    split(numbered(60), seed, 10)
-    assert capsys.readouterr().out == ""
-
-
-def paper_folders(*sizes: int) -> Images:
-    ends = np.cumsum(sizes)
-    folders = {p: list(range(e - s, e)) for p, s, e in zip(FOLDERS, sizes, ends, strict=True)}
-    return numbered(int(ends[-1]), folders)
-
-
-def test_split_follows_the_papers_folders():
-    images = paper_folders(40, 5, 30, 6)
-    roles = split(images, 0, 10_000)
-    check_disjoint(roles, 81)
-    assert sorted(roles["member_aux"] + roles["member_val"]) == images.folders["D^m_aux"]
-    assert sorted(roles["nonmember_aux"] + roles["nonmember_val"]) == images.folders["D^nm_aux"]
-    assert (
-        roles["member_test"] == images.folders["D^m_te"]
-        and roles["nonmember_test"] == images.folders["D^nm_te"]
-    )
-    assert (len(roles["member_val"]), len(roles["nonmember_val"]), roles["fresh"]) == (4, 3, [])
-    assert roles == split(images, 0, 10) != split(images, 1, 10)
-
-
-def test_copy_across_the_papers_folders_stays_a_member(capsys):
-    images = paper_folders(5, 5, 5, 5)
-    images.folders = dict(
-        zip(FOLDERS, reversed(images.folders.values()), strict=True)
-    )  # members have the higher indices
-    member, nonmember = images.folders["D^m_te"][0], images.folders["D^nm_te"][2]
-    assert nonmember < member
-    images.pixels[nonmember] = images.pixels[member]
-    roles = split(images, 0, 10)
-    assert member in roles["member_test"]
-    assert roles["nonmember_test"] == [i for i in images.folders["D^nm_te"] if i != nonmember]
-    note = capsys.readouterr().out
-    assert "1 of 20 images" in note and f"{nonmember}.png = {member}.png" in note
-
-
-@pytest.mark.parametrize("sizes, part", [((2, 2, 3, 2), "D^m_aux"), ((3, 2, 3, 1), "D^nm_te")])
-def test_too_few_images_in_a_paper_folder(sizes, part):
-    split(paper_folders(3, 2, 3, 2), 0, 10)
-    with pytest.raises(UserError) as caught:
-        split(paper_folders(*sizes), 0, 10)
-    assert f"{part} holds {sizes[list(FOLDERS).index(part)]} " in str(
-        caught.value
-    ) and "--members" in str(caught.value)
-
-
 def test_twemoji():
     images = load_images("twemoji", 48)
     n = len(images.names)
@@ -603,6 +468,3 @@ def test_twemoji():
     assert len(images.captions) == n and all(caption.strip() for caption in images.captions)
     assert len(set(images.names)) == n
     assert images.pixels.reshape(n, -1).std(1).min() > 0  # none is blank
-    roles = split(images, 0, 100)
-    check_disjoint(roles, n)
-    assert [len(roles[role]) for role in ROLES[:5]] == [50, 10, 40, 50, 20]

@@ -300,7 +300,7 @@ def test_dry_run_says_what_the_teachers_cost(whole, tmp_path, capsys):
     s, _ = whole
     train.train(replace(s, out=str(tmp_path / "run"), dry_run=True))
     printed = capsys.readouterr().out
-    assert "after 3 teachers of 3 at" in printed and "3 public pictures" in printed
+    assert "3 of 3 steps at" in printed and "3 public pictures" in printed
     assert not (tmp_path / "run").exists()
 
 

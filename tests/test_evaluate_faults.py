@@ -26,7 +26,7 @@ from evaluation.target import adapter_digest, base_stamp, dealt, read_run
 from settings import Settings
 
 ROOT = Path(__file__).parent.parent
-FLAGS = {"pictures": 2, "sampling_steps": 1, "bootstrap": 20, "nonmembers": 4}
+FLAGS = {"pictures": 2, "sampling_steps": 1, "bootstrap": 20, "test_nonmembers": 4}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
     cases = [
         ({"runs": [run], name: value}, f"--{name.replace('_', '-')} must be")
         for name, value in (
-            ("pictures", -1), ("pictures", 1), ("bootstrap", 0), ("nonmembers", -1),
+            ("pictures", -1), ("pictures", 1), ("bootstrap", 0), ("test_nonmembers", -1),
             ("sampling_steps", 0), ("sampling_steps", 1000), ("shadow", -1), ("shadow", 2),
             ("shadow", 7), ("jobs", 0),
             ("guidance", float("nan")), ("guidance", -1.0), ("guidance", float("inf")),

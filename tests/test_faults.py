@@ -619,8 +619,8 @@ def test_dry_run_says_and_writes_nothing(small, tiny_base, tmp_path, capsys, met
     """Counts, parameters, steps, time and memory; no folder."""
     plan = train.train(small(method=method, dry_run=True, steps=100))
     text = capsys.readouterr().out
-    assert "member_aux 10" in text and "nothing was written" in text
-    assert plan["steps"].startswith("100 of 4 images, 20.0 passes")
+    assert "20 members (10 aux" in text and "nothing was written" in text
+    assert plan["plan"].startswith("100 steps of 4 images, 20 passes; 10 adapters of ")
     unet = load_base(tiny_base).unet
     layers = sum(
         name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name, _ in unet.named_modules()

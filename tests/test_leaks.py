@@ -21,9 +21,10 @@ def test_attacks_separate_members_of_an_over_fitted_adapter_and_not_of_the_base(
     """
     out, steps = str(tmp_path / "lora"), 80
     small = {"members": 24, "samples": 0, "lr": 1.5e-3, "save_every": steps, "state_every": steps}
+    small["schedule"] = "constant"
     train.train(Settings(method="lora", out=out, seed=1, steps=steps, **small))
     (record,) = evaluate.evaluate(
-        evaluate.Settings(runs=[out], nonmembers=24, pictures=0, bootstrap=200)
+        evaluate.Settings(runs=[out], test_nonmembers=24, pictures=0, bootstrap=200)
     )
     adapted, base = record["adapted"], record["base"]
     for name, model in (("over-fitted adapter", adapted), ("embedded model", base)):

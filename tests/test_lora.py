@@ -74,6 +74,27 @@ def test_merged_equals_unmerged(unet, target):
     assert torch.allclose(predict(unet, torch.float64), apart, rtol=0, atol=1e-11)
 
 
+def test_folded_leaves_no_trace(unet):
+    """The same outputs inside, and the very weights of before after it, which adding and taking
+    away would not give; also after an exception, and around an adapter that is merged already.
+    """
+    adapter = trained(inject(unet, "all", RANK, ALPHA))
+    layers, apart = list(adapter.layers.values()), predict(unet)
+    before = [(layer.base.weight, layer.base.weight.clone()) for layer in layers]
+    with pytest.raises(KeyError), adapter.folded():
+        assert all(layer.merged for layer in layers)
+        assert not torch.equal(layers[0].base.weight, before[0][1])
+        assert torch.allclose(predict(unet), apart, rtol=1e-3, atol=1e-4)
+        raise KeyError
+    assert not any(layer.merged for layer in layers)
+    for layer, (weight, bits) in zip(layers, before, strict=True):
+        assert layer.base.weight is weight and torch.equal(weight, bits)
+    adapter.merge()
+    with adapter.folded():
+        pass
+    assert all(layer.merged for layer in layers)
+
+
 def test_disabled_is_the_base_model(unet, base_output):
     """Exactly, after training too; and the adapter is back afterwards, after an exception too."""
     adapter = trained(inject(unet, "attention", RANK, ALPHA))

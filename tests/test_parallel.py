@@ -99,6 +99,7 @@ def settings(model, images, out, **more):
             "proxy": "pooled",
             "lr": 0.01,
             "attacker_lr": 0.01,
+            "schedule": "constant",
             "steps": 5,
             "save_every": 1000,
             "norms_every": 3,

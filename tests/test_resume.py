@@ -69,6 +69,7 @@ def prepare_once(tiny_base, image_folder):
             alpha=4.0,
             lr=0.01,
             attacker_lr=0.01,
+            schedule="constant",
             save_every=1000,
             norms_every=1000,
         )

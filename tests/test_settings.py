@@ -16,6 +16,7 @@ from settings import (
     METHODS,
     PAPER,
     Settings,
+    most_members,
     resolve,
 )
 from training.precheck import stored
@@ -33,8 +34,11 @@ def flags(*argv):
     [(EMBEDDED, FAST), (f"{EMBEDDED}/../base/", FAST), ("SD15", PAPER), ("nobody/sd", PAPER)],
 )
 def test_flags_left_out_depend_on_the_model(tmp_path, model, table):
-    found = asdict(resolve(Settings(model=model, out=str(tmp_path))))
-    assert {k: found[k] for k in table} == table
+    settings = Settings(model=model, out=str(tmp_path))
+    found = asdict(resolve(settings))
+    by_images = {"members": None}  # how many serve is seen later
+    assert {k: found[k] for k in table} == table | by_images
+    assert most_members(settings) == table["members"]
     kept = resolve(Settings(model=model, out=str(tmp_path), rank=3, lam=0.0))
     assert (kept.rank, kept.lam, kept.lr) == (3, 0.0, table["lr"])
 
@@ -81,7 +85,7 @@ def test_help_shows_both_defaults(capsys, monkeypatch):
     assert "(default: 7e-3 embedded, 1e-4 Stable Diffusion)" in text
     assert "(default: pooled embedded, raw Stable Diffusion)" in text
     view = text[: text.index("\nadvanced:")]
-    assert 12 <= view.count("\n  --") <= 20 and "--attacker-lr" not in view
+    assert 12 <= view.count("\n  --") <= 21 and "--attacker-lr" not in view
 
 
 # ---- limits ----

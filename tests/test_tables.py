@@ -23,7 +23,7 @@ def record(name="runs/lora @400", shift=2.0, nonmembers=200, shadows=0, quality=
     if quality:
         found["quality"] = {"frechet_members": 626.4, "frechet_held_out": 12345.6}
     sizes = {"member_test": 40, "nonmember_test": nonmembers}
-    blind = roc.summary(*scores["loss"], 0.0)
+    blind = roc.summary(np.arange(40) % 20, np.arange(nonmembers) % 20, 0.0)  # at chance
     return {"run": name, "images": sizes, "adapted": found, "base": found, "blind": blind} | {
         "shadows": shadows
     }
@@ -85,3 +85,23 @@ def test_near_one_there_is_a_third_digit(value, text):
     """1.00 [1.00, 1.00] would say that nothing else is possible."""
     assert tables.rounded(value) == text
     assert tables.cell({"auc": value, "auc_interval": [value, 1]}) == f"{text} [{text}, 1.00]"
+
+
+def test_sets_that_differ_in_kind(capsys):
+    """What a classifier without any model tells apart is not the adapter's leak: said in the
+    verdict, unless the attack finds more than it and than the base, and below the table.
+    """
+    given = record(shift=2.0)
+    apart = roc.summary(np.arange(40) + 30, np.arange(200) % 50, 0.0)
+    for blind, base, words in (
+        (given["blind"], given["base"], "This adapter gives away"),
+        (apart, given["base"], "differ in kind, which shows without any model (blind AUC 0.9"),
+        (apart | {"auc_interval": [0.51, 0.6]}, record(shift=0.0)["base"], "This adapter gives"),
+    ):
+        found = given | {"blind": blind, "base": base}
+        assert words in tables.verdict(found), blind["auc"]
+        tables.print_tables([found | {"verdict": ""}])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("warning: the test members and non-members differ in kind" in printed) == (
+            blind["auc_interval"][0] > 0.5
+        )

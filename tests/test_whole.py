@@ -95,7 +95,8 @@ def test_diffusers_loads_the_folder_with_the_same_prediction(run, tiny_base):
     lora.remove(base.unet, adapter)
     assert torch.equal(squared_error(base, *data), plain) and not torch.allclose(ours, plain)
     base.unet = UNet2DConditionModel.from_pretrained(run / "adapter")
-    assert torch.equal(squared_error(base, *data), ours)
+    # its weights lie otherwise in memory
+    assert torch.allclose(squared_error(base, *data), ours, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"ema": 0.9, "accumulate": 2, "stop": "best"}], ids=str)

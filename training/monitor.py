@@ -1,10 +1,6 @@
-"""What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the plan of
---dry-run, the end.
-"""
+"""What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the end."""
 
 import math
-import resource
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -123,7 +119,8 @@ def held_out(run: Run) -> dict[str, float]:
     for side in ("member", "nonmember"):
         index = data.roles[f"{side}_val"]
         latents, text = data.latents[index], data.text[index]
-        grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
+        with run.folded():
+            grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
         loss[f"{side}_val_loss"] = grid.mean().item()
     return loss
 
@@ -244,19 +241,19 @@ def require_same(run: Run) -> None:
     """Before going on: the images must be those that the run was begun with, by content and by
     role; raises UserError.
     """
-    now, before = hashes(run), run.folder.images() or {}
+    now, before, s = hashes(run), run.folder.images() or {}, run.settings
+    sets = f"{s.data} or {s.nonmembers}" if s.nonmembers else s.data
     changed = [name for name, known in before.items() if now.get(name, known) != known]
     if changed:
         raise UserError(
-            f"{changed[0]} in {run.settings.data}, or its caption, is not what {run.folder} was "
+            f"{changed[0]} in {sets}, or its caption, is not what {run.folder} was "
             "begun with: put it back, or take another --out"
         )
     roles = run.data.roles
     dealt = {role: [run.data.names[i] for i in index] for role, index in roles.items()}
     if run.folder.splits() != dealt:
         raise UserError(
-            f"{run.settings.data} no longer holds the images that {run.folder} was begun with: "
-            "put them back"
+            f"{sets} no longer holds the images that {run.folder} was begun with: put them back"
         )
 
 
@@ -343,38 +340,3 @@ def summarise(run: Run, rows: list[dict]) -> dict[str, float | list[float]]:
 def describe(error: Exception) -> str:
     """What failed, for one line."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def plan(run: Run, seconds: float, lesson: float = 0.0) -> dict[str, str]:
-    """What a run would do, at `seconds` a step, `lesson` one of a teacher's; printed by the main
-    process.
-    """
-    s, data = run.settings, run.data
-    if run.base.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.base.device) / 2**30
-    else:  # kilobytes on Linux, bytes on macOS
-        scale = 2 ** (20 if sys.platform == "linux" else 30)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-    count = sum(p.numel() for p in run.adapter.parameters())
-    passes = s.steps * run.batch / len(data.members())
-    minutes = s.steps * seconds / 60
-    teachers, public = "", ""
-    if s.method == "distill":
-        minutes += s.teachers * s.teacher_steps * lesson / 60
-        teachers = f", after {s.teachers} teachers of {s.teacher_steps} at {lesson:.2f} s a step"
-        public = f", {len(run.public)} public pictures from {s.public}"
-    found = {
-        "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device}"
-        f" x {run.processes.count}",
-        "images": ", ".join(f"{role} {len(index)}" for role, index in data.roles.items()) + public,
-        "adapter": f"{count:,} parameters in "
-        f"{f'{n} layers' if (n := len(run.adapter.layers)) else 'the whole UNet'}",
-        "steps": f"{s.steps} of {run.batch} images, {passes:.1f} passes{teachers}",
-        "time": f"{seconds:.2f} s a step, {minutes:.0f} min without pictures and held-out losses",
-        "memory": f"{memory:.1f} GiB at its peak",
-    }
-    if run.processes.main:
-        for name, text in found.items():
-            print(f"{name + ':':9} {text}")
-        print(f"dry run: nothing was written to {run.folder}")
-    return found

@@ -68,6 +68,11 @@ def _require_paths(s: Settings) -> None:
             f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
             "embedded set"
         )
+    if s.nonmembers not in (None, *EMBEDDED_SETS) and not os.path.exists(s.nonmembers):
+        raise UserError(
+            f"there is no folder {shown(s.nonmembers)}: give --nonmembers a folder of images that "
+            "are not among the private ones, or openmoji"
+        )
     if s.public not in (None, "none", *EMBEDDED_SETS) and not os.path.exists(s.public):
         raise UserError(
             f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"

@@ -1,7 +1,7 @@
 """What one run works on and does not change: settings, base, images, adapter, processes, folder."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -13,7 +13,7 @@ import lora_files
 from adapters import text_encoder, whole
 from base_files import load_base
 from cli import UserError
-from data import Images, load_images, near_duplicates, split
+from data import PARTS, Images, load_images, near_duplicates
 from defences import subspace
 from diffusion import (
     Base,
@@ -27,10 +27,12 @@ from diffusion import (
     squared_error,
     tokenize,
 )
-from settings import DIRECTIONS, Settings
+from settings import DIRECTIONS, Settings, most_members
+from training import roles as dealing
 from training.processes import Processes, WholeBatch
 from training.run_folder import RunFolder
 
+FEW = 4  # images that a dry run encodes
 PUBLIC = 1000  # pictures beside the private ones, at most
 
 
@@ -152,7 +154,15 @@ class Run:
     def errors_alone(self, batch: Batch) -> torch.Tensor:
         """Error maps (B, C, h, w) of a batch over all processes, without gradient."""
         parts = self.processes.parts(len(batch), 2 * self.settings.batch_size)
-        return self.processes.gather(torch.cat([self.errors(batch, part) for part in parts]))
+        with self.folded():
+            errors = [self.errors(batch, part) for part in parts]
+        return self.processes.gather(torch.cat(errors))
+
+    def folded(self) -> AbstractContextManager:
+        """Inside, the adapter is in the base weights, which saves its part of a forward; apart
+        from them in half precision, whose steps are as large as what the adapter adds.
+        """
+        return self.adapter.folded() if self.base.unet.dtype == torch.float32 else nullcontext()
 
 
 def prepare(settings: Settings, processes: Processes) -> Run:
@@ -162,9 +172,36 @@ def prepare(settings: Settings, processes: Processes) -> Run:
     """
     torch.manual_seed(settings.seed)  # attacker initialisation and dropout
     base = load_base(settings.model, processes.device, settings.dtype, settings.size)
-    images = load_images(settings.data, base.size, settings.caption)
-    roles = split(images, settings.seed, settings.members, settings.split)
-    return assemble(settings, base, encode(base, images, roles), processes)
+    images = load_images(settings.data, base.size, settings.caption, settings.nonmembers)
+    s, images, roles = deal(settings, images, processes.main)
+    return assemble(s, base, encoded(s, base, images, roles), processes)
+
+
+def encoded(s: Settings, base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
+    """The images as the base sees them; for a dry run a few of them stand for all."""
+    if not s.dry_run:
+        return encode(base, images, roles)
+    few = min(FEW, len(images.names))
+    names, captions = images.names[:few], images.captions[:few]
+    data = encode(base, Images(names, captions, images.pixels[:few]), {})
+    at = torch.arange(len(images.names)) % few
+    everything = images.names, images.captions, images.pixels, data.latents[at], data.text[at]
+    return Encoded(*everything, roles)
+
+
+def deal(s: Settings, images: Images, speak: bool) -> tuple[Settings, Images, dict[str, list[int]]]:
+    """Who among the images is a member, said in a line; settings with --members filled in, and the
+    images that are needed.
+
+    Raises UserError if there are too few.
+    """
+    roles = dealing.split(images, s.seed, s.members, s.split, most_members(s))
+    if images.private is not None:
+        images, roles = dealing.only_dealt(images, roles)
+    if speak:
+        dealing.say(roles, s.nonmembers)
+    count = sum(len(roles[f"member_{part}"]) for part in PARTS)
+    return replace(s, members=s.members or count), images, roles
 
 
 def assemble(settings: Settings, base: Base, data: Encoded, processes: Processes) -> Run:
@@ -227,7 +264,7 @@ def with_public(settings: Settings, base: Base, data: Encoded) -> tuple[list[int
     chosen = np.random.default_rng(settings.seed).permutation(kept)[:PUBLIC].tolist()
     names = [f"public/{images.names[i]}" for i in chosen]
     captions = [images.captions[i] for i in chosen]
-    more = encode(base, Images(names, captions, images.pixels[chosen]), {})
+    more = encoded(settings, base, Images(names, captions, images.pixels[chosen]), {})
     return list(range(own, own + len(chosen))), joined(data, more)
 
 

@@ -62,6 +62,11 @@ class RunFolder:
             raise UserError(f"{self.path / 'config.json'} is not a run's config: no settings in it")
         return found
 
+    def device(self) -> str | None:
+        """Where the run was begun; None if it has not been."""
+        begun = (self.path / "config.json").is_file()
+        return self.config()["settings"].get("device") if begun else None
+
     def splits(self) -> dict[str, list[str]]:
         """File names per role."""
         path = self.path / "splits.json"

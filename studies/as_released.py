@@ -40,7 +40,7 @@ class Study(Settings):
         None, "runs at a time, a process each (default: cores, or 1 on a GPU)", group=WHERE
     )
     pictures: int = option(100, "pictures of each run for the Frechet distance", group=WHERE)
-    nonmembers: int = option(200, "test non-members to score; 0 takes all", group=WHERE)
+    test_nonmembers: int = option(200, "test non-members to score; 0 takes all", group=WHERE)
 
 
 if __name__ == "__main__":
@@ -52,6 +52,7 @@ import torch
 import tqdm
 
 import evaluate
+from base_files import resolve_device
 from cli import read_json, write_whole
 from evaluation import workers
 from evaluation.comparisons import over_seeds
@@ -78,13 +79,14 @@ def study(s: Study) -> str:
         if not evaluated(place := out / f"seed-{seed}" / name)
     ]
     judged = {f.name: getattr(s, f.name) for f in fields(evaluate.Settings) if hasattr(s, f.name)}
-    judged |= dict.fromkeys(("model", "data", "caption", "out", "dtype"))  # as the run has them
+    # as the runs have them
+    judged |= dict.fromkeys(("model", "data", "nonmembers", "caption", "out", "dtype"))
     judge = [
         evaluate.Settings(**judged | {"runs": there})
         for seed in seeds  # runs of one seed share their images and the base's answers
         if (there := [run.out for run in runs if run.seed == seed])
     ]
-    jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)
+    jobs = s.jobs or (os.cpu_count() if resolve_device(s.device) == "cpu" else 1)
     everything(train_one, {run.out: run for run in runs}, jobs, "adapter")
     everything(evaluate_one, {e.runs[-1]: e for e in judge}, jobs, "eval.json")
     found = table(records(out))

@@ -120,6 +120,13 @@ def test_resumed_is_uninterrupted(run, tiny_base, image_folder, tmp_path, monkey
     train.train(Settings(out=str(tmp_path / "r"), resume=True))
     one, two = (load_file(r / "adapter" / whole.FILE_NAME) for r in (run, tmp_path / "r"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert losses(run) == losses(tmp_path / "r")
+
+
+def losses(run):
+    """What a run's rows say, without their times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def test_evaluation_of_a_run(run, capsys):

@@ -202,7 +202,10 @@ class Learner:
             streams.set_rng_state(groups["random"]["device"], *at)
         for i, batches in enumerate(self.queues):
             batches.queue = groups["queue"][str(i)]
-        self.means = [groups["means"][str(i)].to(device) for i in range(len(self.means))]
+        self.means = [
+            torch.empty_like(mean).copy_(groups["means"][str(i)])  # as the weights lie in memory
+            for i, mean in enumerate(self.means)
+        ]
         self.reused = tuple(tensor.to(device) for _, tensor in sorted(groups["reused"].items()))
 
     def _require_fit(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -306,7 +306,7 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
     )
     if promised:
         print(f"promise:  {promised}")
-    if s.method in advice.AUDITED:
+    if s.method in advice.AUDITED and s.target != "full" and not s.as_released:
         print(f"audited:  {advice.sentence(s.method)}")
     print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
     return summary

@@ -134,6 +134,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value.shape == parameter.shape:  # a step then goes through memory as before
+                slots[name] = torch.empty_like(parameter.detach()).copy_(value)
 
 
 # --------------------------------------------------------------------------------------------------

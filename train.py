@@ -14,18 +14,25 @@ and keeps what it does.  Held by tests/test_train.py, tests/test_parallel.py and
 tests/test_checkpoint.py.
 """
 
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
+import progress
 from cli import one_line_errors, parse
 from settings import Settings
 from training import lock
-from training.precheck import glance, precheck, writes
+from training.precheck import glance, going_on, launched, precheck, writes
 
 if __name__ == "__main__":
     # before the heavy imports, so that --help and what cannot work are answered at once
     SETTINGS = parse(Settings, __doc__)
-    with one_line_errors():
+    with one_line_errors(partial(going_on, SETTINGS)):
         glance(SETTINGS)
+        if launched()[1] == 0:
+            progress.speak()
+        with progress.stage("loading the libraries"):
+            import_module("training.monitor")
 
 import signal
 import sys
@@ -43,7 +50,7 @@ from defences.dp import PrivateLearner, guarantee
 from diffusion import Base, Encoded
 from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
-from training import monitor, state
+from training import monitor, pictures, state
 from training.learner import Learner
 from training.processes import Processes
 from training.run import Run, assemble, prepare
@@ -161,9 +168,12 @@ def learn(settings: Settings) -> dict:
     with state.stop_signals() as caught:
         teachers = taught(run, clock, caught) if settings.method == "distill" else None
         learner = learner_of(run, teachers)
-        first = start(run, learner, clock)
-        with monitor.log(run) as log, monitor.progress(run, first) as bar:
-            for row in algorithm_1(run, learner, bar):
+        first, steps = start(run, learner, clock), run.settings.steps
+        if first == 1 and processes.main and pictures.due(run, 0, saved=True):
+            pictures.on_the_way(run, 0)
+        name = run.settings.method
+        with monitor.log(run) as log, progress.stage(name, steps, first - 1) as bar:
+            for row in algorithm_1(run, learner, range(first, steps + 1)):
                 monitor.show(bar, row)
                 stopped = processes.any(bool(caught))
                 if processes.main:
@@ -211,10 +221,9 @@ def taught(run: Run, clock: Clock, caught: list[int]) -> Teachers:
         kept = load(where(k), learner, clock) if s.resume else None
         return kept or 0
 
-    with monitor.teaching(run) as bar:
+    with progress.stage(f"{s.teachers} teachers", s.teachers * s.teacher_steps) as bar:
         for k, step, learner in teachers.train(algorithm_1, take_up):
-            bar.n = k * s.teacher_steps + step
-            bar.refresh()
+            bar.advance(k * s.teacher_steps + step - bar.done)
             stopped = run.processes.any(bool(caught))
             due = step % s.state_every == 0 or step == s.teacher_steps or stopped
             if run.processes.main and due:
@@ -256,12 +265,13 @@ def record(run: Run, learner: Learner, row: dict, log, clock: Clock, stopped: bo
     """
     s, step = run.settings, row["step"]
     last = step == s.steps
+    saved = step % (s.save_every or max(1, s.steps // 8)) == 0 or last
     with learner.averaged():
-        if step % (s.save_every or max(1, s.steps // 8)) == 0 or last:
+        if saved:
             row |= monitor.held_out(run)
             monitor.save_adapter(run, run.folder.checkpoint(step), step)
-        if s.sample_every and step % s.sample_every == 0:
-            monitor.samples_on_the_way(run, step)
+        if pictures.due(run, step, saved) and not last:
+            pictures.on_the_way(run, step)
     log(row)
     if step % s.state_every == 0 or last or stopped:
         log.sync()
@@ -272,8 +282,8 @@ def leave(run: Run, step: int, caught: list[int]) -> None:
     """After a signal: the state is saved, say so and exit as the signal would have."""
     if run.processes.main:
         print(
-            f"\nstopped after step {step} of {run.settings.steps}; "
-            f"to go on: --out {run.folder} --resume",
+            f"stopped after step {step} of {run.settings.steps}; "
+            f"to go on: {going_on(run.settings)}",
             file=sys.stderr,
         )
     run.processes.close()
@@ -295,5 +305,5 @@ def dry_run(run: Run) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(partial(going_on, SETTINGS)):
         train(SETTINGS)

@@ -21,7 +21,7 @@ from cli import UserError
 from data import load_images
 from diffusion import encode
 from settings import Settings
-from training import monitor, state
+from training import pictures, state
 from training import run as prepared
 from training.precheck import stored
 
@@ -72,7 +72,7 @@ def lives(model, images, tmp):
     encoded = encode(base, images_once, {})
     prepared.load_base, prepared.load_images = lambda *_: base, lambda *_: images_once
     prepared.encode = lambda *args: replace(encoded, roles=args[2])
-    monitor.sample_grid = monitor.plots.training_curves = lambda *_: None
+    pictures.sample_grid = pictures.training_curves = lambda *_: None
 
     def settings(out, resume=False):
         return Settings(

@@ -60,6 +60,8 @@ class Run:
     mirror: torch.Tensor | None = None  # (N, C, h, w) latents of the mirrored images, with --flip
     empty: torch.Tensor | None = None  # (1, L, D) embedding of "", with --caption-dropout
     public: list[int] = field(default_factory=list)  # positions of the public pictures in `data`
+    # what the base draws for the grids, once it has, by the sampler's steps (pictures.py)
+    drawn: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:

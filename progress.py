@@ -32,7 +32,7 @@ class Stage:
     done: float = 0.0
     note: str = ""  # behind the bar
     first: float = 0.0  # of `done`, what an earlier process did
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def advance(self, count: float = 1) -> None:
         """So much more is done."""

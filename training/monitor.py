@@ -4,6 +4,7 @@
 
 import math
 import resource
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from objectives import Terms, adaptation_loss, mi_gain, objective
 from settings import Settings
 from training import advice, card, pictures
 from training.learner import Batches, Learner
+from training.precheck import going_on
 from training.run import Batch, Run
 from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
 
@@ -252,7 +254,7 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
     except Exception as error:
         raise UserError(
             f"the training is done and its adapter is in {folder}/adapter, but not all pictures, "
-            f"curves and numbers ({describe(error)}): --out {folder} --resume makes them"
+            f"curves and numbers ({describe(error)}): {going_on(s)} makes them"
         ) from error
     auc, interval = summary["validation_auc"], summary["validation_auc_interval"]
     after, before = summary["held_out_loss"], summary["held_out_loss_base"]
@@ -266,7 +268,8 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
         print(f"promise:  {promised}")
     if s.method in advice.AUDITED:
         print(f"audited:  {advice.sentence(s.method)}")
-    print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
+    following = shlex.join(["python", "evaluate.py", str(folder)])
+    print(f"files:    {folder}/  ({seconds:.0f} s); next: {following}")
     return summary
 
 

@@ -142,9 +142,9 @@ def going_on(settings: Settings) -> str:
     launcher = f"accelerate launch --num_processes {count}" if count > 1 else "python"
     if settings.dry_run or not (out / "config.json").exists():
         return command(launcher)
-    words = ["train.py", "--out", str(out), "--resume"]
+    words = ["train.py", "--out", str(out)]
     for f in fields(Settings):
         value = getattr(settings, f.name)
         if f.name in FREE and f.name not in ("out", "resume", "dry_run") and value != f.default:
             words += ["--" + f.name.replace("_", "-"), str(value)]
-    return f"{launcher} {shlex.join(words)}"
+    return f"{launcher} {shlex.join([*words, '--resume'])}"

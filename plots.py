@@ -49,7 +49,7 @@ def picture_rows(
 
     `above` are the K captions of the columns, `below` {row: K texts} stands under a row's pictures.
     `groups` {heading: columns} set columns apart, in order.  Texts are shown as they are, cut to
-    a few lines.  Write it with dpi=DPI.
+    a few lines.
     """
     below, lines = below or {}, 0.15 * DPI
     count = len(next(iter(rows.values())))
@@ -58,9 +58,8 @@ def picture_rows(
     letters = max(10, cell // 7)  # of a line that is as wide as a picture
     groups = {h: n for h, n in (groups or {"": count}).items() if n}
     ends = np.cumsum(list(groups.values()))
-    left = [
-        130 + i * (cell + 6) + 18 * int(np.searchsorted(ends, i, "right")) for i in range(count)
-    ]
+    apart = 18 * np.searchsorted(ends, np.arange(count), "right")
+    left = (130 + (cell + 6) * np.arange(count) + apart).tolist()
     texts, top = [], 8.0  # (x, y, text, options of it), in pixels from the upper left corner
     if title:
         texts.append((8, top, title, {"fontsize": 11, "weight": "bold"}))
@@ -77,7 +76,8 @@ def picture_rows(
         texts += [(x, top - 4, t, {"va": "bottom"}) for x, t in zip(left, captions, strict=True)]
     places = []
     for name, row in small.items():
-        texts.append((122, top + cell / 2, name, {"fontsize": 9, "ha": "right", "va": "center"}))
+        beside = {"fontsize": 9, "ha": "right", "va": "center"}
+        texts.append((122, top + cell / 2, short(name, 16), beside))
         places += [(x, int(top), picture) for x, picture in zip(left, row, strict=True)]
         top += cell + 6
         under = [short(text, letters) for text in below.get(name, [])]

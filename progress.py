@@ -11,6 +11,7 @@ Stages within a stage stand behind it, on the same line.  Tested in tests/test_p
 
 import atexit
 import contextlib
+import os
 import shutil
 import sys
 import threading
@@ -117,9 +118,14 @@ class Above:
 _speaker = Speaker()
 
 
-def speak() -> None:
-    """From now on this process says what it does, on stderr."""
+def speak(main: bool = True) -> None:
+    """From now on this process says what it does, on stderr; one of several that is not the `main`
+    one says nothing from now on, but for errors.
+    """
     global _speaker
+    if not main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        return
     _speaker = Speaker(sys.stderr)
     if _speaker.live:
         for name in ("stdout", "stderr"):

@@ -29,8 +29,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings, __doc__)
     with one_line_errors(partial(going_on, SETTINGS)):
         glance(SETTINGS)
-        if launched()[1] == 0:
-            progress.speak()
+        progress.speak(main=launched()[1] == 0)
         with progress.stage("loading the libraries"):
             import_module("training.monitor")
 

@@ -156,8 +156,8 @@ def nearest_pictures(examination, found, path: Path, columns: int = 10) -> None:
     nearest = [members[i] for i in near["members"][1]]
     rows = {
         "drawn": list(found.pictures[order]),
-        "nearest\nmember": list(data.pixels[nearest]),
-        "nearest\nheld out": list(subject.held_out[near["held_out"][1]]),
+        "nearest member": list(data.pixels[nearest]),
+        "nearest held out": list(subject.held_out[near["held_out"][1]]),
     }
     captions = {
         "members": [data.captions[i] for i in nearest],
@@ -167,7 +167,7 @@ def nearest_pictures(examination, found, path: Path, columns: int = 10) -> None:
         kind: [f"{d:.3f}  {text}" for d, text in zip(near[kind][0], texts, strict=True)]
         for kind, texts in captions.items()
     }
-    below = {"nearest\nmember": labels["members"], "nearest\nheld out": labels["held_out"]}
+    below = {"nearest member": labels["members"], "nearest held out": labels["held_out"]}
     title = "The pictures closest to a member: cosine distance of features, 0 is a copy"
     above = [data.captions[i] for i in drawn_from]
     plots.write(plots.picture_rows(rows, above, below, title=title), path)

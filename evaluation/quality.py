@@ -87,7 +87,7 @@ def _inception() -> nn.Module:
 def features(network: nn.Module, images: np.ndarray, batch: int = 16) -> torch.Tensor:
     """Features (N, F) of pictures uint8 (N, H, W, 3)."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    starts = progress.over(range(0, len(pixels), batch), "features")
+    starts = progress.over(range(0, len(pixels), batch), "features of pictures")
     return torch.cat([network(pixels[i : i + batch]) for i in starts])
 
 

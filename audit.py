@@ -14,9 +14,11 @@ The images are dealt anew: --split and sub-folders say nothing here, --members i
 
 import os
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
 
-from cli import UserError, one_line_errors, option, parse
+import progress
+from cli import UserError, command, one_line_errors, option, parse
 from settings import Settings, resolve
 
 WHERE, OWN = "what and where", "audit"  # groups of --help
@@ -49,6 +51,9 @@ class Audit(Settings):
 if __name__ == "__main__":
     # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Audit, __doc__, positional="audits")
+    progress.speak()
+    with one_line_errors(command), progress.stage("loading the libraries"):
+        import_module("evaluation.audit_tasks")
 
 import numpy as np
 import torch
@@ -156,7 +161,7 @@ def measure(s: Audit, plan: audit_plan.Plan) -> tuple[dict, dict[str, np.ndarray
         {},
         {"names": np.array(plan.names[: plan.pool]), "member": member, "canary": apart},
     )
-    for step, answer in zip(plan.due(), answers, strict=True):
+    for step, answer in progress.over([*zip(plan.due(), answers, strict=True)], "attacks"):
         scores = lira.attacks(answer, member)
         kept |= {f"{step}/{name}": score for name, score in scores.items()}
         steps[str(step)] = quality_of(answer, real) | {
@@ -223,5 +228,5 @@ def exposed(plan: audit_plan.Plan, member: np.ndarray, score: np.ndarray) -> lis
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(command):
         audit(SETTINGS)

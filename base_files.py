@@ -16,6 +16,7 @@ from warnings import catch_warnings
 import numpy as np
 import torch
 
+import progress
 from cli import UserError, read_json, shown
 from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
 
@@ -42,6 +43,11 @@ def load_base(
 
     Raises UserError for a missing or unusable one; pickled weights are never read.
     """
+    with progress.stage("loading the base model"):
+        return _load_base(model, device, dtype, size)
+
+
+def _load_base(model: str, device: str, dtype: str, size: int | None) -> Base:
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 

@@ -7,11 +7,12 @@ import errno
 import json
 import os
 import secrets
+import shlex
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -70,8 +71,9 @@ class Parser(argparse.ArgumentParser):
 def parse(settings: type, doc: str, positional: str | None = None, argv: list[str] | None = None):
     """An instance of the dataclass `settings` from the command line: `batch_size` is --batch-size.
 
-    A field of type `X | None` takes an X; a bool is a switch; the field named `positional` takes
-    the bare words.  --config names a file of flags; those on the command line win over it.
+    A field of type `X | None` takes an X; a bool is a switch; a list takes a word each time its
+    flag is given; the field named `positional` takes the bare words.  --config names a file of
+    flags; those on the command line win over it.
     """
     parser = Parser(
         usage=f"%(prog)s {f'[{positional} ...] ' if positional else ''}[flags]",
@@ -117,6 +119,9 @@ def _add(groups: dict, field: dataclasses.Field, positional: bool) -> None:
         return
     choices = field.metadata["choices"]
     name = None if choices else {int: "N", float: "X"}.get(kind, field.name.upper())
+    if typing.get_origin(kind) is list:  # given again, one more
+        group.add_argument(*flags, dest=field.name, action="append", metavar=name, help=text)
+        return
     group.add_argument(*flags, dest=field.name, type=kind, choices=choices, metavar=name, help=text)
 
 
@@ -248,8 +253,11 @@ def shown(text) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user can mend is one line and exit code 2; other failures keep their traceback."""
+def one_line_errors(again: Callable[[], str] | None = None) -> Iterator[None]:
+    """What the user can mend is one line and exit code 2; other failures keep their traceback.
+
+    `again` gives the command that goes on, for whoever has stopped this one.
+    """
     try:
         yield
         sys.stdout.flush()  # so that a closed pipe is found here and not on the way out
@@ -257,7 +265,7 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(f"stopped; to go on: {again()}" if again else "stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         line = _one_line(error)
@@ -265,6 +273,11 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"error: {shown(line)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def command(launcher: str = "python") -> str:
+    """This command, as it could be typed again."""
+    return f"{launcher} {shlex.join(sys.argv)}"
 
 
 def _one_line(error: Exception) -> str | None:

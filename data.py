@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import folders
+import progress
 from cli import UserError, shown
 from settings import EMBEDDED_SETS
 
@@ -97,7 +98,8 @@ def _load(data: str, size: int, caption: str | None) -> Images:
     if data in EMBEDDED_SETS:
         from embedded import emojis
 
-        return Images(*getattr(emojis, data)(size))
+        with progress.stage(f"reading images of {data}"):
+            return Images(*getattr(emojis, data)(size))
     folder = Path(data)
     try:
         return _load_folder(folder, size, caption)
@@ -134,8 +136,8 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
             f"{len(files)} images of {size}x{size} pixels do not fit in memory: "
             "take fewer or smaller ones"
         ) from error
-    for i, file in enumerate(files):
-        pixels[i] = _square(file, size)
+    for i in progress.over(range(len(files)), "reading images"):
+        pixels[i] = _square(files[i], size)
     return Images(
         names=[file.relative_to(folder).as_posix() for file in files],
         captions=captions,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import progress
 from data import PARTS, SIDES, Images
 
 TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
@@ -115,10 +116,12 @@ def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
     posterior.
     """
     vae, parts, batch = base.pipeline.vae, [], at_once(base)
-    for i in range(0, len(pixels), batch):
-        x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
-        x = (x.float() / 127.5 - 1).to(vae.dtype)
-        parts.append(vae.encode(x).latent_dist.mode().float() * vae.config.scaling_factor)
+    with progress.stage("encoding images", len(pixels)) as bar:
+        for i in range(0, len(pixels), batch):
+            x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
+            x = (x.float() / 127.5 - 1).to(vae.dtype)
+            parts.append(vae.encode(x).latent_dist.mode().float() * vae.config.scaling_factor)
+            bar.advance(len(x))
     return torch.cat(parts)
 
 
@@ -139,8 +142,12 @@ def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.T
 @torch.no_grad()
 def embed_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
     """The same without a word about long ones."""
-    ids = tokenize(base, captions)
-    return torch.cat([embed(base, ids[i : i + batch]) for i in range(0, len(ids), batch)])
+    ids, parts = tokenize(base, captions), []
+    with progress.stage("encoding captions", len(ids)) as bar:
+        for part in ids.split(batch):
+            parts.append(embed(base, part))
+            bar.advance(len(part))
+    return torch.cat(parts)
 
 
 def tokenize(base: Base, captions: list[str]) -> torch.Tensor:
@@ -214,8 +221,8 @@ def residuals(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS
     One noise per (t, draw) from a fixed stream: the same for members and non-members, for the
     adapted and the base model.
     """
-    batch = at_once(base, GRID_BATCH)
-    with torch.no_grad():
+    batch, forwards = at_once(base, GRID_BATCH), len(timesteps) * draws * len(latents)
+    with torch.no_grad(), progress.stage("losses", forwards) as bar:
         for j, t in enumerate(timesteps):
             # the noise of a timestep is the same in any grid
             generator = torch.Generator().manual_seed(GRID_SEED + t)
@@ -226,6 +233,7 @@ def residuals(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS
                     at = torch.full((len(z),), t, device=base.device)
                     off = residual(base, z, c, at, noise[k].expand_as(z))
                     yield slice(i, i + len(z)), j, k, off
+                    bar.advance(len(z))
 
 
 def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:
@@ -248,17 +256,24 @@ def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.
 
     base.pipeline.scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config)
     parts, batch = [], at_once(base)
-    for i in range(0, len(text), batch):
-        prompts = text[i : i + batch]
-        images = base.pipeline(
-            prompt_embeds=prompts,
-            negative_prompt_embeds=empty.expand(len(prompts), -1, -1),
-            latents=noise[i : i + batch].to(base.unet.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=base.size,
-            width=base.size,
-            output_type="np",
-        ).images
-        parts.append((images * 255).round().astype(np.uint8))
+    with progress.stage("pictures", len(text)) as bar:
+
+        def step_done(pipeline, step, t, kept: dict) -> dict:
+            bar.advance(len(kept["latents"]) / steps)
+            return kept
+
+        for i in range(0, len(text), batch):
+            prompts = text[i : i + batch]
+            images = base.pipeline(
+                prompt_embeds=prompts,
+                negative_prompt_embeds=empty.expand(len(prompts), -1, -1),
+                latents=noise[i : i + batch].to(base.unet.dtype),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=base.size,
+                width=base.size,
+                output_type="np",
+                callback_on_step_end=step_done,
+            ).images
+            parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)

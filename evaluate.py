@@ -16,8 +16,10 @@ evaluation goes on where it was.
 import os
 import time
 from dataclasses import dataclass, replace
+from importlib import import_module
 
-from cli import one_line_errors, option, parse, write_json
+import progress
+from cli import command, one_line_errors, option, parse, write_json
 from evaluation.precheck import check
 
 WHERE, ELSEWHERE, LOOKS = (
@@ -92,8 +94,11 @@ class Settings:
 if __name__ == "__main__":
     # before the heavy imports, so that --help and what cannot work are answered at once
     SETTINGS = parse(Settings, __doc__, positional="runs")
-    with one_line_errors():
+    with one_line_errors(command):
         check(SETTINGS)
+        progress.speak()
+        with progress.stage("loading the libraries"):
+            import_module("evaluation.examination")
 
 import torch
 
@@ -103,6 +108,7 @@ from evaluation import audit_plan, audit_tasks, figures, quality, report, shadow
 from evaluation.examination import Examination, Measured
 from evaluation.target import Target, kind, read_adapter, read_run, sources
 from train import train_adapter
+from training import card
 
 # --------------------------------------------------------------------------------------------------
 # The evaluation
@@ -127,6 +133,15 @@ def evaluate(s: Settings) -> list[dict]:
         record, measured = examine(target, examination)
         records.append(record)
         models.append((target, measured, examination))
+    with progress.stage("tables"):
+        return finished(s, targets, records, models)
+
+
+def finished(s: Settings, targets: list[Target], records: list[dict], models: list) -> list[dict]:
+    """The tables and figures of all targets together; returns the records.
+
+    `models` are (target, measured, examination) of each.
+    """
     scores = [
         {name: e.subject.data.pair(score, "test") for name, score in m.scores.items()}
         for _, m, e in models
@@ -142,7 +157,7 @@ def evaluate(s: Settings) -> list[dict]:
     if s.pictures:
         titles = tables.titles(records)
         rows = {t: m.pictures for t, (_, m, _) in zip(titles, models, strict=True)}
-        figures.side_by_side(examination, rows, beside / "pictures.png")
+        figures.side_by_side(models[-1][2], rows, beside / "pictures.png")
     for target, record in zip(targets, records, strict=True):
         print()
         tables.say(record["verdict"])
@@ -175,9 +190,12 @@ def examine(target: Target, examination: Examination) -> tuple[dict, Measured]:
     }
     record |= {"verdict": tables.verdict(record), "seconds": round(time.time() - started, 1)}
     write_json(target.folder / "eval.json", record)
+    if target.at == "last":
+        card.evaluated(target.adapter, record)
     drawn = target.folder / "figures"
-    figures.evaluation(examination, adapted, base, target.config["method"], drawn)
-    report.write(examination, adapted, base, record, target.folder)
+    with progress.stage("figures and report"):
+        figures.evaluation(examination, adapted, base, target.config["method"], drawn)
+        report.write(examination, adapted, base, record, target.folder)
     return record, adapted
 
 
@@ -192,5 +210,5 @@ def train_shadows(target: Target, examination: Examination) -> audit_plan.Plan:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(command):
         evaluate(SETTINGS)

@@ -1,11 +1,13 @@
 """Every picture the project makes, one colour per method, readable by the colour-blind.
 
-The colours are those of Okabe & Ito 2008.  `image_grid`, `captioned`, `training_curves` and
-`privacy_against_quality` write a file; the notebooks' figures return a closed Figure, which a
-notebook shows.  Tested in tests/test_plots.py.
+The colours are those of Okabe & Ito 2008.  `captioned` and `privacy_against_quality`
+write a file; the others return a closed Figure, which a notebook shows and `write` writes.  Tested
+in tests/test_plots.py.
 """
 
+import io
 import textwrap
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +19,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 import roc
+from cli import shown, write_whole
 
 COLOURS = {
     "base": "#000000",
@@ -31,22 +34,102 @@ COLOURS = {
 OTHER = "#CC79A7"  # an adapter trained elsewhere
 SECOND = "#009E73"  # the other line in a panel
 MEMBER, NONMEMBER = "#D55E00", "#666666"
+DPI = 110
 
 
-def image_grid(images: np.ndarray, columns: int, path: Path, scale: int = 2, gap: int = 2) -> None:
-    """Pictures (N, H, W, 3) uint8 in rows of `columns` on white, each `scale` times larger, as PNG.
+def picture_rows(
+    rows: dict[str, list],
+    above: list[str] = (),
+    below: dict[str, list[str]] | None = None,
+    groups: dict[str, int] | None = None,
+    title: str = "",
+):
+    """Rows of pictures {name: K of (H, W, 3) uint8, or None for a blank}, as a closed Figure whose
+    pixels are those of the pictures, enlarged by a whole number or made smaller.
 
-    `gap` is the number of white pixels around each picture.
+    `above` are the K captions of the columns, `below` {row: K texts} stands under a row's pictures.
+    `groups` {heading: columns} set columns apart, in order.  Texts are shown as they are, cut to
+    a few lines.
     """
-    import torch
-    from torchvision.utils import make_grid
+    below, lines = below or {}, 0.15 * DPI
+    count = len(next(iter(rows.values())))
+    small = {name: [None if x is None else at_size(x) for x in row] for name, row in rows.items()}
+    cell = max(x.shape[0] for row in small.values() for x in row if x is not None)
+    letters = max(10, cell // 7)  # of a line that is as wide as a picture
+    groups = {h: n for h, n in (groups or {"": count}).items() if n}
+    ends = np.cumsum(list(groups.values()))
+    apart = 18 * np.searchsorted(ends, np.arange(count), "right")
+    left = (130 + (cell + 6) * np.arange(count) + apart).tolist()
+    texts, top = [], 8.0  # (x, y, text, options of it), in pixels from the upper left corner
+    if title:
+        texts.append((8, top, title, {"fontsize": 11, "weight": "bold"}))
+        top += 2 * lines
+    if any(groups):
+        for heading, end, n in zip(groups, ends, groups.values(), strict=True):
+            wide = n * (cell + 6) // 8
+            texts.append((left[end - n], top, short(heading, wide, 1), {"fontsize": 9}))
+        top += 1.5 * lines
+    captions = [short(text, letters) for text in above]
+    if captions:
+        depth = max(text.count("\n") + 1 for text in captions)
+        top += depth * lines
+        texts += [(x, top - 4, t, {"va": "bottom"}) for x, t in zip(left, captions, strict=True)]
+    places = []
+    for name, row in small.items():
+        beside = {"fontsize": 9, "ha": "right", "va": "center"}
+        texts.append((122, top + cell / 2, short(name, 16), beside))
+        places += [(x, int(top), picture) for x, picture in zip(left, row, strict=True)]
+        top += cell + 6
+        under = [short(text, letters) for text in below.get(name, [])]
+        texts += [(x, top - 4, text, {}) for x, text in zip(left, under, strict=False)]
+        top += lines * max((text.count("\n") + 1.5 for text in under), default=0)
+    canvas = np.full((int(top) + 4, left[-1] + cell + 8, 3), 255, np.uint8)
+    for x, y, picture in places:
+        if picture is not None:
+            canvas[y : y + len(picture), x : x + picture.shape[1]] = picture
+    return _canvas_with_texts(canvas, texts)
 
+
+def _canvas_with_texts(canvas: np.ndarray, texts: list[tuple]):
+    """A closed Figure of one picture with texts (x, y, text, options) upon it."""
+    height, width = canvas.shape[:2]
+    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(canvas, interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    for x, y, text, options in texts:
+        options = {"fontsize": 7, "va": "top", "linespacing": 1.1} | options
+        axis.text(x, y, text, parse_math=False, **options)
+    plt.close(figure)
+    return figure
+
+
+def at_size(picture: np.ndarray, small: int = 128, large: int = 224) -> np.ndarray:
+    """A picture (H, W, 3) enlarged by a whole number to `small` pixels or just above, or made
+    smaller to `large`.
+    """
+    side = max(picture.shape[:2])
+    if side > large:
+        shape = [round(length * large / side) for length in (picture.shape[1], picture.shape[0])]
+        return np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.LANCZOS))
+    times = -(-small // side)
+    return picture.repeat(times, 0).repeat(times, 1)
+
+
+def short(text: str, letters: int, lines: int = 3) -> str:
+    """A caption in at most so many lines of so many letters."""
+    return "\n".join(textwrap.wrap(shown(text), letters, max_lines=lines, placeholder="..."))
+
+
+def write(figure, path: Path) -> None:
+    """A Figure as PNG, there whole or not at all; letters that the font lacks are boxes."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(content, format="png", dpi=DPI)
+    plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    blank = -len(images) % columns  # white pictures that fill the last row
-    images = np.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)), constant_values=255)
-    pixels = torch.from_numpy(images.repeat(scale, 1).repeat(scale, 2)).permute(0, 3, 1, 2)
-    grid = make_grid(pixels, columns, padding=gap, pad_value=255)  # (3, height, width)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    write_whole(path, content.getvalue())
 
 
 def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path) -> None:
@@ -61,49 +144,6 @@ def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path)
     figure.subplots_adjust(
         left=0, right=1, bottom=0.3 / (1.58 * rows), top=0.995, wspace=0.06, hspace=0.28
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def training_curves(metrics: list[dict], method: str, path: Path) -> None:
-    """Losses, the attacker, gradient norms and the effective lambda of one run, as a PNG.
-
-    `metrics` are the rows of metrics.jsonl, `method` one of COLOURS.
-    """
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    colour = COLOURS[method]
-
-    def line(axis, key, label, colour, smooth=False, **style):
-        rows = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-        if rows:
-            steps, values = np.array(rows, dtype=float).T
-            if smooth and len(values) >= 20:
-                axis.plot(steps, values, color=colour, alpha=0.15, lw=0.8)
-                width = max(5, len(values) // 40)
-                padded = np.pad(values, (width - 1, 0), "edge")
-                values = np.convolve(padded, np.ones(width) / width, "valid")
-            axis.plot(steps, values, color=colour, label=label, **style)
-
-    loss, attack, gradient, weight = axes.flat
-    line(loss, "adaptation_loss", "training batch", colour, smooth=True)
-    line(loss, "member_val_loss", "validation members", SECOND, marker="o", ms=3)
-    line(loss, "nonmember_val_loss", "validation non-members (held out)", "black", marker="o", ms=3)
-    loss.set(ylabel="adaptation loss (squared error)", title="Fit: the gap between the dots leaks")
-    line(attack, "attacker_accuracy", "accuracy of the proxy attacker", colour, smooth=True)
-    attack.axhline(0.5, color="grey", lw=0.8, ls=":")
-    attack.set(ylim=(0, 1), ylabel="accuracy", title="Attacker in the loop (0.5 is guessing)")
-    line(gradient, "grad_norm", "objective, before clipping", colour, smooth=True)
-    line(gradient, "grad_norm_loss", "adaptation loss L alone", "black", lw=0.8)
-    line(gradient, "grad_norm_gain", "MI gain G alone", SECOND, lw=0.8)
-    gradient.set(yscale="log", ylabel="L2 norm over A and B", title="Gradient norms")
-    line(weight, "lambda_effective", "weight of grad G", colour, smooth=True)
-    weight.set(ylabel="effective lambda (lambda J for SMP)", title="How hard privacy pulls")
-    for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.2)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{method.upper()}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

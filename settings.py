@@ -203,9 +203,9 @@ class Settings:
         "the first after a twentieth)",
         group="saving and looking",
     )
-    samples: int = option(
-        8,
-        "pictures in each of the grid's two rows; 0 makes none, which saves hours on a CPU",
+    prompt: list[str] | None = option(
+        None,
+        "a prompt of your own for the grid of pictures; give it again for more",
         group="saving and looking",
     )
     dry_run: bool = option(
@@ -263,8 +263,15 @@ class Settings:
         False, "compute activations twice to keep fewer: a third slower, far smaller"
     )
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
+    samples: int = option(
+        4,
+        "captions of members that the grid of pictures shows, and as many held-out ones; 0 makes "
+        "no pictures, which saves hours on a CPU",
+    )
     sample_every: int | None = option(
-        None, "steps between sample grids (default: with the first adapter and the last)"
+        None,
+        "steps between grids of pictures (default: at every save; of large pictures on a CPU only "
+        "the last)",
     )
     norms_every: int = option(
         20, "steps between separate gradient norms of L and G (two more backward passes)"
@@ -311,7 +318,7 @@ class Settings:
 # may change on --resume
 FREE = ("out", "device", "threads", "state_every", "keep", "resume", "track", "dry_run")
 # change no number of the training itself
-LOOKS = ("norms_every", "hessian_every", "samples", "sample_every", "format")
+LOOKS = ("norms_every", "hessian_every", "samples", "prompt", "sample_every", "format")
 
 # The highest value of each number, so that a slip of the finger is told before anything is loaded.
 ABOVE_ZERO = {
@@ -342,6 +349,7 @@ def resolve(settings: Settings) -> Settings:
     for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
         _check_number(settings, name, highest)
     _refuse(released.problems(settings))
+    _check_prompts(settings)
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
             f"{out} already holds a run: give another --out, or --resume to continue it"
@@ -405,6 +413,12 @@ def _defaults(s: Settings, embedded: bool) -> dict:
     if s.subspace:  # a core has few numbers, and moves far
         defaults = defaults | {"lr": 5 * defaults["lr"]}
     return defaults
+
+
+def _check_prompts(settings: Settings) -> None:
+    for prompt in settings.prompt or ():
+        if len(prompt) > 10_000 or any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError("--prompt must be a text of at most 10,000 characters")
 
 
 def _check_number(settings: Settings, name: str, highest: float | None) -> None:

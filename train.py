@@ -17,18 +17,24 @@ and keeps what it does.  Held by tests/test_train.py, tests/test_parallel.py and
 tests/test_checkpoint.py.
 """
 
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
+import progress
 from cli import one_line_errors, parse
 from settings import Settings
 from training import lock
-from training.precheck import glance, precheck, writes
+from training.precheck import glance, going_on, launched, precheck, writes
 
 if __name__ == "__main__":
     # before the heavy imports, so that --help and what cannot work are answered at once
     SETTINGS = parse(Settings, __doc__)
-    with one_line_errors():
+    with one_line_errors(partial(going_on, SETTINGS)):
         glance(SETTINGS)
+        progress.speak(main=launched()[1] == 0)
+        with progress.stage("loading the libraries"):
+            import_module("training.monitor")
 
 import signal
 import sys
@@ -46,7 +52,7 @@ from defences.dp import PrivateLearner, guarantee
 from diffusion import Base, Encoded
 from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
-from training import monitor, plan, state
+from training import monitor, pictures, plan, state
 from training.learner import Learner
 from training.processes import Processes
 from training.run import Run, assemble, prepare
@@ -166,13 +172,16 @@ def learn(settings: Settings) -> dict:
     with state.stop_signals() as caught:
         teachers = taught(run, clock, caught) if settings.method == "distill" else None
         learner = learner_of(run, teachers)
-        first = start(run, learner, clock)
+        first, steps = start(run, learner, clock), run.settings.steps
         plan.say(run, learner)
-        with monitor.log(run) as log, monitor.progress(run, first) as bar:
-            for row in algorithm_1(run, learner, bar):
+        if first == 1 and processes.main and plan.draws(run, 0):
+            pictures.on_the_way(run, 0)
+        name = run.settings.method
+        with monitor.log(run) as log, progress.stage(name, steps, first - 1) as bar:
+            for row in algorithm_1(run, learner, range(first, steps + 1)):
                 monitor.show(bar, row)
                 if row["step"] == first + 1 and processes.main:  # the first one warms up
-                    bar.write(f"time:     {plan.hours(run, row['seconds'])}")
+                    print(f"time:     {plan.hours(run, row['seconds'])}")
                 stopped = processes.any(bool(caught))
                 if processes.main:
                     record(run, learner, row, log, clock, stopped)
@@ -235,10 +244,9 @@ def taught(run: Run, clock: Clock, caught: list[int]) -> Teachers:
         kept = load(where(k), learner, clock) if s.resume else None
         return kept or 0
 
-    with monitor.teaching(run) as bar:
+    with progress.stage(f"{s.teachers} teachers", s.teachers * s.teacher_steps) as bar:
         for k, step, learner in teachers.train(algorithm_1, take_up):
-            bar.n = k * s.teacher_steps + step
-            bar.refresh()
+            bar.advance(k * s.teacher_steps + step - bar.done)
             stopped = run.processes.any(bool(caught))
             if run.processes.main and clock.due(s, step, step == s.teacher_steps or stopped):
                 facts = {"seconds": clock.seconds}
@@ -282,8 +290,8 @@ def record(run: Run, learner: Learner, row: dict, log, clock: Clock, stopped: bo
         if plan.saves(s, step):
             row |= monitor.held_out(run)
             monitor.save_adapter(run, run.folder.checkpoint(step), step)
-        if plan.draws(s, step):
-            monitor.samples_on_the_way(run, step)
+        if plan.draws(run, step):
+            pictures.on_the_way(run, step)
     log(row)
     if clock.due(s, step, step == s.steps or stopped):
         log.sync()
@@ -294,8 +302,8 @@ def leave(run: Run, step: int, caught: list[int]) -> None:
     """After a signal: the state is saved, say so and exit as the signal would have."""
     if run.processes.main:
         print(
-            f"\nstopped after step {step} of {run.settings.steps}; "
-            f"to go on: --out {run.folder} --resume",
+            f"stopped after step {step} of {run.settings.steps}; "
+            f"to go on: {going_on(run.settings)}",
             file=sys.stderr,
         )
     run.processes.close()
@@ -318,5 +326,5 @@ def dry_run(run: Run) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(partial(going_on, SETTINGS)):
         train(SETTINGS)

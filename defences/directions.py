@@ -11,6 +11,7 @@ directions are the leading singular vectors of all their updates together.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import progress
 from cli import UserError, one_line_errors, option, parse
 from settings import EMBEDDED, EMBEDDED_SETS, TABLES, Settings, resolve
 
@@ -44,9 +45,9 @@ class Flags:
 
 if __name__ == "__main__":
     FLAGS = parse(Flags, __doc__, positional="data")
+    progress.speak()
 
 import torch
-import tqdm
 
 from base_files import load_base, resolve_dtype
 from data import ROLES, load_images
@@ -75,10 +76,12 @@ def make(flags: Flags) -> subspace.Directions:
         images = load_images(name, base.size, s.caption)
         roles = {role: [] for role in ROLES} | {"member_aux": list(range(len(images.names)))}
         steps = train_adapter(base, encode(base, images, roles), s)
-        for step, adapter in tqdm.tqdm(steps, total=s.steps, desc=f"{name}, {len(images.names)}"):
-            if step == s.steps:
-                layers = adapter.layers.items()
-                updates.append({k: layer.delta().detach().cpu() for k, layer in layers})
+        with progress.stage(f"{name}, {len(images.names)} pictures", s.steps) as bar:
+            for step, adapter in steps:
+                bar.advance()
+                if step == s.steps:
+                    layers = adapter.layers.items()
+                    updates.append({k: layer.delta().detach().cpu() for k, layer in layers})
     try:
         found = subspace.directions_of(updates, flags.directions)
     except ValueError as error:

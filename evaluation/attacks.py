@@ -12,6 +12,7 @@ answers can be written down, and in tests/test_leaks.py on an over-fitted adapte
 import numpy as np
 import torch
 
+import progress
 from diffusion import (
     GRID_BATCH,
     GRID_SEED,
@@ -133,7 +134,7 @@ def secmi(base: Base, latents, text, timesteps=WALK, stride: int = 10, clean=Non
 
     z, columns = latents, {}
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
-    for t in range(0, max(timesteps) + 1, stride):
+    for t in progress.over(range(0, max(timesteps) + 1, stride), "SecMI"):
         ahead = move(z, eps, t, t + stride)
         eps = predict_noise(base, ahead, t + stride, text)
         back = move(ahead, eps, t + stride, t)
@@ -153,7 +154,7 @@ def pia(base: Base, latents, text, timesteps=AHEAD, clean=None, normalised=False
     if normalised:
         eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
     columns = []
-    for t in timesteps:
+    for t in progress.over(timesteps, "PIA"):
         a = base.abar[t]
         columns.append(
             -_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text))
@@ -166,9 +167,10 @@ def sima(base: Base, latents, text, timesteps=AHEAD, clean=None) -> np.ndarray:
     Rao et al. 2025).
     """
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
-    return np.stack(
-        [-_l4(eps)] + [-_l4(predict_noise(base, latents, t, text)) for t in timesteps], axis=1
-    )
+    columns = [-_l4(eps)]
+    for t in progress.over(timesteps, "SimA"):
+        columns.append(-_l4(predict_noise(base, latents, t, text)))
+    return np.stack(columns, axis=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     noise, draws = noise.to(base.device), len(timesteps)
     rows, batch = [], at_once(base, GRADIENT_BATCH)
     with PerImage(adapter.factors()) as per_image:
-        for i in range(0, len(latents), batch):
+        for i in progress.over(range(0, len(latents), batch), "gradients"):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
             images = len(z) // draws
             loss = squared_error(

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tqdm
 
 import lora
+import progress
 from adapters import files, text_encoder
 from base_files import load_base
 from cli import UserError, write_whole
@@ -159,7 +159,7 @@ def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
     predictions of the first draws (N, T, C h w) as float16: one forward gives both."""
     losses = np.empty((len(latents), len(TIMESTEPS), DRAWS), np.float32)
     kept = np.empty((len(latents), len(TIMESTEPS), latents[0].numel()), np.float16)
-    for j, t in enumerate(TIMESTEPS):
+    for j, t in enumerate(progress.over(TIMESTEPS, "losses")):
         generator = torch.Generator().manual_seed(GRID_SEED + t)
         noise = torch.randn((DRAWS, *base.latent_shape), generator=generator).to(base.device)
         at = torch.full((len(latents),), t, device=base.device)
@@ -199,13 +199,13 @@ def train_all(plan: Plan, train: Train, executor: AbstractContextManager, title:
         return
     for index in todo:
         (plan.folder(index) / "progress").unlink(missing_ok=True)
-    with executor as pool, tqdm.tqdm(total=len(todo) * plan.due()[-1], unit="step") as bar:
+    steps = len(todo) * plan.due()[-1]
+    with executor as pool, progress.stage(title, steps) as bar:
 
         def show() -> None:
-            steps = sum(progress(plan, index) for index in todo)
             done = sum((plan.folder(index) / "answers.npz").is_file() for index in todo)
-            bar.set_description(f"{title}, adapter {done} of {len(todo)}", refresh=False)
-            bar.update(steps - bar.n)
+            bar.note = f"{done} of {len(todo)} adapters"
+            bar.advance(sum(steps_done(plan, index) for index in todo) - bar.done)
 
         workers.complete(pool, work, {index: (plan, index, train) for index in todo}, show)
 
@@ -236,7 +236,7 @@ def finished(plan: Plan, index: int) -> bool:
     return True
 
 
-def progress(plan: Plan, index: int) -> int:
+def steps_done(plan: Plan, index: int) -> int:
     """Steps that an adapter has behind it, as far as its process has said."""
     if (plan.folder(index) / "answers.npz").is_file():
         return plan.due()[-1]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import lora
+import progress
 import roc
 from adapters import files, text_encoder
 from cli import UserError
@@ -77,14 +78,16 @@ class Examination:
         data = subject.data
         raw = query(model, subject, self.network, s.guidance, self.seed)
         references = {"difference": control.raw["losses"]} if control else {}
-        scores = attack_scores(data, raw, references, self.seed)
+        with progress.stage("scores"):
+            scores = attack_scores(data, raw, references, self.seed)
         calibrated = self.with_shadows(model, shadows) if shadows else {}
         beside = calibrated | {name: scores[name] for name in references}
         features = [combined_features(raw, scores) | {n: x[:, None] for n, x in beside.items()}]
         if control:
             features.append(combined_features(control.raw, control.scores))
-        scores |= calibrated | {"combined": self.combined(features)}
-        record = self.leakage(scores)
+        with progress.stage("combined score and intervals"):
+            scores |= calibrated | {"combined": self.combined(features)}
+            record = self.leakage(scores)
         losses = [raw["losses"][:, :, 0], raw["late"][:, :, 0]]
         grid = np.concatenate(losses, axis=1)  # (N, 8): one draw per timestep
         record["held_out_loss"] = float(grid[data.roles["nonmember_test"]].mean())
@@ -93,7 +96,8 @@ class Examination:
         pictures = self.draw(model, subject) if s.pictures else None
         made = quality.features(self.network, pictures) if s.pictures else None
         if made is not None:
-            record["quality"] = quality.compare(self.real, made)
+            with progress.stage("distances of pictures"):
+                record["quality"] = quality.compare(self.real, made)
         return Measured(record, scores, raw, pictures, made)
 
     def with_shadows(self, model: Model, shadows: Plan) -> dict[str, np.ndarray]:

@@ -2,8 +2,6 @@
 copied.  What two of them choose to show, `spread` and `closest`, is tested in tests/test_report.py.
 """
 
-import io
-import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,7 +10,6 @@ import torch
 
 import plots
 import roc
-from cli import write_whole
 from evaluation import quality
 
 
@@ -76,7 +73,7 @@ def roc_curves(subject, found, path: Path, colour: str) -> None:
     )
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.grid(alpha=0.2, which="both")
-    save(figure, path)
+    plots.write(figure, path)
 
 
 def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
@@ -110,7 +107,7 @@ def score_histograms(pairs: dict[str, tuple], attack: str, path: Path) -> None:
             title=name, xlabel=f"score of the {attack} attack (higher = member)", ylabel="density"
         )
         axis.legend(frameon=False, fontsize=9)
-    save(figure, path)
+    plots.write(figure, path)
 
 
 def leakage_by_timestep(
@@ -132,7 +129,7 @@ def leakage_by_timestep(
     axis.set(xlabel="timestep t (noisier to the right)", ylabel="AUC of the loss, one draw")
     axis.legend(frameon=False)
     axis.grid(alpha=0.2)
-    save(figure, path)
+    plots.write(figure, path)
 
 
 def closest(real: dict, made: torch.Tensor, count: int = 10) -> tuple[np.ndarray, dict]:
@@ -148,20 +145,32 @@ def closest(real: dict, made: torch.Tensor, count: int = 10) -> tuple[np.ndarray
 
 
 def nearest_pictures(examination, found, path: Path, columns: int = 10) -> None:
-    """The generated pictures closest to a member by their features, above that member and above
-    the nearest held-out picture, each with its distance.
+    """The generated pictures closest to a member by their features, under the captions that they
+    were drawn from, above that member and above the nearest held-out picture; under both the
+    distance and the picture's own caption.
     """
     order, near = closest(examination.real, found.features, columns)
-    data, held_out = examination.subject.data, examination.subject.held_out
-    rows = {"generated": found.pictures[order]}
-    rows["nearest member"] = data.pixels[data.members()][near["members"][1]]
-    rows["nearest held-out"] = held_out[near["held_out"][1]]
-    figure, axes = rows_of_pictures(rows, columns, line=1.3)
-    for line, name in zip(axes[1:], ("members", "held_out"), strict=True):
-        for axis, distance in zip(line, near[name][0], strict=True):
-            axis.set_xlabel(f"{distance:.3f}", fontsize=7, labelpad=2)
-    figure.subplots_adjust(left=0.13, right=0.995, bottom=0.06, top=0.99, wspace=0.04, hspace=0.2)
-    save(figure, path)
+    subject, data = examination.subject, examination.subject.data
+    members = data.members()
+    drawn_from = np.resize(members, len(found.pictures))[order]
+    nearest = [members[i] for i in near["members"][1]]
+    rows = {
+        "drawn": list(found.pictures[order]),
+        "nearest member": list(data.pixels[nearest]),
+        "nearest held out": list(subject.held_out[near["held_out"][1]]),
+    }
+    captions = {
+        "members": [data.captions[i] for i in nearest],
+        "held_out": [subject.held_out_captions[i] for i in near["held_out"][1]],
+    }
+    labels = {
+        kind: [f"{d:.3f}  {text}" for d, text in zip(near[kind][0], texts, strict=True)]
+        for kind, texts in captions.items()
+    }
+    below = {"nearest member": labels["members"], "nearest held out": labels["held_out"]}
+    title = "The pictures closest to a member: cosine distance of features, 0 is a copy"
+    above = [data.captions[i] for i in drawn_from]
+    plots.write(plots.picture_rows(rows, above, below, title=title), path)
 
 
 def spread(members: list[int], count: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -185,32 +194,8 @@ def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: 
     chosen, members = spread(data.members(), len(next(iter(runs.values()))), columns)
     rows = {"private image": data.pixels[members]}
     rows |= {n: p[chosen] for n, p in ({"base": examination.control.pictures} | runs).items()}
-    figure, axes = rows_of_pictures(rows, columns)
-    for axis, i in zip(axes[0], members, strict=True):
-        axis.set_title("\n".join(textwrap.wrap(data.captions[i], 18)), fontsize=7)
-    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.01, top=0.9, wspace=0.04, hspace=0.04)
-    save(figure, path)
-
-
-def rows_of_pictures(rows: dict[str, np.ndarray], columns: int, line: float = 1.1):
-    """(figure, axes) with rows of pictures {name: (K, H, W, 3)}, `line` inches high each, their
-    names at the left.
-    """
-    size = (1.1 * columns + 1.2, line * len(rows) + 0.4)
-    shape = len(rows), len(next(iter(rows.values())))
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
-    for cells, (name, pictures) in zip(axes, rows.items(), strict=True):
-        cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        for axis, picture in zip(cells, pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    return figure, axes
-
-
-def save(figure, path: Path) -> None:
-    """Write a figure as PNG, whole, and close it."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    plt.close(figure)
-    write_whole(path, content.getvalue())
+    figure = plots.picture_rows(
+        {name: list(pictures) for name, pictures in rows.items()},
+        [data.captions[i] for i in members],
+    )
+    plots.write(figure, path)

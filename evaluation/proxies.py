@@ -10,6 +10,7 @@ import copy
 import numpy as np
 import torch
 
+import progress
 from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
 from data import SIDES
 from diffusion import DRAWS, GRID_BATCH, TIMESTEPS, Base, at_once, residuals, squared_error
@@ -59,9 +60,10 @@ def known_errors(base: Base, latents, text, index: list[int], generator) -> tupl
     timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator)
     noise = torch.randn((len(index), *base.latent_shape), generator=generator)
     timesteps, noise = timesteps.to(base.device), noise.to(base.device)
+    parts = torch.arange(len(index)).split(at_once(base, GRID_BATCH))
     errors = [
         squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
-        for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH))
+        for i in progress.over(parts, "errors of known images")
     ]
     return torch.cat(errors), timesteps
 
@@ -69,7 +71,7 @@ def known_errors(base: Base, latents, text, index: list[int], generator) -> tupl
 def fit(attacker, optimizer, train: Errors, valid: Errors, epochs: int, generator):
     """Ascend on G over one of the draws per image and epoch; the best attacker on `valid`."""
     best, kept = -1.0, copy.deepcopy(attacker.state_dict())
-    for epoch in range(epochs):
+    for epoch in progress.over(range(epochs), "proxy attacker"):
         halves = []
         for error, timesteps in train:
             size = len(error) // FRESH

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import progress
 from cli import UserError
 
 
@@ -66,8 +67,11 @@ def load_network(name: str) -> nn.Module:
     through torchmetrics and torch-fidelity.  Raises UserError if its package or weights are not
     there.
     """
-    if name == "embedded":
-        return EfficientNetLite()
+    with progress.stage("loading the network of features"):
+        return EfficientNetLite() if name == "embedded" else _inception()
+
+
+def _inception() -> nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:
@@ -83,7 +87,8 @@ def load_network(name: str) -> nn.Module:
 def features(network: nn.Module, images: np.ndarray, batch: int = 16) -> torch.Tensor:
     """Features (N, F) of pictures uint8 (N, H, W, 3)."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return torch.cat([network(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
+    starts = progress.over(range(0, len(pixels), batch), "features of pictures")
+    return torch.cat([network(pixels[i : i + batch]) for i in starts])
 
 
 class _Given(nn.Module):

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tqdm
 
 import lora
+import progress
 import roc
 from cli import UserError, write_whole
 from diffusion import (
@@ -106,10 +106,11 @@ def query(model: Model, subject: Subject, network, guidance: float, seed: int) -
     }
     adapter.merge()  # nothing but the gradients needs the factors apart
     raw = {}
-    with tqdm.tqdm(asked.items(), desc=f"attacks on {model.name}") as bar:
-        for name, ask in bar:
-            bar.set_postfix_str(name)
+    with progress.stage(f"attacks on {model.name}", len(asked)) as bar:
+        for name, ask in asked.items():
+            bar.note = name
             raw |= model.store.get(name, ask)
+            bar.advance()
     if not all(np.isfinite(v).all() for k, v in raw.items() if k != "black-box"):
         raise UserError(
             f"{model.name} gives losses that are not finite: there is nothing to attack"
@@ -152,8 +153,12 @@ def variant_queries(subject: Subject) -> dict[str, np.ndarray]:
         return loss_grid(base, latents, text, timesteps, draws=1)[:, :, 0].numpy()
 
     turns = [(TIMESTEPS[m % len(TIMESTEPS)],) for m in range(len(subject.crops))]
-    crops = [losses(z, data.text, t)[:, 0] for z, t in zip(subject.crops, turns, strict=True)]
-    cuts = [losses(data.latents, c, TIMESTEPS[CUTS_AT]) for c in subject.cuts]
+    pairs = [*zip(subject.crops, turns, strict=True)]
+    crops = [losses(z, data.text, t)[:, 0] for z, t in progress.over(pairs, "crops")]
+    cuts = [
+        losses(data.latents, c, TIMESTEPS[CUTS_AT])
+        for c in progress.over(subject.cuts, "cut captions")
+    ]
     return {"crops": np.stack(crops), "cuts": np.stack(cuts)}
 
 

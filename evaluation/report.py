@@ -261,7 +261,8 @@ def nearest(examination, adapted, base) -> dict | None:
         {
             "generated": thumbnail(adapted.pictures[k]),
             "member": pictured(data, members[i]) | {"distance": f"{d:.3f}"},
-            "held_out": {"image": thumbnail(held_out[j]), "distance": f"{e:.3f}"},
+            "held_out": {"image": thumbnail(held_out[j]), "distance": f"{e:.3f}"}
+            | {"caption": examination.subject.held_out_captions[j]},
         }
         for k, d, i, e, j in zip(order, *near["members"], *near["held_out"], strict=True)
     ]

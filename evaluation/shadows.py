@@ -63,7 +63,9 @@ def as_trained(target: Target) -> Settings:
     s = replace(s, **now)
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
     s = replace(s, accumulate=whole, save_every=None, stop="last", norms_every=10**9)
-    s = replace(s, samples=0, sample_every=None, hessian_every=0, dtype=target.config["dtype"])
+    s = replace(
+        s, samples=0, sample_every=None, prompt=None, hessian_every=0, dtype=target.config["dtype"]
+    )
     return replace(s, track=None, dry_run=False, resume=False)
 
 

@@ -80,6 +80,7 @@ class Subject:
     # (M, H, W, 3): fresh pictures, or the test non-members where there are none
     held_out: np.ndarray
     positions: list[int]  # (N,) of the encoded images among those of the data folder
+    held_out_captions: list[str]  # (M,)
 
     @functools.cached_property
     def crops(self) -> torch.Tensor:
@@ -108,13 +109,14 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Subject
         roles[role] = list(range(len(chosen), len(chosen) + len(index)))
         chosen += index
     fresh = every.get("fresh", [])
-    held_out = images.pixels[fresh if len(fresh) > 1 else every["nonmember_test"]]
+    held_out = fresh if len(fresh) > 1 else every["nonmember_test"]
     names, captions = ([given[i] for i in chosen] for given in (images.names, images.captions))
     data = encode(base, Images(names, captions, images.pixels[chosen]), roles)
     hashes = images.hashes()
     content = json.dumps({role: [hashes[i] for i in index] for role, index in every.items()})
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Subject(base, data, digest, held_out, chosen)
+    said = [images.captions[i] for i in held_out]
+    return Subject(base, data, digest, images.pixels[held_out], chosen, said)
 
 
 def dealt(target: Target, images: Images) -> dict[str, list[int]]:

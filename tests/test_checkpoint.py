@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from cli import UserError
 from data import load_images
 from diffusion import encode
 from settings import Settings
-from training import monitor, state
+from training import pictures, state
 from training import run as prepared
-from training.precheck import stored
+from training.precheck import going_on, stored
 
 STEPS, KILLS = 30, 20
 
@@ -72,7 +73,7 @@ def lives(model, images, tmp):
     encoded = encode(base, images_once, {})
     prepared.load_base, prepared.load_images = lambda *_: base, lambda *_: images_once
     prepared.encode = lambda *args: replace(encoded, roles=args[2])
-    monitor.sample_grid = monitor.plots.training_curves = lambda *_: None
+    pictures.sample_grid = pictures.training_curves = lambda *_: None
 
     def settings(out, resume=False):
         return Settings(
@@ -187,6 +188,25 @@ def test_resume_takes_the_settings_of_the_run(three_runs):
         stored(Settings(out=out, resume=True, rank=4))
     with pytest.raises(UserError, match="begun with --method smp, not lora"):
         stored(Settings(out=out, resume=True, method="lora"))
+
+
+def test_the_command_that_goes_on(three_runs, monkeypatch, tmp_path):
+    """Of a run that has begun --resume, with the flags that its folder does not keep; else the same
+    again.
+    """
+    out = str(three_runs[0] / "alone")
+    s = Settings(out=out, method="smp", rank=2, keep=5, track="tensorboard", threads=1)
+    flags = "--threads 1 --keep 5 --track tensorboard --resume"
+    words = going_on(s).split()
+    assert words[:4] == ["python", "train.py", "--out", out]
+    assert sorted(words[4:]) == sorted(flags.split()) and words[-1] == "--resume"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert going_on(s).startswith("accelerate launch --num_processes 2 train.py --out ")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--rank", "2", "--out", "a b"])
+    again = "python train.py --rank 2 --out 'a b'"
+    assert going_on(replace(s, out=str(tmp_path / "new"))) == again
+    assert going_on(replace(s, dry_run=True)) == again
 
 
 def test_newest_whole_state(tmp_path, capsys):

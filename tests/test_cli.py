@@ -17,6 +17,7 @@ import pytest
 from cli import (
     GROUPS,
     UserError,
+    command,
     one_line_errors,
     option,
     parse,
@@ -42,6 +43,7 @@ class Flags:
     batch_size: int = option(8, "pictures", group="optimisation")
     kind: str = option("a", "which", ("a", "b"))
     note: str | None = option(None, "words")
+    prompt: list[str] | None = option(None, "a text, more than once")
     steps: int | None = option(None, "how many", group="optimisation", beats="epochs")
     epochs: int | None = option(None, "passes", group="optimisation")
     ema: float = option(0.0, "decay", group="regularisation")
@@ -80,6 +82,7 @@ def said(capsys, *argv):
         (["--fast", "--no-fast"], "fast", False),
         (["a", "b"], "runs", ["a", "b"]),
         (["--kind", "b", "a"], "kind", "b"),
+        (["--prompt", "a b", "x", "--prompt", "c"], "prompt", ["a b", "c"]),
     ],
 )
 def test_flags(argv, field, value):
@@ -192,6 +195,8 @@ def run_config(tmp_path, **settings):
         ("fast = true", ["--no-fast"], {"fast": False}),
         ("runs = ['a', 'b']", [], {"runs": ["a", "b"]}),
         ("runs = ['a', 'b']", ["c"], {"runs": ["c"]}),
+        ("prompt = ['a', 'b']", [], {"prompt": ["a", "b"]}),
+        ("prompt = ['a', 'b']", ["--prompt", "c"], {"prompt": ["c"]}),
         ("out = 'x'\nresume = true", [], {"out": "x", "resume": True}),
         ("every = 1", [], {}),
         ("steps = 9", [], {"steps": 9}),
@@ -322,6 +327,15 @@ def test_interrupted(capsys):
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise KeyboardInterrupt
     assert stop.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_interrupted_with_a_way_to_go_on(capsys, monkeypatch):
+    """The command as it could be typed again."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/my run", "--at", "best"])
+    with pytest.raises(SystemExit), one_line_errors(command):
+        raise KeyboardInterrupt
+    line = "stopped; to go on: python evaluate.py 'runs/my run' --at best\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

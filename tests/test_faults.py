@@ -30,7 +30,7 @@ from cli import UserError, one_line_errors
 from data import load_images
 from diffusion import encode_captions
 from settings import Settings, resolve
-from training import lock, monitor, state
+from training import lock, monitor, pictures, state
 from training import run as prepared
 from training.precheck import glance, stored
 from training.processes import Processes
@@ -45,8 +45,8 @@ few = hypothesis_settings(
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of a tiny run's time."""
-    monkeypatch.setattr(monitor, "sample_grid", lambda *_: None)
-    monkeypatch.setattr(monitor.plots, "training_curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -375,7 +375,7 @@ def test_states_that_do_not_fit(capsys, small, half):
     refused(capsys, again()(small), "state is a file", "remove it")
 
 
-@pytest.mark.parametrize("broken", ["sample_grid", "verdict"])
+@pytest.mark.parametrize("broken", [(pictures, "sample_grid"), (monitor, "verdict")])
 def test_a_failing_finish_loses_nothing(capsys, small, half, monkeypatch, broken):
     """Adapter and state stay, --resume does the rest, and no step is trained again."""
 
@@ -383,7 +383,7 @@ def test_a_failing_finish_loses_nothing(capsys, small, half, monkeypatch, broken
         raise RuntimeError("no ink\nleft")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, broken, fail)
+        patch.setattr(*broken, fail)
         words = ("the training is done", str(half / "adapter"), "no ink", "--resume makes them")
         refused(capsys, again()(small), *words)
     adapter = load_file(half / "adapter" / "pytorch_lora_weights.safetensors")
@@ -397,12 +397,12 @@ def test_a_failing_finish_loses_nothing(capsys, small, half, monkeypatch, broken
 
 def test_failing_pictures_do_not_stop_a_run(capsys, small, tmp_path, monkeypatch):
     """Those on the way are only looked at."""
-    honest = monitor.sample_grid
+    honest = pictures.sample_grid
 
-    def fail(run, step):
-        return honest(run, step) if step == 3 else run.no_such_thing
+    def fail(run, step, few=None):
+        return honest(run, step, few) if step == 3 else run.no_such_thing
 
-    monkeypatch.setattr(monitor, "sample_grid", fail)
+    monkeypatch.setattr(pictures, "sample_grid", fail)
     train.train(small(sample_every=1))
     assert "note: no pictures of step 2 (AttributeError" in capsys.readouterr().out
     assert (tmp_path / "run" / "adapter").exists()

@@ -85,8 +85,8 @@ def test_no_circles():
 
 
 def test_the_top_level_is_short():
-    """A newcomer sees the paper first: at most sixteen modules."""
-    assert len([name for name in FILES if "." not in name]) <= 16
+    """A newcomer sees the paper first: at most seventeen modules."""
+    assert len([name for name in FILES if "." not in name]) <= 17
 
 
 @pytest.mark.parametrize("name", FILES)

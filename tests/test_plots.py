@@ -1,37 +1,48 @@
-"""The grid of pictures against a composition in numpy, and what two figures of runs draw."""
+"""Rows of pictures against the pictures themselves, and what two figures of runs draw."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 import plots
 
 
-def composed(images, columns, scale, gap):
-    """The grid, written out: picture i in row i // columns, on white."""
-    n, height, width, _ = images.shape
-    h, w, rows = scale * height + gap, scale * width + gap, -(-n // columns)
-    canvas = np.full((rows * h + gap, columns * w + gap, 3), 255, np.uint8)
-    for i in range(n):
-        y, x = gap + i // columns * h, gap + i % columns * w
-        for dy in range(scale * height):
-            for dx in range(scale * width):
-                canvas[y + dy, x + dx] = images[i, dy // scale, dx // scale]
-    return canvas
+def drawn(figure):
+    """The pixels of a figure, (H, W, 3) uint8, and its texts by what they say."""
+    (axis,) = figure.axes
+    return axis.images[0].get_array(), {text.get_text(): text for text in axis.texts}
 
 
-@pytest.mark.parametrize(
-    ("count", "columns", "scale", "gap"),
-    [(6, 3, 2, 2), (5, 3, 2, 2), (2, 4, 2, 2), (4, 1, 3, 1), (1, 2, 1, 0)],
-)
-def test_image_grid_is_the_composition(tmp_path, count, columns, scale, gap):
-    """Pixel for pixel: full rows, a last row that is not full, fewer pictures than columns."""
-    images = np.random.default_rng(0).integers(0, 256, (count, 5, 7, 3), np.uint8)
-    path = tmp_path / "new folder" / "grid.png"
-    plots.image_grid(images, columns, path, scale, gap)
-    with Image.open(path) as image:
-        assert image.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(image), composed(images, columns, scale, gap))
+def test_pictures_stand_in_rows_under_their_captions(tmp_path):
+    """Pixel for pixel, enlarged by a whole number; columns line up, a blank stays white, headings
+    begin over their own columns; a written file has the figure's size.
+    """
+    rng = np.random.default_rng(0)
+    one, two, three = rng.integers(0, 255, (3, 50, 50, 3), np.uint8)
+    rows, groups = {"image": [one, None], "base": [two, three]}, {"mine": 1, "yours": 1, "no": 0}
+    figure = plots.picture_rows(rows, ["$a_1$ & $b$", "x" * 90], groups=groups, title="step 3")
+    canvas, texts = drawn(figure)
+    at = {name: text.get_position() for name, text in texts.items()}
+    assert {"image", "base", "mine", "yours", "step 3", "$a_1$ & $b$"} <= set(at) and "no" not in at
+    left, right = int(at["mine"][0]), int(at["yours"][0])
+    assert right - left > 150 and at["$a_1$ & $b$"][0] == left
+    for name, row in rows.items():
+        top = round(at[name][1]) - 75
+        for x, picture in zip((left, right), row, strict=True):
+            cell = canvas[top : top + 150, x : x + 150]
+            want = np.full((50, 50, 3), 255) if picture is None else picture
+            np.testing.assert_array_equal(cell, want.repeat(3, 0).repeat(3, 1))
+    longest = max(len(line) for text in at for line in text.split("\n"))
+    assert longest <= 22 and not any(text.get_parse_math() for text in texts.values())
+    plots.write(figure, tmp_path / "new" / "grid.png")
+    with Image.open(tmp_path / "new" / "grid.png") as image:
+        assert image.size == (canvas.shape[1], canvas.shape[0])
+
+
+def test_large_pictures_are_made_smaller():
+    """A grid of Stable Diffusion's fits a screen."""
+    assert plots.at_size(np.zeros((512, 512, 3), np.uint8)).shape == (224, 224, 3)
+    assert plots.at_size(np.zeros((48, 48, 3), np.uint8)).shape == (144, 144, 3)
+    assert plots.short("one two three four five six", 9, 2) == "one two\nthree..."
 
 
 def test_runs_are_drawn_in_their_colours():

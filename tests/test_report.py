@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import plots
 import roc
 from data import PARTS, SIDES
 from diffusion import Encoded
@@ -67,7 +68,8 @@ def made_up(pictures: int | None = 8, names: dict = ORDINARY, size: int = 16):
     record["blind"] = base.record["attacks"]["loss"]
     held_out = rng.integers(0, 256, (9, size, size, 3), np.uint8)
     real = {"members": torch.rand(30, 6), "held_out": torch.rand(9, 6)} if pictures else {}
-    subject = SimpleNamespace(data=data, held_out=held_out)
+    said = [f"held out {i}" for i in range(9)]
+    subject = SimpleNamespace(data=data, held_out=held_out, held_out_captions=said)
     return SimpleNamespace(subject=subject, real=real), adapted, base, record
 
 
@@ -331,23 +333,36 @@ def test_samples_lie_beside_their_captions(members, count):
 
 
 def test_nearest_figure_has_three_rows(written, tmp_path, monkeypatch):
-    """Generated, the member and the held-out picture nearest to it by features."""
+    """Drawn, the member and the held-out picture nearest to it by features, each with its caption
+    and distance.
+    """
     _, examination, adapted = written
-    kept = {}
-    monkeypatch.setattr(figures, "save", lambda figure, path: kept.update(figure=figure))
-    figures.nearest_pictures(examination, adapted, tmp_path / "nearest.png", columns=3)
-    axes = np.reshape(kept["figure"].axes, (3, 3))
-    labels = [line[0].get_ylabel() for line in axes]
-    assert labels == ["generated", "nearest member", "nearest held-out"]
-    data = examination.subject.data
-    far = quality.nearest(examination.real["members"], adapted.features)
-    best = far[0].argmin()
-    assert axes[1, 0].get_xlabel() == f"{far[0][best]:.3f}"
-    shown = [line[0].images[0].get_array() for line in axes]
-    np.testing.assert_array_equal(shown[0], adapted.pictures[best])
-    np.testing.assert_array_equal(shown[1], data.pixels[data.members()[far[1][best]]])
-    held = quality.nearest(examination.real["held_out"], adapted.features)[1][best]
-    np.testing.assert_array_equal(shown[2], examination.subject.held_out[held])
+    kept, path = {}, tmp_path / "nearest.png"
+
+    honest = plots.picture_rows
+
+    def seen(rows, above, below, title):
+        kept.update(rows=rows, above=above, below=below)
+        return honest(rows, above, below, title=title)
+
+    monkeypatch.setattr(plots, "picture_rows", seen)
+    figures.nearest_pictures(examination, adapted, path, columns=3)
+    assert path.stat().st_size > 0
+    drawn, member, held_out = (row[0] for row in kept["rows"].values())
+    subject, data = examination.subject, examination.subject.data
+    far, index = quality.nearest(examination.real["members"], adapted.features)
+    best = far.argmin()
+    np.testing.assert_array_equal(drawn, adapted.pictures[best])
+    assert kept["above"][0] == data.captions[np.resize(data.members(), len(far))[best]]
+    found = data.members()[index[best]]
+    np.testing.assert_array_equal(member, data.pixels[found])
+    far_held, index_held = quality.nearest(examination.real["held_out"], adapted.features)
+    np.testing.assert_array_equal(held_out, subject.held_out[index_held[best]])
+    labels = [texts[0] for texts in kept["below"].values()]
+    assert labels == [
+        f"{far[best]:.3f}  {data.captions[found]}",
+        f"{far_held[best]:.3f}  {subject.held_out_captions[index_held[best]]}",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------

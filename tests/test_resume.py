@@ -17,7 +17,7 @@ from base_files import load_base
 from data import load_images
 from diffusion import encode
 from settings import Settings
-from training import monitor
+from training import monitor, pictures
 from training import run as prepared
 from training.learner import Learner
 from training.processes import Processes
@@ -57,8 +57,8 @@ def prepare_once(tiny_base, image_folder):
         patch.setattr(prepared, "load_base", load)
         patch.setattr(prepared, "load_images", lambda *_: images)
         patch.setattr(prepared, "encode", encode_again)
-        patch.setattr(monitor, "sample_grid", lambda *_: None)
-        patch.setattr(monitor.plots, "training_curves", lambda *_: None)
+        patch.setattr(pictures, "sample_grid", lambda *_: None)
+        patch.setattr(pictures, "training_curves", lambda *_: None)
         patch.setattr(monitor, "held_out", lambda *_: {"nonmember_val_loss": 1.0})
         patch.setattr(monitor, "verdict", lambda *_: (0.5, (0.0, 1.0)))
         yield Settings(

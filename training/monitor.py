@@ -1,25 +1,26 @@
 """What a run shows of itself: held-out losses, verdict, pictures, Hessian norms, the end."""
 
 import math
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import tqdm
 
 import lora
-import plots
+import progress
 import roc
 import smoothness
 from adapters import files
 from cli import UserError
 from data import Images
-from diffusion import ALL_TIMESTEPS, draw_noise, encode_captions, loss_grid, sample
+from diffusion import ALL_TIMESTEPS, draw_noise, loss_grid
 from objectives import Terms, adaptation_loss, mi_gain, objective
 from settings import Settings
-from training import advice
+from training import advice, card, pictures
 from training.learner import Batches, Learner
+from training.precheck import going_on
 from training.run import Batch, Run
 from training.run_folder import MetricsLog, git_commit, provenance, tensorboard
 
@@ -75,35 +76,12 @@ def log(run: Run) -> MetricsLog:
     return MetricsLog(run.folder, tensorboard(run.folder) if run.settings.track else None)
 
 
-def progress(run: Run, first: int) -> tqdm.tqdm:
-    """The steps still to do, from `first`, with a bar."""
-    return tqdm.trange(
-        first,
-        run.settings.steps + 1,
-        initial=first - 1,
-        total=run.settings.steps,
-        desc=run.settings.method,
-        disable=not run.processes.main,
-    )
-
-
-def teaching(run: Run) -> tqdm.tqdm:
-    """A bar over the steps of all teachers."""
-    s = run.settings
-    total, silent = s.teachers * s.teacher_steps, not run.processes.main
-    return tqdm.tqdm(total=total, desc=f"{s.teachers} teachers", unit="step", disable=silent)
-
-
-def show(bar: tqdm.tqdm, row: dict) -> None:
-    """The main values of a row behind the bar."""
-    names = {
-        "loss": "adaptation_loss",
-        "G": "mi_gain",
-        "grad": "grad_norm",
-        "attacker": "attacker_accuracy",
-    }
-    shown = {k: f"{row[name]:.3f}" for k, name in names.items() if row.get(name) is not None}
-    bar.set_postfix(shown, refresh=False)
+def show(bar: progress.Stage, row: dict) -> None:
+    """A step is done: the main values of its row behind the bar."""
+    names = {"loss": "adaptation_loss", "attacker": "attacker_accuracy"}
+    shown = {k: row[name] for k, name in names.items() if row.get(name) is not None}
+    bar.note = ", ".join(f"{k} {value:.3f}" for k, value in shown.items())
+    bar.advance()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,12 +94,12 @@ def held_out(run: Run) -> dict[str, float]:
     The non-members' is the held-out loss: what early stopping goes by.
     """
     loss, data = {}, run.seen_data()
-    for side in ("member", "nonmember"):
-        index = data.roles[f"{side}_val"]
-        latents, text = data.latents[index], data.text[index]
-        with run.folded():
+    with progress.stage("held-out losses"), run.folded():
+        for side in ("member", "nonmember"):
+            index = data.roles[f"{side}_val"]
+            latents, text = data.latents[index], data.text[index]
             grid = loss_grid(run.base, latents, text, ALL_TIMESTEPS, draws=1)
-        loss[f"{side}_val_loss"] = grid.mean().item()
+            loss[f"{side}_val_loss"] = grid.mean().item()
     return loss
 
 
@@ -144,31 +122,6 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
         return objective(s.objective, adaptation_loss(error), gain, s.weight, s.delta)
 
     return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.weight)
-
-
-def sample_grid(run: Run, step: int) -> None:
-    """Pictures from fixed captions and noise: members' captions in the upper row, others' in the
-    lower.
-    """
-    columns, seed = run.settings.samples, run.settings.seed
-    if not columns:
-        return
-    rng = np.random.default_rng(seed)
-    roles = ("member_test", "nonmember_test")
-    index = [i for role in roles for i in rng.choice(run.data.roles[role], columns)]
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((len(index), *run.base.latent_shape), generator=generator)
-    empty = encode_captions(run.base, [""])
-    images = sample(run.base, run.seen_data().text[index], empty, noise.to(run.base.device))
-    plots.image_grid(images, columns, run.folder.path / "samples" / f"step-{step:06d}.png")
-
-
-def samples_on_the_way(run: Run, step: int) -> None:
-    """The same while training goes on, which a failing picture does not stop."""
-    try:
-        sample_grid(run, step)
-    except Exception as error:
-        print(f"note: no pictures of step {step} ({describe(error)})")
 
 
 def save_adapter(run: Run, folder: Path, step: int, kohya: bool = False) -> None:
@@ -263,10 +216,11 @@ def verdict(run: Run) -> tuple[float, tuple[float, float]]:
     The test images are left to evaluate.py.
     """
     data, scores = run.seen_data(), {}
-    for side in ("member", "nonmember"):
-        index = data.roles[f"{side}_aux"] + data.roles[f"{side}_val"]
-        grid = loss_grid(run.base, data.latents[index], data.text[index])
-        scores[side] = -grid.mean((1, 2)).numpy()
+    with progress.stage("verdict"), run.folded():
+        for side in ("member", "nonmember"):
+            index = data.roles[f"{side}_aux"] + data.roles[f"{side}_val"]
+            grid = loss_grid(run.base, data.latents[index], data.text[index])
+            scores[side] = -grid.mean((1, 2)).numpy()
     pair = scores["member"], scores["nonmember"]
     return roc.auc(*pair), tuple(roc.auc_interval(*pair))
 
@@ -285,16 +239,18 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
     if s.attacked:
         folder.save_attacker(learner.attacker, s.proxy)
     try:
-        sample_grid(run, step)
+        pictures.sample_grid(run, step)
         rows = folder.rows()
-        plots.training_curves(rows, s.method, folder.path / "curves.png")
+        with progress.stage("curves"):
+            pictures.training_curves(rows, s.method, folder.path / "curves.png")
         summary = {"seconds": round(seconds, 1), **summarise(run, rows)}
         summary |= promised.facts() if promised else {}
+        card.write(run, step, summary, promised)
         folder.finish(summary)
     except Exception as error:
         raise UserError(
             f"the training is done and its adapter is in {folder}/adapter, but not all pictures, "
-            f"curves and numbers ({describe(error)}): --out {folder} --resume makes them"
+            f"curves and numbers ({describe(error)}): {going_on(s)} makes them"
         ) from error
     auc, interval = summary["validation_auc"], summary["validation_auc_interval"]
     after, before = summary["held_out_loss"], summary["held_out_loss_base"]
@@ -308,7 +264,8 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
         print(f"promise:  {promised}")
     if s.method in advice.AUDITED and s.target != "full" and not s.as_released:
         print(f"audited:  {advice.sentence(s.method)}")
-    print(f"files:    {folder}/  ({seconds:.0f} s); next: python evaluate.py {folder}")
+    following = shlex.join(["python", "evaluate.py", str(folder)])
+    print(f"files:    {folder}/  ({seconds:.0f} s); next: {following}")
     return summary
 
 

@@ -17,12 +17,13 @@ import torch
 
 from diffusion import ALL_TIMESTEPS, DRAWS, GRID_BATCH, TIMESTEPS, at_once, loss_grid
 from settings import Settings
+from training import pictures
 from training.learner import Learner
 from training.run import Run
 
 STATE_SECONDS = 300  # between two states where --state-every does not say; so much is lost at most
 PARTS, FIRST = 8, 20  # an adapter each eighth of a run, the first after a twentieth
-DRAWING = 2 * 25  # forwards of a picture: DDIM steps, with and without the caption
+QUICK = 128  # pixels of a side up to which a CPU draws at every save
 
 # --------------------------------------------------------------------------------------------------
 # When something is written
@@ -44,13 +45,19 @@ def first_saved(s: Settings) -> int:
     return min(s.steps, s.save_every or max(1, s.steps // FIRST))
 
 
-def draws(s: Settings, step: int) -> bool:
-    """Whether there are pictures on the way: every --sample-every, else with the first adapter; the
-    last step has its own.
+def draws(run: Run, step: int) -> bool:
+    """Whether there is a grid of pictures at `step`, which is not the last: at the start and at
+    every save, or at every --sample-every.  A CPU, which takes minutes for a large picture, draws
+    such at the first save alone unless that flag asks for more.
     """
+    s = run.settings
+    if not s.samples or step == s.steps:
+        return False
     if s.sample_every:
         return step % s.sample_every == 0
-    return step == first_saved(s) < s.steps
+    if run.base.device.type == "cpu" and run.base.size > QUICK:
+        return step == first_saved(s)
+    return step == 0 or saves(s, step)
 
 
 def state_due(s: Settings, step: int, since: float) -> bool:
@@ -121,10 +128,22 @@ def forwards(run: Run) -> int:
     s, roles = run.settings, run.data.roles
     validation = len(roles["member_val"]) + len(roles["nonmember_val"])
     steps = range(1, s.steps + 1)
-    grids = 1 + sum(draws(s, step) for step in steps)
+    grids = sum(draws(run, step) for step in range(s.steps))
     losses = (1 + sum(saves(s, step) for step in steps)) * validation * len(ALL_TIMESTEPS)
     attack = len(run.data.known()) * len(TIMESTEPS) * DRAWS
-    return losses + attack + grids * 2 * s.samples * DRAWING
+    return losses + attack + drawing(s, grids)
+
+
+def drawing(s: Settings, grids: int) -> int:
+    """Forwards of the pictures, each step of the sampler with and without the caption: of the last
+    grid, of `grids` on the way, and of the base's row in both.
+    """
+    if not s.samples:
+        return 0
+    prompts = len(s.prompt or [])
+    last = (2 * s.samples + prompts) * pictures.STEPS
+    few = (2 * min(s.samples, pictures.FEW) + prompts) * pictures.FEW_STEPS
+    return 2 * (2 * last + (grids + 1) * few * (grids > 0))
 
 
 def forward_seconds(run: Run) -> float:

@@ -2,10 +2,11 @@
 
 import os
 import re
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
-from cli import UserError, checked, read_json, shown
+from cli import UserError, checked, command, read_json, shown
 from settings import EMBEDDED_SETS, FREE, Settings, out_folder, resolve
 from training import lock
 
@@ -136,3 +137,19 @@ def _read_run(path: Path) -> tuple[dict, dict | None]:
         raise UserError(
             f"{path} is not a run's config ({error}): it cannot be continued, take another --out"
         ) from None
+
+
+def going_on(settings: Settings) -> str:
+    """The command that goes on with a run: --resume with the flags that its folder does not keep,
+    or the same command again where there is no folder yet.
+    """
+    out, count = out_folder(settings), launched()[0]
+    launcher = f"accelerate launch --num_processes {count}" if count > 1 else "python"
+    if settings.dry_run or not (out / "config.json").exists():
+        return command(launcher)
+    words = ["train.py", "--out", str(out)]
+    for f in fields(Settings):
+        value = getattr(settings, f.name)
+        if f.name in FREE and f.name not in ("out", "resume", "dry_run") and value != f.default:
+            words += ["--" + f.name.replace("_", "-"), str(value)]
+    return f"{launcher} {shlex.join([*words, '--resume'])}"

@@ -78,6 +78,8 @@ class Run:
     public: list[int] = field(default_factory=list)  # positions of the public pictures in `data`
     # (N + 1, L) of the captions and of "", where the text encoder is adapted too
     tokens: torch.Tensor | None = None
+    # what the base draws for the grids, once it has, by the sampler's steps (pictures.py)
+    drawn: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:

@@ -1,0 +1,120 @@
+"""The model card: the hub's own reader takes it, nothing private is in it, edits stay."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import lora_files
+import train
+from base_files import load_base
+from settings import Settings
+from training import card
+
+RECORD = {
+    "verdict": "This adapter gives away a little.",
+    "images": {"member_test": 40, "nonmember_test": 200},
+    "shadows": 0,
+    "adapted": {
+        "held_out_loss": 0.1234,
+        "headline": {"attack": "SimA", "auc": 0.61, "auc_interval": [0.5, 0.7]},
+        "worst": {"attack": "difference", "auc": 0.72, "auc_interval": [0.6, 0.8]},
+        "quality": {"frechet_members": 600.4, "frechet_held_out": 700.6},
+    },
+    "base": {
+        "held_out_loss": 0.2,
+        "attacks": {"SimA": {"auc": 0.52}},
+        "quality": {"frechet_members": 650.0, "frechet_held_out": 650.0},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, image_folder, tmp_path_factory):
+    """(folder of the adapter, its run's splits and captions as words that must not be told)."""
+    out = tmp_path_factory.mktemp("card") / "secret run"
+    flags = {"model": tiny_base, "data": image_folder, "members": 20, "rank": 2, "alpha": 4.0}
+    flags |= {"batch_size": 2, "target": "attention", "proxy": "pooled", "steps": 2, "samples": 0}
+    train.train(Settings(**flags, ema=0.5, prompt=["a secret prompt"], out=str(out)))
+    captions = [path.read_text().strip() for path in Path(image_folder).glob("*.txt")]
+    names = [path.name for path in Path(image_folder).iterdir()]
+    return out / "adapter", [*captions, *names, image_folder, str(out.parent), "secret"]
+
+
+def test_the_hub_reads_it(made, tiny_base):
+    """Front matter as it wants it; counts, settings and losses as the run has them."""
+    found = ModelCard.load(made[0] / "README.md")
+    data = found.data.to_dict()
+    assert data["base_model"] == Path(tiny_base).name and data["library_name"] == "diffusers"
+    assert {"lora", "text-to-image", "diffusers", "stable-diffusion"} <= set(data["tags"])
+    assert data["pipeline_tag"] == "text-to-image"
+    rows = {tuple(c.strip() for c in line.split("|")[1:-1]) for line in found.text.splitlines()}
+    assert {("member_aux", "10"), ("method", "smp"), ("--rank", "2"), ("--ema", "0.5")} <= rows
+    assert ("--seed", "0") in rows and ("--lam", "4.0") not in rows  # of another model
+    assert not {"--schedule", "--init", "--data"} & {row[0] for row in rows if row}
+    assert "Trained on 20 images, 2 steps of 2." in found.text and "Held-out loss " in found.text
+
+
+def test_nothing_private_is_in_it(made):
+    """No name, caption, prompt or path."""
+    text = (made[0] / "README.md").read_text()
+    assert not [word for word in made[1] if word in text]
+
+
+def test_an_evaluation_is_filled_in(made, tmp_path):
+    """Between the marks, as often as there is one; what its owner has written stays."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(made[0], folder)
+    path = folder / "README.md"
+    before = path.read_text()
+    edited = before.replace("## Load it", "## Load it\n\nMy words.") + "\nMore of mine.\n"
+    path.write_text(edited)
+    card.evaluated(folder, RECORD)
+    text = path.read_text()
+    start, end = edited.index(card.BEGIN), edited.index(card.END)
+    assert text.startswith(edited[:start]) and text.endswith(edited[end:])
+    for words in (RECORD["verdict"], "0.61 [0.50, 0.70] | 0.52 |", "0.72 [0.60, 0.80] | - |"):
+        assert words in text
+    assert "held-out images | 701 | 650 |" in text and card.NOT_YET not in text
+    card.evaluated(folder, RECORD | {"verdict": "Other.", "shadows": 8})
+    text = path.read_text()
+    assert RECORD["verdict"] not in text and "Other." in text and "8 adapters" in text
+    assert ModelCard(text).data.library_name == "diffusers"
+
+
+@pytest.mark.parametrize("content", [None, b"# my own card\n", b"\xff\xfe no text"])
+def test_others_cards_are_left_alone(made, tmp_path, content):
+    """None is made, none without our marks is touched."""
+    path = tmp_path / "README.md"
+    if content is not None:
+        path.write_bytes(content)
+    card.evaluated(tmp_path, RECORD)
+    assert (path.read_bytes() if path.exists() else None) == content
+
+
+def test_loaders_do_not_stumble(made, tiny_base):
+    """Ours, and diffusers' as the card says it."""
+    base = load_base(tiny_base)
+    adapter, _ = lora_files.load(base.unet, made[0])
+    assert adapter.rank_and_alpha() == (2, 4.0)
+    pipeline = load_base(tiny_base).pipeline
+    pipeline.load_lora_weights(str(made[0]))
+    assert pipeline.get_active_adapters()
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        ('{"_name_or_path": "owner/model-v1"}', "owner/model-v1"),
+        ('{"_name_or_path": "/home/me/model"}', "folder"),
+        ("[", "folder"),
+    ],
+)
+def test_the_base_is_named_as_the_hub_names_it(tmp_path, index, name):
+    """Where the folder knows; the way to it is private."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(index)
+    assert card.base_name(str(folder)) == name
+    assert card.base_name("owner/other") == "owner/other"

@@ -52,7 +52,7 @@ def test_the_hub_reads_it(made, tiny_base):
     rows = {tuple(c.strip() for c in line.split("|")[1:-1]) for line in found.text.splitlines()}
     assert {("member_aux", "10"), ("method", "smp"), ("--rank", "2"), ("--ema", "0.5")} <= rows
     assert ("--seed", "0") in rows and ("--lam", "4.0") not in rows  # of another model
-    assert not {"--schedule", "--init", "--data"} & {row[0] for row in rows if row}
+    assert not {"--flip", "--init", "--data"} & {row[0] for row in rows if row}
     assert "Trained on 20 images, 2 steps of 2." in found.text and "Held-out loss " in found.text
 
 

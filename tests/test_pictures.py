@@ -30,10 +30,10 @@ def runs(tiny_base, image_folder, tmp_path_factory):
         grids.append((rows, above, groups, title))
         return honest(rows, above, groups=groups, title=title)
 
-    def counted(run, text, noise, steps):
+    def counted(run, shown, steps):
         layer = next(iter(run.adapter.layers.values()))
-        drawn.append((steps, layer.enabled, len(text)))
-        return draw(run, text, noise, steps)
+        drawn.append((steps, layer.enabled, len(shown.noise)))
+        return draw(run, shown, steps)
 
     flags = {"model": tiny_base, "data": image_folder, "members": 20, "rank": 2, "alpha": 4.0}
     flags |= {"batch_size": 2, "target": "attention", "proxy": "raw", "steps": 5, "save_every": 2}

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,12 @@ import train
 from base_files import resolve_device, resolve_dtype
 from diffusion import Encoded
 from settings import PAPER, Settings, resolve
-from training import monitor, plan, state
+from training import monitor, pictures, plan, state
 from training import run as prepared
 from training.processes import Processes
 from training.run_folder import RunFolder
 
+GRID = pictures.sample_grid
 SMALL = {"members": 20, "rank": 2, "alpha": 4.0, "batch_size": 4, "target": "attention"}
 SMALL |= {"lr": 0.01, "attacker_lr": 0.01, "method": "smp", "proxy": "pooled", "samples": 1}
 
@@ -23,8 +25,8 @@ SMALL |= {"lr": 0.01, "attacker_lr": 0.01, "method": "smp", "proxy": "pooled", "
 @pytest.fixture
 def small(tiny_base, image_folder, tmp_path, monkeypatch):
     """Settings of a small run, changed by keywords; pictures take most of a tiny run's time."""
-    monkeypatch.setattr(monitor, "sample_grid", lambda run, step: None)
-    monkeypatch.setattr(monitor.plots, "training_curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: None)
     common = {"model": tiny_base, "data": image_folder, "out": str(tmp_path / "run")}
     return lambda **more: Settings(**common | SMALL | more)
 
@@ -125,11 +127,19 @@ def test_forwards_are_counted(small, monkeypatch):
         count[0] += len(latents) * len(timesteps) * draws
         return honest(base, latents, text, timesteps, draws)
 
+    def drawing(base, text, empty, noise, steps):
+        count[0] += 2 * len(text) * steps  # with and without the caption
+        return np.zeros((len(text), base.size, base.size, 3), np.uint8)
+
+    def begun(run, learner):
+        count.append(plan.forwards(run))
+
     monkeypatch.setattr(monitor, "loss_grid", counting)
-    monkeypatch.setattr(monitor, "sample_grid", lambda run, step: count.append(run))
-    train.train(small(steps=9, method="lora"))
-    run, grids = count[-1], len(count) - 1
-    assert plan.forwards(run) == count[0] + grids * 2 * run.settings.samples * plan.DRAWING
+    monkeypatch.setattr(pictures, "sample_grid", GRID)
+    monkeypatch.setattr(pictures, "sample", drawing)
+    monkeypatch.setattr(plan, "say", begun)
+    train.train(small(steps=9, method="lora", samples=3, prompt=["a red thing"]))
+    assert count[0] == count[1] > 0
 
 
 def test_hours(monkeypatch):

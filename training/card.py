@@ -19,9 +19,10 @@ NAME = "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TAGS = ("lora", "text-to-image", "diffusers", "stable-diffusion", "membership-inference")
-ALWAYS = ("rank", "alpha", "target", "lr", "batch_size", "seed", "dtype")  # of the settings
-CHANGED = ("accumulate", "schedule", "weight_decay", "ema", "dropout", "caption_dropout", "flip")
-CHANGED += ("normalise", "stop", "subspace")  # told where they are not the default
+# of the settings
+ALWAYS = ("rank", "alpha", "target", "lr", "schedule", "batch_size", "seed", "dtype")
+CHANGED = ("accumulate", "weight_decay", "ema", "dropout", "caption_dropout", "flip", "normalise")
+CHANGED += ("stop", "subspace", "as_released")  # told where they are not the default
 OF_METHOD = {
     "attacked": ("lam", "proxy", "attacker_lr", "attacker_members"),
     "distill": ("teachers", "teacher_steps"),
@@ -49,13 +50,15 @@ def text(run: Run, step: int, summary: dict, promised=None) -> str:
     ]
     sentences += [f"Promise: {promised}."] if promised else []
     sentences += [f"Audited: {advice.sentence(s.method)}."] if s.method in advice.AUDITED else []
+    whole = s.target == "full"
+    kind = "A UNet fine-tuned from" if whole else "An adapter for"
     parts = [
-        "\n".join(front_matter(model)),
-        f"# An adapter for {'the embedded base of smp-lora' if own(s) else model}, by {s.method}",
-        f"LoRA for pictures of {run.base.size} px, from "
+        "\n".join(front_matter(model, whole)),
+        f"# {kind} {'the embedded base of smp-lora' if own(s) else model}, by {s.method}",
+        f"{'UNet' if whole else 'LoRA'} for pictures of {run.base.size} px, from "
         f"{s.data if s.data in EMBEDDED_SETS else 'private pictures with captions'}.",
         "## Load it",
-        "\n".join(loading(model)),
+        "\n".join(loading(model, whole)),
         "## How it was made",
         f"Trained on {len(data.members())} images, {step} steps of {run.batch}. Images by role:",
         table("role", "images", {role: len(index) for role, index in data.roles.items()}),
@@ -111,21 +114,30 @@ def findings(record: dict) -> str:
 # Parts of a card
 
 
-def front_matter(model: str) -> list[str]:
-    """What the hubs read: YAML between two lines of dashes."""
+def front_matter(model: str, whole: bool) -> list[str]:
+    """What the hubs read: YAML between two lines of dashes; of a `whole` UNet or a LoRA."""
     fields = {"base_model": model, "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]  # JSON is YAML
-    return ["---", *lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"]
+    tags = [tag for tag in TAGS if not (whole and tag == "lora")]
+    return ["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"]
 
 
-def loading(model: str) -> list[str]:
-    """How diffusers takes it up; it needs peft."""
+def loading(model: str, whole: bool) -> list[str]:
+    """How diffusers takes it up; a LoRA needs peft."""
+    if whole:
+        also, given = ", UNet2DConditionModel", f"{json.dumps(model)}, unet=unet"
+        first = ['unet = UNet2DConditionModel.from_pretrained(".")  # this folder']
+        then = []
+    else:
+        also, given, first = "", json.dumps(model), []
+        then = ['pipeline.load_lora_weights(".")  # this folder; needs peft']
     return [
         "```python",
-        "from diffusers import StableDiffusionPipeline",
+        f"from diffusers import StableDiffusionPipeline{also}",
         "",
-        f"pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(model)})",
-        'pipeline.load_lora_weights(".")  # this folder; needs peft',
+        *first,
+        f"pipeline = StableDiffusionPipeline.from_pretrained({given})",
+        *then,
         'pipeline("a caption").images[0].save("picture.png")',
         "```",
     ]
@@ -141,6 +153,7 @@ def settings_of(s: Settings) -> dict[str, object]:
     """The settings that matter, by flag; of files only that there was one."""
     names = [*ALWAYS, *OF_METHOD.get("attacked" if s.attacked else s.method, ())]
     names += [name for name in CHANGED if getattr(s, name) != getattr(Settings, name)]
+    names = [n for n in names if not (s.target == "full" and n in ("rank", "alpha"))]
     found = {f"--{name.replace('_', '-')}": getattr(s, name) for name in names}
     if s.subspace not in (None, "public"):
         found["--subspace"] = "a file"

@@ -128,22 +128,24 @@ def forwards(run: Run) -> int:
     s, roles = run.settings, run.data.roles
     validation = len(roles["member_val"]) + len(roles["nonmember_val"])
     steps = range(1, s.steps + 1)
-    grids = sum(draws(run, step) for step in range(s.steps))
     losses = (1 + sum(saves(s, step) for step in steps)) * validation * len(ALL_TIMESTEPS)
     attack = len(run.data.known()) * len(TIMESTEPS) * DRAWS
-    return losses + attack + drawing(s, grids)
+    return losses + attack + drawing(run)
 
 
-def drawing(s: Settings, grids: int) -> int:
-    """Forwards of the pictures, each step of the sampler with and without the caption: of the last
-    grid, of `grids` on the way, and of the base's row in both.
+def drawing(run: Run) -> int:
+    """Forwards of the pictures, each step of the sampler with and without the caption: a row of the
+    adapter in every grid, and of the base once for the last and once for those on the way.
     """
+    s = run.settings
     if not s.samples:
         return 0
     prompts = len(s.prompt or [])
     last = (2 * s.samples + prompts) * pictures.STEPS
     few = (2 * min(s.samples, pictures.FEW) + prompts) * pictures.FEW_STEPS
-    return 2 * (2 * last + (grids + 1) * few * (grids > 0))
+    grids = [draws(run, step) for step in range(s.steps)]
+    rows = sum(grids[1:]) + any(grids) + (grids[0] and s.init is not None)
+    return 2 * (2 * last + rows * few)
 
 
 def forward_seconds(run: Run) -> float:

@@ -76,7 +76,8 @@ def test_an_evaluation_is_filled_in(made, tmp_path):
     assert text.startswith(edited[:start]) and text.endswith(edited[end:])
     for words in (RECORD["verdict"], "0.61 [0.50, 0.70] | 0.52 |", "0.72 [0.60, 0.80] | - |"):
         assert words in text
-    assert "held-out images | 701 | 650 |" in text and card.NOT_YET not in text
+    assert "held-out images | 701 | 650 |" in text and "members | 600 | 650 |" in text
+    assert card.NOT_YET not in text
     card.evaluated(folder, RECORD | {"verdict": "Other.", "shadows": 8})
     text = path.read_text()
     assert RECORD["verdict"] not in text and "Other." in text and "8 adapters" in text

@@ -98,9 +98,10 @@ def findings(record: dict) -> str:
             f"{adapted[key]['auc']:.2f} [{low:.2f}, {high:.2f}]",
             f"{of_base['auc']:.2f}" if of_base else "-",
         ]
-    for real in ("held_out", "members") if "quality" in adapted else ():
+    sets = {"held_out": "held-out images", "members": "members"}
+    for real, what in sets.items() if "quality" in adapted else ():
         cells = [f"{m['quality'][f'frechet_{real}']:.0f}" for m in (adapted, base)]
-        rows[f"Frechet distance to {real.replace('_', '-')} images"] = cells
+        rows[f"Frechet distance to {what}"] = cells
     measured = table("", "adapter | base", {title: " | ".join(c) for title, c in rows.items()})
     measured = measured.replace("|---|---|", "|---|---|---|", 1)
     tried = "An attacker who trains adapters of his own, the strongest known, was not tried."

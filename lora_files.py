@@ -7,10 +7,12 @@ A key is a prefix, the name of a module and an ending:
     <module>.lora_A.weight                           diffusers' `unet.save_lora_adapter`
     base_model.model.<module>.lora_A.weight          peft, with adapter_config.json beside it
     lora_unet_<module_with_underscores>.lora_down.weight, .alpha           kohya, LoCon
+    text_encoder.text_model.<module>..., lora_te_text_model_<module_with_underscores>...
 
-The scale alpha / rank stands in the header (diffusers), beside the file (peft) or in tensors of its
-own (kohya).  Only safetensors are read: a pickle can run code.  A file of a stranger is opened,
-matched with the model and read in this order, so that it costs no more than it holds.
+The last are of the text encoder (adapters/text_encoder.py).  The scale alpha / rank stands in the
+header (diffusers), beside the file (peft) or in tensors of its own (kohya).  Only safetensors are
+read: a pickle can run code.  A file of a stranger is opened, matched with the model and read in
+this order, so that it costs no more than it holds.
 Tested in tests/test_lora_files.py against diffusers and peft loading the same file.
 """
 

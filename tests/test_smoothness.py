@@ -20,13 +20,15 @@ from objectives import METHODS, adaptation_loss, mi_gain, objective
 from settings import EMBEDDED
 from smoothness import (
     bound,
-    correlation,
     curvature_term,
+    descend,
     flat_gradient,
     gradient_scale,
     hessian_vector_product,
     lanczos,
+    linear_reach,
     measure,
+    moved,
     plain_attention,
     power_iteration,
     rank_two_norm,
@@ -361,24 +363,54 @@ def test_looking_does_not_change_the_run(tiny_base, image_folder, tmp_path, meth
         )
 
 
-# ---- correlation ----
+# ---- walks ----
 
 
-def test_correlation():
-    """r and p are scipy's; independent points count fully, a drift counts for few; too few are
-    warned of.
+def bowl(power=2):
+    """((a - 3)^p + 100 b^p) / p in float64, and its parameters at (0, 1)."""
+    a, b = (torch.nn.Parameter(torch.tensor([x], dtype=torch.float64)) for x in (0.0, 1.0))
+    return lambda: (((a - 3) ** power + 100 * b**power) / power).sum(), [a, b]
+
+
+def test_a_move_is_taken_back():
+    """Inside the parameters stand elsewhere; afterwards, also after an error, where they were."""
+    value, parameters = bowl()
+    before = [p.detach().clone() for p in parameters]
+    with moved(parameters, torch.tensor([1.0, -1.0], dtype=torch.float64), 0.5):
+        assert [p.item() for p in parameters] == [0.5, 0.5]
+        assert value().item() == pytest.approx((2.5**2 + 100 * 0.25) / 2)
+    with pytest.raises(ZeroDivisionError), moved(parameters, torch.ones(2, dtype=torch.float64)):
+        _ = 1 / 0
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+
+
+def test_a_descent_follows_the_gradient():
+    """The flow of a bowl is exp(-t) along each axis: at b = 0.01, a is where that flow has it.
+    Every step lowers the value, the path stops at the minimum, the parameters are put back.
     """
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=200)
-    y = 0.6 * x + 0.8 * rng.normal(size=200)
-    found = correlation(x, y)
-    assert found.r == pytest.approx(np.corrcoef(x, y)[0, 1]) and found.p < 1e-6
-    assert found.effective_points > 150 and found.warning is None
-    assert found.interval[0] < 0.6 < found.interval[1]
-    drift = correlation(np.cumsum(x), np.cumsum(rng.normal(size=200)))
-    assert drift.effective_points < 20 and "20" in drift.warning[:3]
-    assert (
-        correlation(x[:10], y[:10]).warning
-        and correlation([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]).warning
-    )
-    assert correlation(x[:4], y[:4]).interval[0] <= -0.5
+    value, parameters = bowl()
+    values, places, lengths = [], [], []
+    for length in descend(value, parameters, size=1e-3, steps=8000):
+        lengths.append(length)
+        values.append(value().item())
+        places.append([p.item() for p in parameters])
+    assert np.all(np.diff(values) < 0) and np.all(np.diff(lengths) <= 1e-3 * (1 + 1e-9))
+    at = next(a for a, b in places if b < 0.01)
+    assert at == pytest.approx(3 * (1 - 0.01 ** (1 / 100)), rel=0.05)  # b = exp(-100 t)
+    assert places[-1] == pytest.approx([3, 0], abs=0.02) and len(values) < 8001
+    assert [p.item() for p in parameters] == [0, 1]
+    walk = descend(value, parameters, size=1e-3, steps=5)
+    assert next(walk) == 0 and next(walk) == 1e-3
+    walk.close()
+    assert [p.item() for p in parameters] == [0, 1]
+
+
+def test_how_far_a_gradient_describes():
+    """x + x^2 is its slope to a quarter up to x = 1/4, on the worse side too; a kink or a
+    wrong slope nowhere.
+    """
+    steps = [0.05, 0.1, 0.2, 0.25, 0.3, 0.05]
+    both = {sign: [sign * x + x * x for x in steps] for sign in (1, -1)}
+    assert linear_reach(steps, both, 1.0) == 0.25
+    kink = {1: steps, -1: steps}
+    assert linear_reach(steps, kink, 1.0) == 0 == linear_reach(steps, both, 3.0)

@@ -308,27 +308,20 @@ def descend(
 ) -> Iterator[float]:
     """Follow -grad of `value` with the gradient taken anew at every step (gradient flow, by Euler).
 
-    Yields the length of the path so far, 0 first, while the parameters stand at its end; they are
-    put back when the generator is closed or exhausted.  A step has length `size` (L2 norm over all
-    parameters); one that does not lower the value is halved, and the path ends where ten halvings
-    do not help.
+    Every step has length `size` (L2 norm over all parameters).  Yields the length of the path so
+    far, 0 first, while the parameters stand at its end; they are put back when the generator is
+    closed or exhausted.  The path ends early where the gradient is zero.
     """
-    start, length = parameters_to_vector(parameters).detach(), 0.0
+    start = parameters_to_vector(parameters).detach()
     try:
-        yield length
-        for _ in range(steps):
-            now, here = value(), parameters_to_vector(parameters).detach()
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(now, parameters)])
-            down = -gradient / gradient.norm().clamp_min(1e-30)
-            for step in (size / 2**halvings for halvings in range(11)):
-                vector_to_parameters(here + step * down, parameters)
-                with torch.no_grad():
-                    if value().item() < now.item():
-                        break
-            else:
+        yield 0.0
+        for k in range(1, steps + 1):
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value(), parameters)])
+            if not gradient.any():
                 return
-            length += step
-            yield length
+            here = parameters_to_vector(parameters).detach()
+            vector_to_parameters(here - size / gradient.norm() * gradient, parameters)
+            yield k * size
     finally:
         vector_to_parameters(start, parameters)
 

@@ -16,7 +16,7 @@ FILES = {
     if path.name != "__init__.py"
 }
 SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "studies.defences"}
-SCRIPTS |= {"defences.directions"}
+SCRIPTS |= {"defences.directions", "studies.smoothness"}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 import plots
+from notebooks import figures
 
 
 def composed(images, columns, scale, gap):
@@ -37,7 +38,7 @@ def test_image_grid_is_the_composition(tmp_path, count, columns, scale, gap):
 def test_runs_are_drawn_in_their_colours():
     """A method has its colour, a control of it the same one dashed; both lines hold the values."""
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
-    figure = plots.runs_over_steps({"smp": rows, "smp, no clip": rows}, {"loss": "loss"})
+    figure = figures.runs_over_steps({"smp": rows, "smp, no clip": rows}, {"loss": "loss"})
     method, control = figure.axes[0].lines
     assert method.get_color() == control.get_color() == plots.COLOURS["smp"]
     assert (method.get_linestyle(), control.get_linestyle()) == ("-", "--")
@@ -47,6 +48,6 @@ def test_runs_are_drawn_in_their_colours():
 def test_bound_is_split_into_its_two_parts():
     """Proposition 2: the dashed line is the bound less its constant."""
     row = {"step": 5, "hessian_norm": 2.0, "hessian_bound": 7.0, "bound_constant": 4.0}
-    figure = plots.bound_along_run({"smp": [row, {"step": 6}]})
+    figure = figures.bound_along_run({"smp": [row, {"step": 6}]})
     bound, norm, carried = (line.get_ydata().tolist() for line in figure.axes[0].lines)
     assert (bound, norm, carried) == ([7.0], [2.0], [3.0])

@@ -188,9 +188,11 @@ def sheets(x, y, pairs: dict[str, tuple[np.ndarray, np.ndarray]], labels: tuple[
     for axis, (title, (norm, bound)) in zip(np.atleast_1d(axes), pairs.items(), strict=True):
         axis.plot_surface(*grid, norm, cmap="viridis", lw=0, alpha=0.9)
         axis.plot_wireframe(*grid, bound, color="black", lw=0.5, rcount=20, ccount=20)
-        axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
+        axis.set_title(title, y=0.96)
         axis.set_zlabel(labels[2])
-        axis.set_box_aspect(None, zoom=0.88)  # room for the label of the upright axis
+        axis.locator_params(nbins=5)
+        axis.set_box_aspect(None, zoom=0.92)  # room for the label of the upright axis
         axis.view_init(elev=24, azim=-56)
     return figure
 

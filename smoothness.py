@@ -1,5 +1,5 @@
 """Local smoothness: the Hessian norm of an objective in the adapter, what it is made of, and the
-bound on it.
+bound on it; and walks on the surface of an objective.
 
 The claim under study (Luo et al. 2025, Propositions 1 and 2): an objective trains well if its
 curvature is bounded by its gradient, ||hess|| <= L0 + L1 ||grad|| (Zhang et al. 2020), and the
@@ -20,16 +20,17 @@ products H v.
     spectrum = lanczos(lambda v: hessian_vector_product(gradient, parameters, v), gradient.detach())
 
 Held by tests/test_smoothness.py: products to a dense Hessian, spectra to known ones, the identities
-to autograd.
+to autograd, walks to a bowl.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from objectives import Terms
 
@@ -284,47 +285,58 @@ def _suffix(part: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Along a run
+# Walking on the surface
 
 
-@dataclass
-class Correlation:
-    """Pearson's r of two series of one run, and how far it can be trusted."""
-
-    r: float
-    p: float  # two-sided, for independent points, as the paper's
-    points: int
-    effective_points: float  # after the autocorrelation of both series; the interval is of these
-    interval: tuple[float, float]  # 95 %
-    warning: str | None
-
-
-def correlation(x, y, enough: int = 30) -> Correlation:
-    """Pearson correlation with p-value, interval and a warning where the points are too few to say
-    much.
-
-    Neighbouring points of a run are alike, so n points count for n (1 - a b) / (1 + a b), a and b
-    being the lag-one autocorrelations (Bretherton et al. 1999).  The interval is Fisher's; with 30
-    points it is about +-0.36 wide at r = 0.
+@contextmanager
+def moved(
+    parameters: list[nn.Parameter], direction: torch.Tensor, step: float = 1.0
+) -> Iterator[None]:
+    """Inside, the parameters stand `step` times the flat `direction` (P,) away; afterwards they are
+    back, bit for bit.
     """
-    import numpy as np
-    from scipy.stats import pearsonr
+    here = parameters_to_vector(parameters).detach()
+    try:
+        vector_to_parameters(here + step * direction, parameters)
+        yield
+    finally:
+        vector_to_parameters(here, parameters)
 
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(
-            np.nan, np.nan, len(x), 0.0, (-1.0, 1.0), "too few or constant points: no correlation"
-        )
-    r, p = pearsonr(x, y)
-    a, b = (
-        max(0.0, np.corrcoef(s[:-1], s[1:])[0, 1]) if np.ptp(s[:-1]) and np.ptp(s[1:]) else 0.0
-        for s in (x, y)
-    )
-    effective = len(x) * (1 - a * b) / (1 + a * b)
-    half = 1.96 / np.sqrt(effective - 3) if effective > 3.1 else np.inf
-    centre = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
-    interval = (float(np.tanh(centre - half)), float(np.tanh(centre + half)))
-    few = f"{len(x)} points count for {effective:.0f} independent ones, fewer than {enough}"
-    return Correlation(
-        float(r), float(p), len(x), float(effective), interval, few if effective < enough else None
-    )
+
+def descend(
+    value: Callable[[], torch.Tensor], parameters: list[nn.Parameter], size: float, steps: int
+) -> Iterator[float]:
+    """Follow -grad of `value` with the gradient taken anew at every step (gradient flow, by Euler).
+
+    Every step has length `size` (L2 norm over all parameters).  Yields the length of the path so
+    far, 0 first, while the parameters stand at its end; they are put back when the generator is
+    closed or exhausted.  The path ends early where the gradient is zero.
+    """
+    start = parameters_to_vector(parameters).detach()
+    try:
+        yield 0.0
+        for k in range(1, steps + 1):
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value(), parameters)])
+            if not gradient.any():
+                return
+            here = parameters_to_vector(parameters).detach()
+            vector_to_parameters(here - size / gradient.norm() * gradient, parameters)
+            yield k * size
+    finally:
+        vector_to_parameters(start, parameters)
+
+
+def linear_reach(steps, changes, slope: float, share: float = 0.25) -> float:
+    """How far a gradient describes a function: the longest of `steps` (K,), rising and above 0, up
+    to which every change is within `share` of what the slope says, on both sides.
+
+    `changes` are {+1: (K,), -1: (K,)} values less that at 0, `slope` the derivative for +1.  0
+    where the shortest step is not described.
+    """
+    reach = 0.0
+    for k, step in enumerate(steps):
+        said = slope * step
+        if any(abs(changes[sign][k] - sign * said) > share * abs(said) for sign in (1, -1)):
+            break
+        reach = float(step)
+    return reach

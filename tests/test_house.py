@@ -15,15 +15,8 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
     if path.name != "__init__.py"
 }
-SCRIPTS = {
-    "train",
-    "evaluate",
-    "audit",
-    "embedded.pretrain",
-    "studies.defences",
-    "studies.as_released",
-}
-SCRIPTS |= {"defences.directions"}
+SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "defences.directions"}
+SCRIPTS |= {"studies.defences", "studies.as_released", "studies.smoothness"}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 

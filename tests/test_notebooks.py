@@ -6,7 +6,11 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+
+from cli import write_json
+from studies import smoothness
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SHORT = {
@@ -24,6 +28,9 @@ SHORT = {
     },
     "HESSIAN_EVERY": 2,
     "POINTS": 3,
+    "DESCENT": 3,
+    "LIVE": 2,
+    "STUDY": "{runs}/study",
     "LAMBDAS": (),
     "LOW_RANK": 2,
     "EARLY": (4,),
@@ -33,8 +40,17 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The notebooks share their runs, as they do in earnest."""
-    return tmp_path_factory.mktemp("runs")
+    """The notebooks share their runs, as they do in earnest; a study of made-up numbers is there
+    too.
+    """
+    folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
+    columns = {k: rng.uniform(1, 2, 9).tolist() for k in smoothness.KEYS}
+    groups = [
+        smoothness.group("paper", m, [{"seed": 0, "columns": columns}]) for m in ("mp", "smp")
+    ]
+    (folder / "study").mkdir()
+    write_json(folder / "study" / "smoothness.json", {"runs": [], "groups": groups})
+    return folder
 
 
 def settings(notebook) -> list:

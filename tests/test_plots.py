@@ -1,9 +1,11 @@
 """Rows of pictures against the pictures themselves, and what two figures of runs draw."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import plots
+from notebooks import figures
 
 
 def drawn(figure):
@@ -48,7 +50,7 @@ def test_large_pictures_are_made_smaller():
 def test_runs_are_drawn_in_their_colours():
     """A method has its colour, a control of it the same one dashed; both lines hold the values."""
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
-    figure = plots.runs_over_steps({"smp": rows, "smp, no clip": rows}, {"loss": "loss"})
+    figure = figures.runs_over_steps({"smp": rows, "smp, no clip": rows}, {"loss": "loss"})
     method, control = figure.axes[0].lines
     assert method.get_color() == control.get_color() == plots.COLOURS["smp"]
     assert (method.get_linestyle(), control.get_linestyle()) == ("-", "--")
@@ -58,6 +60,32 @@ def test_runs_are_drawn_in_their_colours():
 def test_bound_is_split_into_its_two_parts():
     """Proposition 2: the dashed line is the bound less its constant."""
     row = {"step": 5, "hessian_norm": 2.0, "hessian_bound": 7.0, "bound_constant": 4.0}
-    figure = plots.bound_along_run({"smp": [row, {"step": 6}]})
+    figure = figures.bound_along_run({"smp": [row, {"step": 6}]})
     bound, norm, carried = (line.get_ydata().tolist() for line in figure.axes[0].lines)
     assert (bound, norm, carried) == ([7.0], [2.0], [3.0])
+
+
+def test_long_runs_are_smoothed():
+    """Of 60 values and more the line is the mean of the last five, over a pale one of all."""
+    values = np.random.default_rng(0).normal(size=80) + 5
+    rows = [{"step": k, "loss": v} for k, v in enumerate(values)]
+    pale, line = figures.runs_over_steps({"smp": rows}, {"loss": "a title " * 9}).axes[0].lines
+    np.testing.assert_array_equal(pale.get_ydata(), values)
+    for k in (0, 3, 50, 79):
+        window = [values[max(i, 0)] for i in range(k - 4, k + 1)]
+        assert line.get_ydata()[k] == pytest.approx(np.mean(window))
+    assert (
+        figures.runs_over_steps({"smp": rows}, {"loss": "a title " * 9})
+        .axes[0]
+        .get_title()
+        .count("\n")
+    )
+
+
+def test_a_walk_shades_what_is_described():
+    """The dotted line is the gradient's, the ground is shaded up to the reach on both sides."""
+    steps = np.linspace(-1, 1, 5)
+    (axis,) = figures.walks({"L": (steps, steps**2, -2.0, 0.5, 0 * steps)}).axes
+    said, control, change = (line.get_ydata().tolist() for line in axis.lines)
+    assert (said, control, change) == ([2, 1, 0, -1, -2], [0] * 5, [1, 0.25, 0, 0.25, 1])
+    assert (axis.patches[0].get_x(), axis.patches[0].get_width()) == (-0.5, 1.0)

@@ -114,9 +114,7 @@ def training_curves(metrics: list[dict], method: str, path: Path) -> None:
             steps, values = np.array(rows, dtype=float).T
             if smooth and len(values) >= 20:
                 axis.plot(steps, values, color=colour, alpha=0.15, lw=0.8)
-                width = max(5, len(values) // 40)
-                padded = np.pad(values, (width - 1, 0), "edge")
-                values = np.convolve(padded, np.ones(width) / width, "valid")
+                values = plots.running_mean(values)
             axis.plot(steps, values, color=colour, label=label, **style)
 
     loss, attack, gradient, weight = axes.flat

@@ -178,9 +178,10 @@ def privacy_against_quality(records: list[dict], path: Path | None = None):
             label = run.rsplit("/", 1)[-1] if record is points[-1] else None
             axis.errorbar(*point, fmt=marker, color=colour, capsize=3, label=label)
             if len(points) > 1:
-                text, ground = f"step {record['step']}", {"fc": "white", "ec": "none", "alpha": 0.8}
-                where = {"xytext": (7, -12), "textcoords": "offset points", "zorder": 5}
-                axis.annotate(text, point[:2], fontsize=8, bbox=ground | {"pad": 1}, **where)
+                # to the upper left of a line that rises to the right
+                where = {"xytext": (-7, 3), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(f"step {record['step']}", point[:2], fontsize=8, **where)
+    axis.margins(x=0.12)
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
     axis.set_xlabel("held-out loss (lower is better)")
     axis.set_ylabel("worst-case AUC over attacks (0.5 leaks nothing)")

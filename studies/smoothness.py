@@ -3,11 +3,12 @@ and the ratio, with either proxy attacker and at the paper's own lambda.
 
     python -m studies.smoothness                          # 18 runs: an hour on two cores
     python -m studies.smoothness paper --seeds 5          # one setting, more seeds
-    python -m studies.smoothness paper --model SD15_FOLDER --data MY_IMAGES --device cuda
+    python -m studies.smoothness pooled paper --model SD15_FOLDER --data MY_IMAGES --device cuda
 
 Each run is one of train.py with --hessian-every, in a folder of its own: a killed study goes on
 where it was, and one more seed or setting costs its own runs.  At the end stand table.md,
-smoothness.json and correlations.png, of all finished runs of the folder.
+smoothness.json and correlations.png, of all finished runs of the folder.  With another model than
+the embedded one `raw` is `paper`, since the flags left out then have the paper's values.
 """
 
 import os

@@ -180,7 +180,8 @@ def peak_memory(device: torch.device) -> float:
 def say(run: Run, learner: Learner) -> None:
     """Print what is known before the first step."""
     if run.processes.main:
-        print(f"plan:     {steps_line(run, learner)}; on {run.base.device}, {run.settings.dtype}")
+        where = f"on {run.base.device}, {run.settings.dtype}"
+        print(f"plan:     {steps_line(run, learner)}; {where}", flush=True)
 
 
 def dry(run: Run, learner: Learner, seconds: float, lesson: float = 0.0) -> dict[str, str]:

@@ -139,7 +139,7 @@ def only_dealt(images: Images, roles: dict[str, list[int]]) -> tuple[Images, dic
 
 def say(roles: dict[str, list[int]], nonmembers: str | None) -> None:
     """Print who plays which part, and what is to be known of it."""
-    print(f"images:   {line(roles)}")
+    print(f"images:   {line(roles)}", flush=True)
     if nonmembers:
         print(
             f"note: the non-members are of {shown(nonmembers)}: where they differ in kind from the "

@@ -150,6 +150,8 @@ def walks(panels: dict[str, tuple]):
         room = 0.15 * (high - low) or 1.0
         axis.set(xlabel="step along -grad (adapter norm)", title=title)
         axis.set_ylim(low - room, high + room)
+        axis.locator_params(axis="x", nbins=5)
+        axis.ticklabel_format(style="sci", scilimits=(-2, 3))
     np.atleast_1d(axes)[0].set_ylabel("change")
     _one_legend(figure, axes)
     return figure

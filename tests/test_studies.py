@@ -7,7 +7,7 @@ import pytest
 import audit
 from cli import UserError, write_json
 from settings import METHODS, Settings, resolve
-from studies import as_released, defences
+from studies import as_released, defences, runs
 from studies.defences import Study
 
 
@@ -115,6 +115,7 @@ def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_fo
 
     def fake_train(s):
         (Path(s.out) / "adapter").mkdir(parents=True)
+        assert s.nonmembers is None  # a folder of images, not their number
         done.append((s.seed, Path(s.out).name, s.as_released, s.resume))
 
     def fake_evaluate(s):
@@ -123,11 +124,12 @@ def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_fo
             record, config = answer(run.name, seed, 0.8 - lower + 0.01 * seed, 500)
             write_json(run / "eval.json", record)
             write_json(run / "config.json", config)
+        assert s.test_nonmembers == 200 and s.nonmembers is s.model is None
         done.append(len(s.runs))
 
-    monkeypatch.setattr(as_released, "train_one", fake_train)
-    monkeypatch.setattr(as_released, "evaluate_one", fake_evaluate)
-    monkeypatch.setattr(as_released.workers, "processes", lambda _: InThread())
+    monkeypatch.setattr(as_released, "train", fake_train)
+    monkeypatch.setattr(as_released.evaluate, "evaluate", fake_evaluate)
+    monkeypatch.setattr(runs.workers, "processes", lambda _: InThread())
     flags = {"model": tiny_base, "data": image_folder, "out": str(tmp_path), "seeds": 2, "jobs": 1}
     as_released.study(as_released.Study(rows=["paper"], **flags))
     assert done == [(0, "paper", None, True), (1, "paper", None, True), 1, 1]
@@ -138,6 +140,22 @@ def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_fo
     assert paper[:2] == ["paper", "2"] and paper[2] == "0.81 [0.73, 0.88]" and paper[5] == "-"
     assert order[5] == "-0.20 [-0.20, -0.20]" and order[6:] == [".0605", "500", "0.5", "2.00"]
     assert (tmp_path / "table.md").read_text() == found
+
+
+def test_processes(monkeypatch):
+    """As many as cores on a CPU, also where that is what --device auto finds."""
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(runs, "resolve_device", lambda device: {"auto": "cpu"}.get(device, device))
+    counts = [runs.processes(as_released.Study(device=d)) for d in ("auto", "cpu", "cuda")]
+    assert counts == [6, 6, 1] and runs.processes(as_released.Study(jobs=3)) == 3
+
+
+def test_a_run_of_other_flags_is_refused(tmp_path):
+    """Rather than taken for what was asked for; before anything is trained."""
+    (tmp_path / "seed-0" / "paper").mkdir(parents=True)
+    write_json(tmp_path / "seed-0" / "paper" / "config.json", {"settings": {"steps": 4}})
+    with pytest.raises(UserError, match="begun with --steps 4, not 5"):
+        as_released.study(as_released.Study(steps=5, out=str(tmp_path)))
 
 
 def test_an_unknown_released_row_is_refused(tmp_path):

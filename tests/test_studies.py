@@ -19,10 +19,9 @@ def small(tiny_base, image_folder, tmp_path_factory):
     return small | {"out": str(tmp_path_factory.mktemp("study"))}
 
 
-def test_rows_join_the_table(small, monkeypatch, capsys):
+def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
     """One row, then another: the first is not trained again, both stand in the table."""
     monkeypatch.setattr(defences, "ROWS", {k: {"method": k} for k in ("lora", "distill", "dp")})
-    monkeypatch.setattr(audit.workers, "processes", lambda _: InThread())
     first = defences.study(Study(rows=["distill"], **small))
     assert [line.split()[1] for line in first.splitlines()[2:]] == ["distill"] * 2
     trained, honest = [], audit.train_adapter
@@ -35,23 +34,6 @@ def test_rows_join_the_table(small, monkeypatch, capsys):
     both = defences.study(Study(rows=["lora", "distill"], **small))
     assert trained == ["lora"] * 4 and set(first.splitlines()) < set(both.splitlines())
     assert len({line.count("|") for line in both.splitlines()}) == 1
-
-
-class InThread:
-    """An executor that does a task when it is given."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *given):
-        from concurrent.futures import Future
-
-        future = Future()
-        future.set_result(function(*given))
-        return future
 
 
 def test_an_unknown_row_is_refused(small):
@@ -109,7 +91,7 @@ def answer(name, seed, auc, frechet=None):
     return {"seed": seed, "adapted": adapted}, {"settings": {"steps": 4}, "summary": summary}
 
 
-def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_folder):
+def test_released_rows_join_the_table(tmp_path, in_thread, monkeypatch, tiny_base, image_folder):
     """What is there is not done again; means, differences and times are those by hand."""
     done = []
 
@@ -129,7 +111,6 @@ def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_fo
 
     monkeypatch.setattr(as_released, "train", fake_train)
     monkeypatch.setattr(as_released.evaluate, "evaluate", fake_evaluate)
-    monkeypatch.setattr(runs.workers, "processes", lambda _: InThread())
     flags = {"model": tiny_base, "data": image_folder, "out": str(tmp_path), "seeds": 2, "jobs": 1}
     as_released.study(as_released.Study(rows=["paper"], **flags))
     assert done == [(0, "paper", None, True), (1, "paper", None, True), 1, 1]

@@ -214,3 +214,5 @@ TABLES = {
         "stands beside the paper's MP with clipping, and MP without beside its plain MP.",
     ),
 }
+
+CORRELATIONS = {"mp": 0.043, "smp": 0.761}  # of Hessian and gradient norm, Figure 1b

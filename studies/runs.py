@@ -89,7 +89,8 @@ def _everything(function: Callable, tasks: dict, jobs: int, leaves: str) -> None
     with workers.processes(jobs) as pool, tqdm.tqdm(total=len(tasks), desc=TITLES[leaves]) as bar:
 
         def show() -> None:
-            bar.update(sum((Path(run) / leaves).exists() for run in tasks) - bar.n)
+            if more := sum((Path(run) / leaves).exists() for run in tasks) - bar.n:
+                bar.update(more)
 
         given = enumerate((function, s, Path(run)) for run, s in tasks.items())
         workers.complete(pool, _aside, dict(given), show)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from cli import read_json
 from evaluation.comparisons import over_seeds
 from evaluation.tables import cell
+from training.run_folder import RunFolder
 
 Records = dict[int, dict]  # seed -> record
 
@@ -31,7 +32,7 @@ class Estimate(NamedTuple):
         if self.interval is None:
             return 0
         low, high = self.interval
-        return (low > of) - (high < of)
+        return int(low > of) - int(high < of)
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,19 @@ COMBINED = Figure("combined attack, AUC", "auc", "combined")
 
 
 def read(out: Path, row: str, at: str = "") -> Records:
-    """Every evaluated run of a row in a study's folder, with `summary` and `settings` of its
-    training; `at` is the folder in it, such as at-best.
+    """Every evaluated run of a row in a study's folder, by seed; arguments as for `record`."""
+    found = [record(folder, at) for folder in sorted(out.glob(f"seed-*/{row}"))]
+    return {r["seed"]: r for r in found if r}
+
+
+def record(run: Path, at: str = "") -> dict | None:
+    """eval.json of a run with `settings` and `summary` of its training; None where it is not
+    evaluated.  `at` is the folder in it, such as at-best.
     """
-    found = {}
-    for path in sorted(out.glob(f"seed-*/{row}/config.json")):
-        if (path.parent / at / "eval.json").is_file():
-            config, record = read_json(path), read_json(path.parent / at / "eval.json")
-            found[record["seed"]] = record | {k: config[k] for k in ("settings", "summary")}
-    return found
+    if not (run / at / "eval.json").is_file():
+        return None
+    config = RunFolder(run).config()
+    return read_json(run / at / "eval.json") | {k: config.get(k) for k in ("settings", "summary")}
 
 
 def mean(by_seed: Records, figure: Figure) -> Estimate | None:

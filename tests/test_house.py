@@ -22,6 +22,8 @@ SCRIPTS = {
     "embedded.pretrain",
     "studies.defences",
     "studies.as_released",
+    "studies.paper",
+    "studies.verdicts",
 }
 SCRIPTS |= {"defences.directions"}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}

@@ -33,6 +33,32 @@ def one_picture():
     queries.PICTURES = 1
 
 
+class InThread:
+    """An executor that does a task when it is given."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *given):
+        """A future that is done."""
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_result(function(*given))
+        return future
+
+
+@pytest.fixture
+def in_thread(monkeypatch):
+    """What studies and audits would do in processes is done here, where a patch is seen."""
+    from evaluation import workers
+
+    monkeypatch.setattr(workers, "processes", lambda _: InThread())
+
+
 def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
     """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32,
     seed 0.

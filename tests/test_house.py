@@ -16,7 +16,7 @@ FILES = {
     if path.name != "__init__.py"
 }
 SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "defences.directions"}
-SCRIPTS |= {"studies.defences", "studies.as_released", "studies.smoothness"}
+SCRIPTS |= {f"studies.{s}" for s in ("defences", "as_released", "smoothness", "paper", "verdicts")}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 

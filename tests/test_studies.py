@@ -7,7 +7,7 @@ import pytest
 import audit
 from cli import UserError, write_json
 from settings import METHODS, Settings, resolve
-from studies import as_released, defences
+from studies import as_released, defences, runs
 from studies.defences import Study
 
 
@@ -19,10 +19,9 @@ def small(tiny_base, image_folder, tmp_path_factory):
     return small | {"out": str(tmp_path_factory.mktemp("study"))}
 
 
-def test_rows_join_the_table(small, monkeypatch, capsys):
+def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
     """One row, then another: the first is not trained again, both stand in the table."""
     monkeypatch.setattr(defences, "ROWS", {k: {"method": k} for k in ("lora", "distill", "dp")})
-    monkeypatch.setattr(audit.workers, "processes", lambda _: InThread())
     first = defences.study(Study(rows=["distill"], **small))
     assert [line.split()[1] for line in first.splitlines()[2:]] == ["distill"] * 2
     trained, honest = [], audit.train_adapter
@@ -35,23 +34,6 @@ def test_rows_join_the_table(small, monkeypatch, capsys):
     both = defences.study(Study(rows=["lora", "distill"], **small))
     assert trained == ["lora"] * 4 and set(first.splitlines()) < set(both.splitlines())
     assert len({line.count("|") for line in both.splitlines()}) == 1
-
-
-class InThread:
-    """An executor that does a task when it is given."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *given):
-        from concurrent.futures import Future
-
-        future = Future()
-        future.set_result(function(*given))
-        return future
 
 
 def test_an_unknown_row_is_refused(small):
@@ -109,12 +91,13 @@ def answer(name, seed, auc, frechet=None):
     return {"seed": seed, "adapted": adapted}, {"settings": {"steps": 4}, "summary": summary}
 
 
-def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_folder):
+def test_released_rows_join_the_table(tmp_path, in_thread, monkeypatch, tiny_base, image_folder):
     """What is there is not done again; means, differences and times are those by hand."""
     done = []
 
     def fake_train(s):
         (Path(s.out) / "adapter").mkdir(parents=True)
+        assert s.nonmembers is None  # a folder of images, not their number
         done.append((s.seed, Path(s.out).name, s.as_released, s.resume))
 
     def fake_evaluate(s):
@@ -123,11 +106,11 @@ def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_fo
             record, config = answer(run.name, seed, 0.8 - lower + 0.01 * seed, 500)
             write_json(run / "eval.json", record)
             write_json(run / "config.json", config)
+        assert s.test_nonmembers == 200 and s.nonmembers is s.model is None
         done.append(len(s.runs))
 
-    monkeypatch.setattr(as_released, "train_one", fake_train)
-    monkeypatch.setattr(as_released, "evaluate_one", fake_evaluate)
-    monkeypatch.setattr(as_released.workers, "processes", lambda _: InThread())
+    monkeypatch.setattr(as_released, "train", fake_train)
+    monkeypatch.setattr(as_released.evaluate, "evaluate", fake_evaluate)
     flags = {"model": tiny_base, "data": image_folder, "out": str(tmp_path), "seeds": 2, "jobs": 1}
     as_released.study(as_released.Study(rows=["paper"], **flags))
     assert done == [(0, "paper", None, True), (1, "paper", None, True), 1, 1]
@@ -138,6 +121,22 @@ def test_released_rows_join_the_table(tmp_path, monkeypatch, tiny_base, image_fo
     assert paper[:2] == ["paper", "2"] and paper[2] == "0.81 [0.73, 0.88]" and paper[5] == "-"
     assert order[5] == "-0.20 [-0.20, -0.20]" and order[6:] == [".0605", "500", "0.5", "2.00"]
     assert (tmp_path / "table.md").read_text() == found
+
+
+def test_processes(monkeypatch):
+    """As many as cores on a CPU, also where that is what --device auto finds."""
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(runs, "resolve_device", lambda device: {"auto": "cpu"}.get(device, device))
+    counts = [runs.processes(as_released.Study(device=d)) for d in ("auto", "cpu", "cuda")]
+    assert counts == [6, 6, 1] and runs.processes(as_released.Study(jobs=3)) == 3
+
+
+def test_a_run_of_other_flags_is_refused(tmp_path):
+    """Rather than taken for what was asked for; before anything is trained."""
+    (tmp_path / "seed-0" / "paper").mkdir(parents=True)
+    write_json(tmp_path / "seed-0" / "paper" / "config.json", {"settings": {"steps": 4}})
+    with pytest.raises(UserError, match="begun with --steps 4, not 5"):
+        as_released.study(as_released.Study(steps=5, out=str(tmp_path)))
 
 
 def test_an_unknown_released_row_is_refused(tmp_path):

@@ -1,0 +1,108 @@
+"""The runs of one table: each trained and evaluated in a folder of its own, in processes.
+
+    runs = [settings_of(s, out / "seed-0" / name, seed=0, **flags) for name, flags in rows]
+    complete(s, runs, train, evaluate.evaluate, evaluate.Settings)
+
+What is finished stays, so a killed study goes on where it was and one more row costs that row.
+train.py and evaluate.py are handed in by the study, which is a script as they are.  Tested in
+tests/test_studies.py.
+"""
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+import tqdm
+
+from base_files import resolve_device
+from cli import UserError
+from evaluation import workers
+from settings import Settings
+from studies.settings import Study
+from training.precheck import precheck
+
+TITLES = {"adapter": "runs trained", "eval.json": "groups evaluated"}  # what leaves which file
+OF_THE_RUN = ("model", "data", "nonmembers", "caption", "out", "dtype")  # not of its evaluation
+
+
+def check(s: Study) -> None:
+    """Raise UserError for a number of seeds or of processes that cannot be."""
+    if s.seeds < 1 or (s.jobs is not None and s.jobs < 1):
+        raise UserError("--seeds and --jobs must be 1 or more")
+
+
+def seeds(s: Study) -> range:
+    """The seeds of every row."""
+    return range(s.seed, s.seed + s.seeds)
+
+
+def processes(s: Study) -> int:
+    """Runs at a time."""
+    return s.jobs or (os.cpu_count() if resolve_device(s.device) == "cpu" else 1)
+
+
+def settings_of(s: Study, folder: Path, **flags) -> Settings:
+    """One run in `folder`: the flags of the study, and over them those of its row."""
+    each = {f.name: getattr(s, f.name) for f in fields(Settings)}
+    return replace(Settings(**each), **flags, out=str(folder), resume=True, dry_run=False)
+
+
+def missing(asked: list[Settings]) -> list[Settings]:
+    """Those that are not yet evaluated.
+
+    Raises UserError for flags that cannot be, a model or images that are not there, and a run that
+    is there with other flags.
+    """
+    for run in asked:
+        precheck(run)
+    return [run for run in asked if not (Path(run.out) / "eval.json").is_file()]
+
+
+def complete(
+    s: Study, asked: list[Settings], train: Callable, evaluate: Callable, judge: type
+) -> None:
+    """Train and evaluate what is missing; `judge` are the settings that `evaluate` takes.
+
+    The runs of one folder are evaluated together: they share the base's answers, and their
+    pictures stand in one picture.
+    """
+    todo, beside = missing(asked), defaultdict(list)
+    for run in todo:
+        beside[Path(run.out).parent].append(run.out)
+    judged = {f.name: getattr(s, f.name) for f in fields(judge) if hasattr(s, f.name)}
+    judged |= dict.fromkeys(OF_THE_RUN)
+    groups = {there[-1]: judge(**judged | {"runs": there}) for there in beside.values()}
+    _everything(train, {run.out: run for run in todo}, processes(s), "adapter")
+    _everything(evaluate, groups, processes(s), "eval.json")
+
+
+def _everything(function: Callable, tasks: dict, jobs: int, leaves: str) -> None:
+    """function(settings) of every task, in as many processes; one is done when there is a file or
+    folder `leaves` in the run folder that it is named by.
+    """
+    if not tasks:
+        return
+    with workers.processes(jobs) as pool, tqdm.tqdm(total=len(tasks), desc=TITLES[leaves]) as bar:
+
+        def show() -> None:
+            if more := sum((Path(run) / leaves).exists() for run in tasks) - bar.n:
+                bar.update(more)
+
+        given = enumerate((function, s, Path(run)) for run, s in tasks.items())
+        workers.complete(pool, _aside, dict(given), show)
+
+
+def _aside(function: Callable, settings, run: Path) -> None:
+    """function(settings) in this process; what it prints goes to a file beside the run."""
+    torch.set_num_threads(settings.threads or 1)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    training = isinstance(settings, Settings)
+    log = run.with_name(f"{run.name}.log" if training else "evaluation.log")
+    with open(log, "a") as file, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        function(settings)

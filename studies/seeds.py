@@ -1,0 +1,138 @@
+"""Figures of runs over seeds: read from eval.json, their means, and what two rows differ by.
+
+    by_seed = read(out, "smp")                       # {seed: eval.json with the training's summary}
+    mean(by_seed, ASR)                               # Estimate(value, interval, seeds)
+    difference(by_seed, read(out, "lora"), ASR)      # on the seeds that both have
+
+Intervals are of 95 %.  Tested in tests/test_seeds.py against sums by hand.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cli import read_json
+from evaluation.comparisons import over_seeds
+from evaluation.tables import cell
+from training.run_folder import RunFolder
+
+Records = dict[int, dict]  # seed -> record
+
+
+class Estimate(NamedTuple):
+    """A figure over seeds; without an interval where one seed says nothing of the others."""
+
+    value: float
+    interval: list[float] | None
+    seeds: list[int]
+
+    def side(self, of: float = 0.0) -> int:
+        """1 where the interval lies wholly above a value, -1 wholly below, 0 where neither."""
+        if self.interval is None:
+            return 0
+        low, high = self.interval
+        return int(low > of) - int(high < of)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of `adapted` in eval.json: of an attack, of the pictures, or the loss."""
+
+    title: str
+    key: str
+    attack: str | None = None  # a share in [0, 1] then
+
+    def read(self, record: dict) -> tuple[float, list[float] | None] | None:
+        """(value, its own interval or None); None where the evaluation has not asked for it."""
+        found = record["adapted"]
+        if self.attack:
+            found = found["attacks"].get(self.attack, {})
+        elif self.key not in found:
+            found = found.get("quality", {})
+        return (found[self.key], found.get(f"{self.key}_interval")) if self.key in found else None
+
+    def cell(self, found: Estimate | None, signed: bool = False) -> str:
+        """`0.81 [0.73, 0.88]`, `+26 [-110, +162]` or a dash."""
+        if found is None:
+            return "-"
+        value, interval, _ = found
+        if self.attack and not signed:
+            return cell({"auc": value, "auc_interval": interval})
+        number = f"{'+' if signed else ''}{FORMATS.get(self.key, '.2f')}"
+        ends = ", ".join(format(end, number) for end in interval or ())
+        return format(value, number) + (f" [{ends}]" if ends else "")
+
+
+FORMATS = {"held_out_loss": ".4f", "frechet_members": ".0f", "frechet_held_out": ".0f"}
+LOSS = Figure("held-out loss", "held_out_loss")
+PICTURES = Figure("Frechet distance to members", "frechet_members")
+ASR = Figure("the paper's attack, balanced ASR", "asr", "proxy-raw-1")
+PROXY = Figure("the paper's attack, AUC", "auc", "proxy-raw-1")
+COMBINED = Figure("combined attack, AUC", "auc", "combined")
+
+
+def read(out: Path, row: str, at: str = "") -> Records:
+    """Every evaluated run of a row in a study's folder, by seed; arguments as for `record`."""
+    found = [record(folder, at) for folder in sorted(out.glob(f"seed-*/{row}"))]
+    return {r["seed"]: r for r in found if r}
+
+
+def record(run: Path, at: str = "") -> dict | None:
+    """eval.json of a run with `settings` and `summary` of its training; None where it is not
+    evaluated.  `at` is the folder in it, such as at-best.
+    """
+    if not (run / at / "eval.json").is_file():
+        return None
+    config = RunFolder(run).config()
+    return read_json(run / at / "eval.json") | {k: config.get(k) for k in ("settings", "summary")}
+
+
+def mean(by_seed: Records, figure: Figure) -> Estimate | None:
+    """Of a figure over seeds; None where there is none."""
+    found = {seed: value for seed, r in by_seed.items() if (value := figure.read(r))}
+    if not found:
+        return None
+    values = [value for value, _ in found.values()]
+    own = [interval for _, interval in found.values()]
+    if None in own and len(own) == 1:
+        return Estimate(values[0], None, list(found))
+    value, (low, high) = over_seeds(values, [i or [v, v] for v, i in zip(values, own, strict=True)])
+    if figure.attack:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(value, [low, high], list(found))
+
+
+def weighted(terms: list[tuple[float, Records, Figure]]) -> Estimate | None:
+    """Mean over the shared seeds of a sum of figures, each times its weight; None without any.
+
+    The interval is Student's t over the seeds, each of which has its own images.  Of one seed it is
+    that of the figures themselves, joined as if they were independent; on the same images
+    they are not, so it is wide.
+    """
+    seeds = [k for k in terms[0][1] if all(k in r and f.read(r[k]) for _, r, f in terms)]
+    if not seeds:
+        return None
+    read_at = {k: [(w, *f.read(r[k])) for w, r, f in terms] for k in seeds}
+    values = [sum(w * value for w, value, _ in at) for at in read_at.values()]
+    if len(seeds) > 1:
+        return Estimate(*over_seeds(values, [[v, v] for v in values]), seeds)
+    at = read_at[seeds[0]]
+    if any(interval is None for *_, interval in at):
+        return Estimate(values[0], None, seeds)
+    ends = [sorted(w * (end - value) for end in interval) for w, value, interval in at]
+    low, high = (math.hypot(*side) for side in zip(*ends, strict=True))
+    return Estimate(values[0], [values[0] - low, values[0] + high], seeds)
+
+
+def difference(
+    first: Records, second: Records, figure: Figure, other: Figure | None = None
+) -> Estimate | None:
+    """`figure` of the first row minus that, or `other`, of the second."""
+    return weighted([(1.0, first, figure), (-1.0, second, other or figure)])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n"

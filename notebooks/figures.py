@@ -215,6 +215,8 @@ def lines(x, panels: dict[str, dict[str, np.ndarray]], xlabel: str, scales=()):
             colour = COLOURS.get(name.split(",")[0].lower()) or next(others)
             axis.plot(own, y, color=colour, lw=2, label=name)
         axis.set(xlabel=xlabel, title=_wrapped(label), yscale=scale)
+        if scale == "log":
+            _plain_numbers(axis.yaxis)
         axis.legend(frameon=False, fontsize=9)
     return figure
 

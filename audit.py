@@ -19,7 +19,8 @@ from pathlib import Path
 
 import progress
 from cli import UserError, command, one_line_errors, option, parse
-from settings import Settings, resolve
+from settings import Settings
+from training.resolve import resolve
 
 WHERE, OWN = "what and where", "audit"  # groups of --help
 

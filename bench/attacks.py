@@ -30,7 +30,8 @@ from diffusion import TIMESTEPS, Base, encode_captions, encode_images, loss_grid
 from evaluation import attacks, proxies, quality
 from evaluation.queries import CUTS_AT, PICTURE_STEPS, PICTURES
 from evaluation.target import CROPS, CUTS, crop
-from settings import EMBEDDED, Settings, resolve
+from settings import EMBEDDED, Settings
+from training.resolve import resolve
 
 
 @dataclass

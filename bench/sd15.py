@@ -167,10 +167,11 @@ def check(folder: Path, dtype: str, size: int) -> None:
     import lora
     from base_files import load_base
     from diffusion import Encoded, encode_captions, encode_images
-    from settings import Settings, resolve
+    from settings import Settings
     from train import algorithm_1
     from training.learner import Learner
     from training.processes import Processes
+    from training.resolve import resolve
     from training.run import Run
 
     base = load_base(str(folder), "cpu", dtype, size)

@@ -42,9 +42,10 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     import lora
     from base_files import load_base, resolve_dtype
     from diffusion import Encoded, encode_captions
-    from settings import Settings, resolve
+    from settings import Settings
     from training.learner import Learner
     from training.processes import Processes
+    from training.resolve import resolve
     from training.run import Run
 
     s = Settings(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import progress
 from cli import UserError, one_line_errors, option, parse
-from settings import EMBEDDED, EMBEDDED_SETS, TABLES, Settings, resolve
+from settings import EMBEDDED, EMBEDDED_SETS, TABLES, Settings
+from training.resolve import resolve
 
 WHERE = "what and where"
 

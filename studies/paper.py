@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, one_line_errors, option, parse
-from settings import PAPER, Settings, is_embedded, most_members, resolve
+from settings import PAPER, Settings, is_embedded, most_members
 from studies import settings
 from studies.paper_tables import DATA, RUNS, TABLES, Claim, Table
+from training.resolve import resolve
 
 
 @dataclass

@@ -54,10 +54,10 @@ import numpy as np
 import plots
 from cli import read_json, write_json, write_whole
 from evaluation import workers
-from settings import resolve
 from studies.correlation import Pooled, correlation, direction, higher, pooled
 from train import train
 from training import lock
+from training.resolve import resolve
 from training.run_folder import RunFolder, provenance
 
 # --------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from cli import UserError
 from defences import distill
 from defences.distill import Student, Teachers
 from diffusion import Base, Encoded, residual
-from settings import Settings, resolve
+from settings import Settings
 from training import state
 from training.processes import Processes
+from training.resolve import resolve
 from training.run import assemble
 from training.run_folder import RunFolder
 

@@ -13,8 +13,9 @@ import train
 from cli import UserError
 from defences import dp
 from defences.dp import PrivateLearner
-from settings import Settings, resolve
+from settings import Settings
 from training.processes import Processes
+from training.resolve import resolve
 from training.run import assemble
 from training.run_folder import RunFolder
 

@@ -29,11 +29,12 @@ from base_files import load_base
 from cli import UserError, one_line_errors
 from data import load_images
 from diffusion import encode_captions
-from settings import Settings, resolve
+from settings import Settings
 from training import lock, monitor, pictures, state
 from training import run as prepared
 from training.precheck import glance, stored
 from training.processes import Processes
+from training.resolve import resolve
 from training.run_folder import RunFolder
 
 ROOT = Path(train.__file__).parent

@@ -17,9 +17,10 @@ from data import load_images
 from evaluation import audit_tasks, shadows
 from evaluation import precheck as evaluation_precheck
 from evaluation.target import prepare, read_run, sources
-from settings import Settings, resolve
+from settings import Settings
 from training import monitor
 from training.precheck import glance
+from training.resolve import resolve
 
 SMALL = {"members": 10, "rank": 2, "alpha": 4.0, "batch_size": 4, "target": "attention"}
 SMALL |= {"lr": 0.01, "attacker_lr": 0.01, "samples": 0, "steps": 2, "proxy": "pooled"}

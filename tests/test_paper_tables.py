@@ -8,12 +8,13 @@ import pytest
 import folders
 from cli import UserError, write_json
 from data import FOLDERS, load_images
-from settings import Settings, resolve
+from settings import Settings
 from studies import paper
 from studies.captions import one_caption
 from studies.paper import Study
 from studies.paper_tables import DATA, RUNS, SETS, TABLES, Claim
 from studies.seeds import Estimate
+from training.resolve import resolve
 
 
 @pytest.mark.parametrize("name", RUNS)

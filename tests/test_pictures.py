@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 import plots
 import train
 from cli import UserError
-from settings import Settings, resolve
+from settings import Settings
 from training import pictures, plan
 from training.precheck import stored
+from training.resolve import resolve
 from training.run import Run
 
 PROMPTS = ["a violet circle", "costs $5 or $6"]

@@ -11,10 +11,11 @@ import torch
 import train
 from base_files import resolve_device, resolve_dtype
 from diffusion import Encoded
-from settings import PAPER, Settings, resolve
+from settings import PAPER, Settings
 from training import monitor, pictures, plan, state
 from training import run as prepared
 from training.processes import Processes
+from training.resolve import resolve
 from training.run_folder import RunFolder
 
 GRID = pictures.sample_grid

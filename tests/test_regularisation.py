@@ -12,10 +12,11 @@ from cli import UserError
 from diffusion import encode_captions, encode_images
 from evaluation.target import kind, read_run
 from objectives import clip_, norm
-from settings import Settings, resolve
+from settings import Settings
 from training import monitor
 from training.learner import Learner, share_of_rate
 from training.processes import Processes
+from training.resolve import resolve
 from training.run import Batch, assemble
 from training.run_folder import RunFolder
 

@@ -7,10 +7,11 @@ from torch.nn import functional as F
 import train
 from cli import UserError
 from diffusion import draw_noise, squared_error
-from settings import METHODS, Settings, resolve
+from settings import METHODS, Settings
 from training.learner import Learner
 from training.processes import Processes
 from training.released import NAMES, chosen
+from training.resolve import resolve
 from training.run import prepare
 
 FLAGS = {"members": 20, "batch_size": 4, "target": "attention", "rank": 2, "alpha": 4.0}

@@ -17,9 +17,9 @@ from settings import (
     PAPER,
     Settings,
     most_members,
-    resolve,
 )
 from training.precheck import stored
+from training.resolve import resolve
 
 
 def flags(*argv):

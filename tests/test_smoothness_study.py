@@ -10,10 +10,11 @@ import pytest
 from scipy.stats import pearsonr
 
 from cli import UserError
-from settings import Settings, resolve
+from settings import Settings
 from studies import smoothness
 from studies.correlation import Correlation, correlation, direction, higher, pooled
 from studies.smoothness import Study
+from training.resolve import resolve
 
 # ---- correlation ----
 

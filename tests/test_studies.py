@@ -6,9 +6,10 @@ import pytest
 
 import audit
 from cli import UserError, write_json
-from settings import METHODS, Settings, resolve
+from settings import METHODS, Settings
 from studies import as_released, defences, runs
 from studies.defences import Study
+from training.resolve import resolve
 
 
 @pytest.fixture(scope="module")

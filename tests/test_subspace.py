@@ -15,8 +15,9 @@ from base_files import load_base
 from cli import UserError
 from defences import directions, subspace
 from defences.dp import PrivateLearner
-from settings import DIRECTIONS, EMBEDDED, Settings, resolve
+from settings import DIRECTIONS, EMBEDDED, Settings
 from training.processes import Processes
+from training.resolve import resolve
 from training.run import assemble
 from training.run_folder import RunFolder
 

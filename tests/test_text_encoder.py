@@ -16,9 +16,10 @@ from base_files import load_base
 from diffusion import encode_captions, squared_error
 from evaluation.examination import Examination, Measured
 from evaluation.target import read_run
-from settings import Settings, resolve
+from settings import Settings
 from training.learner import Learner
 from training.processes import Processes
+from training.resolve import resolve
 from training.run import Batch, prepare
 
 FLAGS = {"members": 20, "batch_size": 4, "target": "attention", "rank": 2, "alpha": 4.0}

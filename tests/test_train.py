@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from cli import one_line_errors, parse
-from settings import METHODS, resolve
+from settings import METHODS
 from training import advice
 from training.learner import Batches, Learner
+from training.resolve import resolve
 
 ROOT = Path(train.__file__).parent
 SMALL = [

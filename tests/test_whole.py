@@ -17,9 +17,10 @@ from base_files import load_base
 from cli import UserError
 from diffusion import squared_error
 from evaluation import attacks
-from settings import FULL_LR, Settings, resolve
+from settings import FULL_LR, Settings
 from training.learner import Learner
 from training.processes import Processes
+from training.resolve import resolve
 from training.run import prepare
 
 FLAGS = {"target": "full", "members": 20, "batch_size": 4, "steps": 3, "save_every": 2}

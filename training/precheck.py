@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from cli import UserError, checked, command, read_json, shown
-from settings import EMBEDDED_SETS, FREE, Settings, out_folder, resolve
+from settings import EMBEDDED_SETS, FREE, Settings
 from training import lock
+from training.resolve import out_folder, resolve
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
 ALONE = {"WORLD_SIZE": "1", "RANK": "0"}  # what the environment says without a launcher

@@ -2,7 +2,7 @@
 
     order          the adapter's step first, then the attacker's           train.algorithm_1
     half           G without the 1/2 of Eq. 5, in the outer step           Settings.weight
-    lambda         alpha = beta = 1 in L / (beta + alpha CE + delta)       settings._defaults
+    lambda         alpha = beta = 1 in L / (beta + alpha CE + delta)       training/resolve.py
     forward        the batch is noised once more for G                     Learner.member_batch
     dropout        the attacker's dropout is on in the outer step          Learner.judge
     text-encoder   a LoRA on the text encoder too, at a tenth of --lr      adapters/text_encoder.py

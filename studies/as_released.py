@@ -49,9 +49,9 @@ if __name__ == "__main__":
 import contextlib
 
 import torch
-import tqdm
 
 import evaluate
+import progress
 from base_files import resolve_device
 from cli import read_json, write_whole
 from evaluation import workers
@@ -107,10 +107,10 @@ def everything(function, tasks: dict[str, object], jobs: int, leaves: str) -> No
     if not tasks:
         return
     title = {"adapter": "runs trained", "eval.json": "seeds evaluated"}[leaves]
-    with workers.processes(jobs) as pool, tqdm.tqdm(total=len(tasks), desc=title) as bar:
+    with workers.processes(jobs) as pool, progress.stage(title, len(tasks)) as bar:
 
         def show() -> None:
-            bar.update(sum((Path(run) / leaves).exists() for run in tasks) - bar.n)
+            bar.advance(sum((Path(run) / leaves).exists() for run in tasks) - bar.done)
 
         numbered = enumerate(tasks.items())
         workers.complete(pool, aside, {i: (function, *task) for i, task in numbered}, show)
@@ -204,5 +204,6 @@ def mean(values) -> float:
 
 
 if __name__ == "__main__":
+    progress.speak()
     with one_line_errors():
         study(SETTINGS)

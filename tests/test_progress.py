@@ -1,22 +1,16 @@
 """What is said while a command works: one line on a terminal, few in a log, nothing elsewhere."""
 
+import contextlib
 import io
+import os
+import re
 import sys
-from types import SimpleNamespace
+import time
 
 import pytest
+from tqdm.utils import disp_len
 
 import progress
-from progress import Stage
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 class Terminal(io.StringIO):
@@ -27,113 +21,152 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """The clock of all stages."""
-    made = Clock()
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=made))
-    return made
-
-
-@pytest.fixture
-def speaking(monkeypatch, clock):
-    """A function (stream) -> the stream, to which this process now speaks without a thread."""
+def speaking(monkeypatch):
+    """A function (stream) -> the stream, to which this process now speaks; no thread draws."""
 
     def begin(stream):
-        monkeypatch.setattr(progress, "_speaker", progress.Speaker(stream))
+        monkeypatch.setattr(progress, "_line", progress.Line(stream))
         return stream
 
     return begin
 
 
-def stages(*given):
-    """Open stages (name, total, done), of which the first began 90 s before the clock."""
-    return [Stage(name, total, done, began=910.0) for name, total, done in given]
+def drawn(*given):
+    """The line with stages (name, total, done) open, of which all began 90 s ago, with 0 done."""
+    line = progress._line
+    line.stages = [progress.Stage(*stage, first=0) for stage in given]
+    for stage in line.stages:
+        stage.began -= 90.2
+    line.draw()
+    return line.fp.getvalue().split("\r")[-1]
 
 
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ([("loading", None, 0)], "loading, 1:30"),
-        ([("smp", 400, 100)], "smp  25% [####............] 100/400 1:30<4:30"),
-        ([("smp", 400, 0)], "smp   0% [................] 0/400 1:30<?"),
-        ([("smp", 400, 400)], "smp 100% [################] 400/400 1:30<0:00"),
+        ([("loading", None, 0)], "loading, 01:30"),
+        ([("smp", 400, 100)], "smp  25% [###.........] 100/400 01:30<04:30"),
+        ([("smp", 400, 0)], "smp   0% [............] 0/400 01:30<?"),
+        ([("smp", 400, 401)], "smp 100% [############] 400/400 01:30<00:00"),
+        ([("pictures", 4, 2.66)], "pictures  66% [#######.....] 3/4 01:30<00:45"),
         (
             [("smp", 400, 200), ("held-out losses", None, 0), ("losses", 80, 20)],
-            "smp  50% [########........] 200/400 1:30<1:30 held-out losses 20/80",
+            "smp  50% [######......] 200/400 01:30<01:30, held-out losses 20/80",
         ),
         (  # a clock around a bar gives it its name
             [("held-out losses", None, 0), ("losses", 80, 20)],
-            "held-out losses  25% [####............] 20/80 1:30<4:30",
+            "held-out losses  25% [###.........] 20/80 01:30<04:30",
         ),
     ],
 )
-def test_the_line(clock, given, line):
-    assert progress.line(stages(*given)) == line
+def test_the_line(speaking, given, line):
+    speaking(Terminal())
+    assert drawn(*given) == line
 
 
-def test_time_left_is_of_this_process(clock):
+def test_time_left_is_of_this_process(speaking):
     """Of 400 steps 300 were done by an earlier one: 50 in 90 s leave 50."""
-    bar = Stage("smp", 400, 350, first=300, began=910.0)
-    assert progress.line([bar]).endswith(" 350/400 1:30<1:30")
-
-
-@pytest.mark.parametrize("name", ["x" * 200, "a\x1b[2K\nb"])
-def test_lines_fit(clock, name):
-    """80 columns whatever the names, with the bar whole and nothing that moves the cursor."""
-    given = stages((name, 10**6, 10**5), (name, None, 0), (name, 10**6, 3))
-    for count in (1, 2, 3):
-        line = progress.line(given[:count])
-        assert len(line) <= 79 and line.isprintable() and "[#...............]" in line
-    assert (progress.clock(7), progress.clock(11045)) == ("0:07", "3:04:05")
-
-
-def test_a_terminal_has_one_line(clock, speaking):
-    """It is rewritten at most twice a second, and kept where the work took long."""
     stream = speaking(Terminal())
-    with progress.stage("encoding", 1000) as bar:
-        for _ in range(1000):
-            clock.now += 1 / 64
-            bar.advance()
-        assert 10 <= stream.getvalue().count("\r") <= 2 * 33 and "\n" not in stream.getvalue()
-    assert stream.getvalue().endswith("\rencoding 100% [################] 1000/1000 0:15<0:00\n")
-    before = len(stream.getvalue())
-    with progress.stage("short"):
-        pass
-    assert not stream.getvalue()[before:].rsplit("\r", 1)[1]  # nothing of it is left
+    with progress.stage("smp", 400, done=300) as bar:
+        bar.began -= 90.2
+        bar.advance(50)
+        bar.note = "loss 0.1"
+        progress._line.draw()
+    assert " 350/400 01:30<01:30, loss 0.1" in stream.getvalue()
 
 
-def test_a_log_is_not_flooded(clock, speaking):
-    """The name of an outer stage, then a line every half minute."""
-    stream = speaking(io.StringIO())
-    with progress.stage("smp", 1000) as bar:
-        for _ in range(1000):
-            clock.now += 1 / 8
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", ["x" * 200, "a\x1b[2K\nb" * 9, "\u58f0" * 90])
+def test_lines_fit(speaking, name, count):
+    """80 columns whatever the names, with the bar in it and nothing that moves the cursor."""
+    speaking(Terminal())
+    line = drawn(*[(name, 10**6, 10**5), (name, None, 0), (name, 10**6, 3)][:count])
+    assert disp_len(line) <= 79 and line.isprintable() and "[#...........]" in line
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch):
+    """Inside, this process speaks to a terminal; gives a function that reads what it was sent."""
+    ours, its = os.openpty()
+    with (
+        open(its, "w") as out,
+        open(its, "w", closefd=False) as err,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        progress.speak()
+        yield lambda: os.read(ours, 10**6).decode()
+        progress.hush()
+        assert sys.stdout is out and sys.stderr is err
+    os.close(ours)
+
+
+def test_a_terminal_has_one_line(monkeypatch):
+    """It is rewritten though nothing advances, and kept where the work took long."""
+    monkeypatch.setattr(progress, "TICK", 0.05)
+    with terminal(monkeypatch) as sent:
+        with progress.stage("encoding", 1000) as bar:
+            for _ in range(1000):
+                bar.advance()
+            bar.began -= 15
+            time.sleep(0.3)
+            shown = sent()
+            assert 3 <= shown.count("\r") <= 8 and "\n" not in shown
+        assert sent().endswith("\rencoding 100% [############] 1000/1000 00:15<00:00\r\n")
+        with progress.stage("short"):
+            pass
+        assert re.fullmatch(r"\rshort, 00:00 *\r +\r+", sent())  # nothing of it is left
+
+
+def test_what_is_printed_takes_the_line_away(monkeypatch):
+    """It stands alone, also where it comes in pieces, and the line returns below it."""
+    monkeypatch.setattr(progress, "TICK", 0.2)
+    with terminal(monkeypatch) as sent, progress.stage("loading"):
+        assert sent() == "\rloading, 00:00"
+        print("note:", "done", flush=True)
+        assert re.fullmatch(r"\r {14}\r+note: done\r\n", sent())
+        time.sleep(0.3)
+        assert sent() == "\rloading, 00:00" and sys.stdout.isatty()
+
+
+def test_a_log_is_not_flooded(capsys, monkeypatch):
+    """The name of an outer stage, then a line now and then, whatever goes on."""
+    monkeypatch.setattr(progress, "LOG", 0.2)
+    progress.speak()
+    with progress.stage("smp", 10**6) as bar:
+        while time.time() < bar.began + 0.7:
             for _ in progress.over([1, 2], "held-out losses"):
-                pass
+                time.sleep(0.001)
             bar.advance()
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "smp" and len(lines) == 5 and "\r" not in stream.getvalue()
-    assert lines[1].startswith("smp  24% [###.............] 239/1000 0:30<1:35")
+    progress.hush()
+    shown = capsys.readouterr().err
+    lines = shown.splitlines()
+    assert lines[0] == "smp" and 2 <= len(lines) <= 5 and "\r" not in shown
+    assert re.match(r"smp   0% \[\.{12}\] \d+/1000000 00:00<", lines[1])
 
 
-def test_what_is_printed_takes_the_line_away(clock, speaking):
-    """A note stands alone, and the line returns below it."""
-    stream = speaking(Terminal())
-    out = progress.Above(stream, progress._speaker)
-    with progress.stage("loading"):
-        print("note: done", file=out)
-    shown = stream.getvalue().split("\r")
-    assert shown[-1] == "note: done\n" and shown[-2].isspace()
-    assert out.isatty()
+def test_a_log_that_nobody_reads(speaking):
+    """Work goes on where stderr was a pipe that has been closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", closefd=False) as stream:
+        speaking(stream)
+        with progress.stage("smp", 2) as bar:
+            progress._line.draw()
+            bar.advance()
+        os.close(writer)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    assert bar.done == 1
 
 
-def test_an_error_closes_what_was_open(clock, speaking):
+def test_an_error_closes_what_was_open(speaking):
     """Also the stages of loops that were left."""
     speaking(io.StringIO())
     with pytest.raises(ValueError), progress.stage("outer"):
         for _ in progress.over([1, 2], "inner"):
             raise ValueError
-    assert not progress._speaker.stages
+    assert not progress._line.stages
 
 
 def test_silent_until_told(capsys):
@@ -152,3 +185,14 @@ def test_silent_until_told(capsys):
     with progress.stage("quiet again"):
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_only_the_main_process_speaks(capsys, monkeypatch):
+    """What another one prints is not to be seen, but for errors."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # as it was, afterwards
+    progress.speak(main=False)
+    with progress.stage("mine"):
+        print("a note")
+    print("error", file=sys.stderr)
+    sys.stdout.close()
+    assert capsys.readouterr() == ("", "error\n")

@@ -18,6 +18,7 @@ from evaluation.tables import cell
 from training.run_folder import RunFolder
 
 Records = dict[int, dict]  # seed -> record
+OF_THE_TRAINING = ("settings", "summary", "git_commit")  # what a record has of config.json
 
 
 class Estimate(NamedTuple):
@@ -79,13 +80,13 @@ def read(out: Path, row: str, at: str = "") -> Records:
 
 
 def record(run: Path, at: str = "") -> dict | None:
-    """eval.json of a run with `settings` and `summary` of its training; None where it is not
-    evaluated.  `at` is the folder in it, such as at-best.
+    """eval.json of a run with OF_THE_TRAINING; None where it is not evaluated.  `at` is the folder
+    in it, such as at-best.
     """
     if not (run / at / "eval.json").is_file():
         return None
     config = RunFolder(run).config()
-    return read_json(run / at / "eval.json") | {k: config.get(k) for k in ("settings", "summary")}
+    return read_json(run / at / "eval.json") | {k: config.get(k) for k in OF_THE_TRAINING}
 
 
 def mean(by_seed: Records, figure: Figure) -> Estimate | None:
@@ -130,6 +131,17 @@ def difference(
 ) -> Estimate | None:
     """`figure` of the first row minus that, or `other`, of the second."""
     return weighted([(1.0, first, figure), (-1.0, second, other or figure)])
+
+
+def provenance(records: list[dict]) -> str:
+    """`9 runs of commit 1a2b3c4: 945 s of training, 1,830 s of evaluation.`"""
+    commits = sorted({(r["git_commit"] or "unknown")[:7] for r in records})
+    seconds = [r["summary"]["seconds"] for r in records], [r["seconds"] for r in records]
+    training, evaluation = (f"{sum(s):,.0f} s" for s in seconds)
+    return (
+        f"{len(records)} runs of commit {', '.join(commits)}: {training} of training, "
+        f"{evaluation} of evaluation."
+    )
 
 
 def markdown(lines: list[list[str]]) -> str:

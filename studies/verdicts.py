@@ -1,13 +1,13 @@
 """The paper's claims C1 to C7 and what finished results say of them: one table, nothing by hand.
 
-    python -m studies.verdicts runs/lora-? runs/smp-? runs/mp-? runs/matched-? \\
-        runs/audit-lora runs/audit-smp runs/smoothness
-    python -m studies.verdicts runs/paper/twemoji       # the runs of studies.paper
-
 Each word is a folder: a run that has been evaluated (LoRA also with --at best),
 an audit, what studies.smoothness has written, or a study with seed-*/RUN.  What
 is not given is not measured.  MP with a smaller lambda than SMP's is the control
 for the weight: take the mean lambda J of SMP's runs.  Writes --out and prints it.
+
+    python -m studies.verdicts runs/lora-? runs/smp-? runs/mp-? runs/matched-? \\
+        runs/audit-lora runs/audit-smp runs/smoothness
+    python -m studies.verdicts runs/paper/twemoji       # the runs of studies.paper
 
 What a claim needs is in studies/claims.py.  Tested in tests/test_verdicts.py.
 """

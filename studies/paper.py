@@ -165,7 +165,7 @@ def page(s: Study, table: Table, found: dict[Path, dict[str, Records]]) -> str:
     attacks = [
         Figure(f"{attack}, {key.upper()}", key, attack)
         for attack in table.attacks
-        for key in ("asr", "auc")
+        for key in (["auc"] if attack == "combined" else ["asr", "auc"])
     ]
     figures = [*attacks, PICTURES, LOSS]
     lines = [["images", "run", "steps", "seeds", *(f.title for f in figures), "the paper"]]
@@ -180,7 +180,7 @@ def page(s: Study, table: Table, found: dict[Path, dict[str, Records]]) -> str:
     there = [found[place][name].values() for place in found for name in table.rows]
     made = seeds.provenance([record for records in there for record in records])
     known = "The proxy attack is the paper's, raw with one draw. Brackets are 95 % intervals. "
-    known += "A difference is taken seed by seed, its interval is by t over the seeds."
+    known += "Differences are taken seed by seed."
     parts = [f"### {table.title}", seeds.markdown(lines), seeds.markdown(verdicts)]
     notes = " ".join(filter(None, [known, table.note, made]))
     return "\n\n".join([*(p.rstrip() for p in parts), notes]) + "\n"

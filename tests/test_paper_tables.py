@@ -169,7 +169,7 @@ def test_tables_share_runs(done, tiny_base, image_folder, tmp_path, capsys):
     assert text == found and "| LoRA | 4 | 2 | 0.71 [0.63, 0.78] | 0.81 [0.73, 0.88] |" in text
     assert "4 runs of commit 1a2b3c4: 2,800 s of training, 200 s of evaluation." in text
     by_claim = [[c.strip() for c in x.split("|")[1:-1]] for x in text.splitlines() if "ASR" in x]
-    assert ["-0.20 [-0.20, -0.20]", "2", "same direction"] in [line[-3:] for line in by_claim]
+    assert ["-0.20 [-0.30, -0.10]", "2", "same direction"] in [line[-3:] for line in by_claim]
     assert by_claim[-1][-1] == "not told apart"  # all attacks alike here
     assert "pokemon: ASR 82.3 %, black-box 72.4 %, GSA1 92.4 %" in text
     assert len({line.count("|") for line in text.split("\n\n")[1].splitlines()}) == 1

@@ -134,7 +134,8 @@ def claims(found: Results) -> list[Claim]:
     ]
     kept = [_nearer(found, figure) for figure in (PICTURES, LOSS)]
     hidden = {m: [_hidden(found.of(m), f) for f in (PROXY, COMBINED)] for m in ("mp", "smp")}
-    ratio = _against(found, "mp-matched") + _against(found, "smp-detached")
+    ratio = _against(found, "mp-matched")
+    ratio += _against(found, "smp-detached") if found.of("smp-detached") else []
     shapes = [_follows(row, found.smoothness) for row in _rows(found.smoothness)]
     early, shadows = _against(found, "lora-best"), _shadows(found)
     equal = [at_equal_loss(found.audits)]

@@ -18,6 +18,7 @@ from evaluation.tables import cell
 from training.run_folder import RunFolder
 
 Records = dict[int, dict]  # seed -> record
+OF_THE_TRAINING = ("settings", "summary", "git_commit")  # what a record has of config.json
 
 
 class Estimate(NamedTuple):
@@ -79,50 +80,44 @@ def read(out: Path, row: str, at: str = "") -> Records:
 
 
 def record(run: Path, at: str = "") -> dict | None:
-    """eval.json of a run with `settings` and `summary` of its training; None where it is not
-    evaluated.  `at` is the folder in it, such as at-best.
+    """eval.json of a run with OF_THE_TRAINING; None where it is not evaluated.  `at` is the folder
+    in it, such as at-best.
     """
     if not (run / at / "eval.json").is_file():
         return None
     config = RunFolder(run).config()
-    return read_json(run / at / "eval.json") | {k: config.get(k) for k in ("settings", "summary")}
+    return read_json(run / at / "eval.json") | {k: config.get(k) for k in OF_THE_TRAINING}
 
 
 def mean(by_seed: Records, figure: Figure) -> Estimate | None:
     """Of a figure over seeds; None where there is none."""
-    found = {seed: value for seed, r in by_seed.items() if (value := figure.read(r))}
-    if not found:
-        return None
-    values = [value for value, _ in found.values()]
-    own = [interval for _, interval in found.values()]
-    if None in own and len(own) == 1:
-        return Estimate(values[0], None, list(found))
-    value, (low, high) = over_seeds(values, [i or [v, v] for v, i in zip(values, own, strict=True)])
-    if figure.attack:
-        low, high = max(low, 0.0), min(high, 1.0)
-    return Estimate(value, [low, high], list(found))
+    found = weighted([(1.0, by_seed, figure)])
+    if found is None or found.interval is None or not figure.attack:
+        return found
+    low, high = found.interval
+    return found._replace(interval=[max(low, 0.0), min(high, 1.0)])
 
 
 def weighted(terms: list[tuple[float, Records, Figure]]) -> Estimate | None:
     """Mean over the shared seeds of a sum of figures, each times its weight; None without any.
 
-    The interval is Student's t over the seeds, each of which has its own images.  Of one seed it is
-    that of the figures themselves, joined as if they were independent; on the same images
-    they are not, so it is wide.
+    The interval is of `over_seeds`.  A seed's own is that of its figures, joined as if they were
+    independent; on the same images they are not, so it is wide.
     """
     seeds = [k for k in terms[0][1] if all(k in r and f.read(r[k]) for _, r, f in terms)]
     if not seeds:
         return None
-    read_at = {k: [(w, *f.read(r[k])) for w, r, f in terms] for k in seeds}
-    values = [sum(w * value for w, value, _ in at) for at in read_at.values()]
-    if len(seeds) > 1:
-        return Estimate(*over_seeds(values, [[v, v] for v in values]), seeds)
-    at = read_at[seeds[0]]
-    if any(interval is None for *_, interval in at):
-        return Estimate(values[0], None, seeds)
-    ends = [sorted(w * (end - value) for end in interval) for w, value, interval in at]
-    low, high = (math.hypot(*side) for side in zip(*ends, strict=True))
-    return Estimate(values[0], [values[0] - low, values[0] + high], seeds)
+    values, intervals = [], []
+    for k in seeds:
+        at = [(weight, *figure.read(records[k])) for weight, records, figure in terms]
+        value = sum(weight * v for weight, v, _ in at)
+        ends = [sorted(w * (end - v) for end in own or (v, v)) for w, v, own in at]
+        low, high = (math.hypot(*side) for side in zip(*ends, strict=True))
+        values.append(value)
+        intervals.append([value - low, value + high])
+    value, interval = over_seeds(values, intervals)
+    bare = len(seeds) == 1 and intervals[0][0] == intervals[0][1]
+    return Estimate(value, None if bare else interval, seeds)
 
 
 def difference(
@@ -130,6 +125,17 @@ def difference(
 ) -> Estimate | None:
     """`figure` of the first row minus that, or `other`, of the second."""
     return weighted([(1.0, first, figure), (-1.0, second, other or figure)])
+
+
+def provenance(records: list[dict]) -> str:
+    """`9 runs of commit 1a2b3c4: 945 s of training, 1,830 s of evaluation.`"""
+    commits = sorted({(r["git_commit"] or "unknown")[:7] for r in records})
+    seconds = [r["summary"]["seconds"] for r in records], [r["seconds"] for r in records]
+    training, evaluation = (f"{sum(s):,.0f} s" for s in seconds)
+    return (
+        f"{len(records)} runs of commit {', '.join(commits)}: {training} of training, "
+        f"{evaluation} of evaluation."
+    )
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -17,4 +17,10 @@ class Study(Settings):
         None, "runs at a time, a process each (default: cores, or 1 on a GPU)", group=WHERE
     )
     pictures: int = option(100, "pictures of each run for the Frechet distance", group=WHERE)
+    features: str = option(
+        "embedded",
+        "network of the Frechet distance; the paper's is inception",
+        ("embedded", "inception"),
+        group=WHERE,
+    )
     test_nonmembers: int = option(200, "test non-members to score; 0 takes all", group=WHERE)

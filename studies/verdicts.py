@@ -1,13 +1,13 @@
 """The paper's claims C1 to C7 and what finished results say of them: one table, nothing by hand.
 
-    python -m studies.verdicts runs/lora-? runs/smp-? runs/mp-? runs/matched-? \\
-        runs/audit-lora runs/audit-smp runs/smoothness
-    python -m studies.verdicts runs/paper/twemoji       # the runs of studies.paper
-
 Each word is a folder: a run that has been evaluated (LoRA also with --at best),
 an audit, what studies.smoothness has written, or a study with seed-*/RUN.  What
 is not given is not measured.  MP with a smaller lambda than SMP's is the control
 for the weight: take the mean lambda J of SMP's runs.  Writes --out and prints it.
+
+    python -m studies.verdicts runs/lora-? runs/smp-? runs/mp-? runs/matched-? \\
+        runs/audit-lora runs/audit-smp runs/smoothness
+    python -m studies.verdicts runs/paper/twemoji       # the runs of studies.paper
 
 What a claim needs is in studies/claims.py.  Tested in tests/test_verdicts.py.
 """
@@ -59,7 +59,9 @@ def gather(folders: list[Path]) -> Results:
     """What the folders hold, by what it is."""
     found, runs = Results(), []
     for folder in folders:
-        inside = [f for name in ROLES for f in sorted(folder.glob(f"seed-*/{name}"))]
+        inside = [
+            f for name in (*ROLES, "mp-matched") for f in sorted(folder.glob(f"seed-*/{name}"))
+        ]
         if (folder / "config.json").is_file():
             runs.append(folder)
         elif (folder / "audit.json").is_file():
@@ -73,53 +75,62 @@ def gather(folders: list[Path]) -> Results:
             raise UserError(
                 f"{shown(folder)} holds no results: give run folders, audits, or those of a study"
             )
-    for run in runs:
-        _add(found, run)
-    _match(found)
+    sums = [at for at in [_add(found, run) for run in runs] if at]
+    for at in sums:
+        _place(found, _mp_or_matched(found, at), at)
     for role, records in found.runs.items():
         _require_alike(role, records)
     return found
 
 
-def _add(found: Results, run: Path) -> None:
-    """A run under the role that its method has, and LoRA at its best step too."""
+def _add(found: Results, run: Path) -> dict | None:
+    """A run goes under its method, LoRA at its best step under lora-best; that of MP is returned:
+    what it is shows when SMP's lambda is known.
+    """
     method = RunFolder(run).config()["settings"].get("method")
     if method not in ROLES:
-        return
-    record, best = seeds.record(run), seeds.record(run, "at-best")
-    if record is None and best is None:
+        return None
+    last, best = seeds.record(run), seeds.record(run, "at-best")
+    if last is None and best is None:
         raise UserError(f"{shown(run)} has not been evaluated: python evaluate.py {shown(run)}")
-    role = method
-    if method == "mp":  # which of the two it is shows when SMP's lambda is known
-        role = f"mp {record['settings']['lam']:g}" if record else "mp"
-    for name, at in ((role, record), ("lora-best" if method == "lora" else None, best)):
-        if name and at:
-            there = found.runs.setdefault(name, {})
-            if at["seed"] in there:
-                raise UserError(
-                    f"{shown(run)} is the second {name} of seed {at['seed']}: give one of them"
-                )
-            there[at["seed"]] = at | {"run": str(run)}
+    for record in (last, best):
+        if record:
+            record["run"] = str(run)
+    if method == "mp":
+        return last
+    if last:
+        _place(found, method, last)
+    if best and method == "lora":
+        _place(found, "lora-best", best)
+    return None
 
 
-def _match(found: Results) -> None:
-    """MP at SMP's lambda is MP, at SMP's mean lambda J it is the matched one."""
-    smp = list(found.of("smp").values())
-    lam = smp[0]["settings"]["lam"] if smp else None
-    for role in [r for r in found.runs if r.startswith("mp ")]:
-        records = found.runs.pop(role)
-        own = next(iter(records.values()))["settings"]["lam"]
-        weights = [r["summary"]["lambda_effective_mean"] for r in smp if r["summary"]]
-        if lam is None or own == lam:
-            found.runs["mp"] = records
-        elif weights and 1 / MATCHED < own * len(weights) / sum(weights) < MATCHED:
-            found.runs["mp-matched"] = records
-        else:
-            mean = f", whose mean weight is {sum(weights) / len(weights):.3g}" if weights else ""
-            raise UserError(
-                f"{next(iter(records.values()))['run']} is MP with lambda {own:g}: neither that of "
-                f"SMP, {lam:g}{mean}"
-            )
+def _place(found: Results, role: str, record: dict) -> None:
+    """Raises UserError for a second run of a role and a seed."""
+    there, seed = found.runs.setdefault(role, {}), record["seed"]
+    if seed in there:
+        raise UserError(
+            f"{shown(record['run'])} and {shown(there[seed]['run'])} are both {role} of seed "
+            f"{seed}: give one of them"
+        )
+    there[seed] = record
+
+
+def _mp_or_matched(found: Results, record: dict) -> str:
+    """MP at SMP's lambda is MP, at SMP's mean lambda J, of its seed or of all, the matched one."""
+    smp, lam = found.of("smp"), record["settings"]["lam"]
+    own = {r["settings"]["lam"] for r in smp.values()}
+    if not own or lam in own:
+        return "mp"
+    finished = {seed: r["summary"] for seed, r in smp.items() if r["summary"]}
+    each = {seed: summary["lambda_effective_mean"] for seed, summary in finished.items()}
+    weight = each.get(record["seed"], sum(each.values()) / max(len(each), 1))
+    if weight / MATCHED < lam < weight * MATCHED:
+        return "mp-matched"
+    raise UserError(
+        f"{shown(record['run'])} is MP with lambda {lam:g}, neither that of SMP, "
+        f"{', '.join(f'{x:g}' for x in own)}, nor near its mean weight, {weight:.3g}"
+    )
 
 
 def _require_alike(role: str, records: seeds.Records) -> None:
@@ -127,7 +138,10 @@ def _require_alike(role: str, records: seeds.Records) -> None:
     first, *others = records.values()
     for other in others:
         for key, value in first["settings"].items():
-            if key not in SEED_ALONE and other["settings"].get(key) != value:
+            if (
+                key not in (*SEED_ALONE, *(["lam"] if role == "mp-matched" else ()))
+                and other["settings"].get(key) != value
+            ):
                 raise UserError(
                     f"{first['run']} and {other['run']} are both {role} and differ in "
                     f"--{key.replace('_', '-')}: give runs that differ by their seed alone"

@@ -139,14 +139,15 @@ def done(in_thread, monkeypatch):
     def fake_train(s):
         trained.append((Path(s.out).parent.parent.name, s.seed, Path(s.out).name))
         (Path(s.out) / "adapter").mkdir(parents=True)
-        settings = {"settings": {"steps": 4, "data": s.data}, "summary": {}}
-        write_json(Path(s.out) / "config.json", settings)
+        config = {"settings": {"steps": 4, "data": s.data}, "summary": {"seconds": 700.0}}
+        write_json(Path(s.out) / "config.json", config | {"git_commit": "1a2b3c4d5e"})
 
     def fake_evaluate(s):
         for run in map(Path, s.runs):
             seed, smp = int(run.parent.name[-1]), run.name.startswith("smp")
             record = {
                 "seed": seed,
+                "seconds": 50,
                 "adapted": adapted(0.8 - 0.2 * smp + 0.01 * seed, 600 + 90 * smp),
             }
             write_json(run / "eval.json", record)
@@ -167,8 +168,9 @@ def test_tables_share_runs(done, tiny_base, image_folder, tmp_path, capsys):
     assert done == [(place, k, "mp") for k in (0, 1)]
     text = (tmp_path / "attackers.md").read_text()
     assert text == found and "| LoRA | 4 | 2 | 0.71 [0.63, 0.78] | 0.81 [0.73, 0.88] |" in text
+    assert "4 runs of commit 1a2b3c4: 2,800 s of training, 200 s of evaluation." in text
     by_claim = [[c.strip() for c in x.split("|")[1:-1]] for x in text.splitlines() if "ASR" in x]
-    assert ["-0.20 [-0.20, -0.20]", "2", "same direction"] in [line[-3:] for line in by_claim]
+    assert ["-0.20 [-0.30, -0.10]", "2", "same direction"] in [line[-3:] for line in by_claim]
     assert by_claim[-1][-1] == "not told apart"  # all attacks alike here
     assert "pokemon: ASR 82.3 %, black-box 72.4 %, GSA1 92.4 %" in text
     assert len({line.count("|") for line in text.split("\n\n")[1].splitlines()}) == 1
@@ -181,7 +183,7 @@ def test_a_dry_run(done, tiny_base, image_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "21 of 21 runs" in said and "about" in said and not (tmp_path / "new").exists()
     # training, and two turns of evaluations of 5 runs and the base
-    minutes = (15 * 400 * 0.26 / 2 + 2 * (5 * 180 + 150)) / 60
+    minutes = (15 * 400 * 0.28 / 2 + 2 * (5 * 180 + 150)) / 60
     paper.study(Study(tables=["lambda"], **s))
     assert f"about {minutes:.0f} minutes" in capsys.readouterr().out
     paper.study(Study(tables=["lr"], model=tiny_base, data=image_folder, **s))

@@ -33,8 +33,8 @@ def test_a_mean_includes_the_seeds():
 
 def test_a_difference_is_taken_seed_by_seed():
     """Seeds that scatter alike are told apart, on those that both have."""
-    first = {k: record(k, auc, frechet=900) for k, auc in enumerate((0.6, 0.7, 0.95))}
-    second = {k: record(k, auc, frechet=700) for k, auc in enumerate((0.5, 0.61, 0.84, 0.9))}
+    first = {k: record(k, auc, 0.001) for k, auc in enumerate((0.6, 0.7, 0.95))}
+    second = {k: record(k, auc, 0.001) for k, auc in enumerate((0.5, 0.61, 0.84, 0.9))}
     found, change = seeds.difference(first, second, COMBINED), np.array([0.1, 0.09, 0.11])
     half = student.ppf(0.975, 2) * 0.01 / np.sqrt(3)
     assert found.value == pytest.approx(change.mean()) and found.seeds == [0, 1, 2]
@@ -43,6 +43,16 @@ def test_a_difference_is_taken_seed_by_seed():
     assert found.side(0.1) == 0 and found.side(0.2) == -1
     assert seeds.difference({5: first[0]}, second, COMBINED) is None
     assert seeds.difference(first, second, COMBINED, ASR).value == pytest.approx(0.2)
+
+
+def test_seeds_that_agree_by_chance():
+    """The figures' own intervals still say how little each knows: .1 below the one, .2 above the
+    other.
+    """
+    first, second = ({k: record(k, auc) for k in range(2)} for auc in (0.6, 0.5))
+    found, low = seeds.difference(first, second, COMBINED), np.hypot(0.1, 0.2) / np.sqrt(2)
+    assert found.value == pytest.approx(0.1)
+    assert found.interval == pytest.approx([0.1 - low, 0.1 + low])  # .2 above, .1 below
 
 
 def test_one_seed():

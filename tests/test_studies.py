@@ -120,7 +120,7 @@ def test_released_rows_join_the_table(tmp_path, in_thread, monkeypatch, tiny_bas
     assert done == [(0, "order", "order", True), (1, "order", "order", True), 1, 1]
     paper, order = ([c.strip() for c in x.split("|")[1:-1]] for x in found.splitlines()[2:])
     assert paper[:2] == ["paper", "2"] and paper[2] == "0.81 [0.73, 0.88]" and paper[5] == "-"
-    assert order[5] == "-0.20 [-0.20, -0.20]" and order[6:] == [".0605", "500", "0.5", "2.00"]
+    assert order[5] == "-0.20 [-0.30, -0.10]" and order[6:] == [".0605", "500", "0.5", "2.00"]
     assert (tmp_path / "table.md").read_text() == found
 
 

@@ -13,6 +13,7 @@ docs/paper-and-code.md says what the differences are.
 from dataclasses import dataclass
 from pathlib import Path
 
+import progress
 from cli import UserError, one_line_errors, option, parse
 from studies import settings
 from training.released import NAMES
@@ -37,6 +38,7 @@ class Study(settings.Study):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
+    progress.speak()
 
 import evaluate
 from cli import write_whole

@@ -11,6 +11,7 @@ more row costs that row.  At the end stand table.md and frontier.png, of all row
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import progress
 from audit import Audit
 from cli import UserError, one_line_errors, option, parse
 
@@ -55,6 +56,7 @@ class Study(Audit):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
+    progress.speak()
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -22,6 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import progress
 from cli import UserError, one_line_errors, option, parse
 from settings import PAPER, Settings, is_embedded, most_members
 from studies import settings
@@ -56,6 +57,7 @@ class Study(settings.Study):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="tables")
+    progress.speak()
 
 import evaluate
 from base_files import resolve_device

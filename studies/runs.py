@@ -16,8 +16,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import tqdm
 
+import progress
 from base_files import resolve_device
 from cli import UserError
 from evaluation import workers
@@ -86,11 +86,10 @@ def _everything(function: Callable, tasks: dict, jobs: int, leaves: str) -> None
     """
     if not tasks:
         return
-    with workers.processes(jobs) as pool, tqdm.tqdm(total=len(tasks), desc=TITLES[leaves]) as bar:
+    with workers.processes(jobs) as pool, progress.stage(TITLES[leaves], len(tasks)) as bar:
 
         def show() -> None:
-            if more := sum((Path(run) / leaves).exists() for run in tasks) - bar.n:
-                bar.update(more)
+            bar.advance(sum((Path(run) / leaves).exists() for run in tasks) - bar.done)
 
         given = enumerate((function, s, Path(run)) for run, s in tasks.items())
         workers.complete(pool, _aside, dict(given), show)

@@ -15,6 +15,7 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import progress
 from cli import UserError, one_line_errors, option, parse
 from settings import Settings
 
@@ -45,6 +46,7 @@ class Study(Settings):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
+    progress.speak()
 
 import contextlib
 import io

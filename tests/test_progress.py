@@ -110,13 +110,15 @@ def test_a_terminal_has_one_line(monkeypatch):
             for _ in range(1000):
                 bar.advance()
             bar.began -= 15
-            time.sleep(0.3)
-            shown = sent()
-            assert 3 <= shown.count("\r") <= 8 and "\n" not in shown
-        assert sent().endswith("\rencoding 100% [############] 1000/1000 00:15<00:00\r\n")
+            shown, until = "", time.monotonic() + 60
+            while shown.count("\rencoding") < 3 and time.monotonic() < until:
+                shown += sent()
+            assert shown.count("\rencoding") >= 3 and "\n" not in shown
+        last = sent().rsplit("\rencoding", 1)[1]
+        assert re.fullmatch(r" 100% \[############\] 1000/1000 00:\d\d<00:00\r\n", last)
         with progress.stage("short"):
             pass
-        assert re.fullmatch(r"\rshort, 00:00 *\r +\r+", sent())  # nothing of it is left
+        assert re.fullmatch(r"(\rshort, 00:0\d *)+\r +\r+", sent())  # nothing of it is left
 
 
 def test_what_is_printed_takes_the_line_away(monkeypatch):

@@ -110,25 +110,25 @@ def test_a_terminal_has_one_line(monkeypatch):
             for _ in range(1000):
                 bar.advance()
             bar.began -= 15
-            shown, until = "", time.monotonic() + 60
-            while shown.count("\rencoding") < 3 and time.monotonic() < until:
+            shown, until = "", time.time() + 20
+            while shown.count("\r") < 4 and time.time() < until:
                 shown += sent()
-            assert shown.count("\rencoding") >= 3 and "\n" not in shown
-        last = sent().rsplit("\rencoding", 1)[1]
-        assert re.fullmatch(r" 100% \[############\] 1000/1000 00:\d\d<00:00\r\n", last)
+            assert shown.count("\r") >= 4 and time.time() - bar.began >= 15.1
+            assert "\n" not in shown
+        assert sent().endswith("\rencoding 100% [############] 1000/1000 00:15<00:00\r\n")
         with progress.stage("short"):
             pass
-        assert re.fullmatch(r"(\rshort, 00:0\d *)+\r +\r+", sent())  # nothing of it is left
+        assert re.fullmatch(r"\rshort, 00:00 *\r +\r+", sent())  # nothing of it is left
 
 
 def test_what_is_printed_takes_the_line_away(monkeypatch):
     """It stands alone, also where it comes in pieces, and the line returns below it."""
-    monkeypatch.setattr(progress, "TICK", 0.2)
+    monkeypatch.setattr(progress, "TICK", 1000)
     with terminal(monkeypatch) as sent, progress.stage("loading"):
         assert sent() == "\rloading, 00:00"
         print("note:", "done", flush=True)
         assert re.fullmatch(r"\r {14}\r+note: done\r\n", sent())
-        time.sleep(0.3)
+        progress._line.draw()  # as the next tick does
         assert sent() == "\rloading, 00:00" and sys.stdout.isatty()
 
 

@@ -59,9 +59,8 @@ def gather(folders: list[Path]) -> Results:
     """What the folders hold, by what it is."""
     found, runs = Results(), []
     for folder in folders:
-        inside = [
-            f for name in (*ROLES, "mp-matched") for f in sorted(folder.glob(f"seed-*/{name}"))
-        ]
+        names = [f"seed-*/{name}/eval.json" for name in (*ROLES, "mp-matched")]
+        inside = [path.parent for name in names for path in sorted(folder.glob(name))]
         if (folder / "config.json").is_file():
             runs.append(folder)
         elif (folder / "audit.json").is_file():

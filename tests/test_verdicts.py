@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cli import UserError, write_json
+from evaluation.decisions import Decisions
 from evaluation.lira import HEADLINE
 from studies import claims, verdicts
 from studies.claims import Part, Results
@@ -165,6 +166,18 @@ def test_audits_at_the_same_loss():
     # beyond LoRA's best loss its best step is the nearest
     ahead = claims.at_equal_loss({"lora": [lora], "smp": [audit(at50=(0.08, 0.7, 0.01))]})
     assert ahead.here.startswith("-0.20") and ahead.side == 1
+
+
+def test_a_step_as_audits_write_it():
+    """Its AUC, within an interval over adapters."""
+    rng = np.random.default_rng(0)
+    member = np.tile([True, False], (4, 15))
+    figures = Decisions(member).figures(rng.normal(size=member.shape) + member)
+    found = claims.of_step({"attacks": {HEADLINE: figures}})
+    assert found.value == figures["auc"] and found.seeds == [0, 1, 2, 3]
+    assert found.interval == pytest.approx(
+        [figures["auc_t_interval"][0], min(figures["auc_t_interval"][1], 1)]
+    )
 
 
 # ---- the command ----

@@ -115,10 +115,11 @@ def test_a_terminal_has_one_line(monkeypatch):
                 shown += sent()
             assert shown.count("\r") >= 4 and time.time() - bar.began >= 15.1
             assert "\n" not in shown
-        assert sent().endswith("\rencoding 100% [############] 1000/1000 00:15<00:00\r\n")
+        last = r"\rencoding 100% \[############\] 1000/1000 00:\d\d<00:00\r\n$"
+        assert re.search(last, sent())
         with progress.stage("short"):
             pass
-        assert re.fullmatch(r"\rshort, 00:00 *\r +\r+", sent())  # nothing of it is left
+        assert re.fullmatch(r"(\rshort, 00:0\d *)+\r +\r+", sent())  # nothing of it is left
 
 
 def test_what_is_printed_takes_the_line_away(monkeypatch):

@@ -214,9 +214,9 @@ class Adapter:
     @contextmanager
     def folded(self) -> Iterator[None]:
         """Inside, the adapter is in the base weights, for forwards without gradient; after it they
-        have the same bits as before.  Nothing where it is merged already.
+        have the same bits as before.  Nothing where it is merged already, or switched off.
         """
-        layers = [layer for layer in self.layers.values() if not layer.merged]
+        layers = [m for m in self.layers.values() if m.enabled and not m.merged]
         before = [layer.base.weight for layer in layers]
         with torch.no_grad():
             for layer in layers:

@@ -4,7 +4,6 @@ the middle of an adapter, and what a user is told when something of it is not th
 import contextlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -139,7 +138,8 @@ def assert_equal_audits(found: Path, wanted: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, monkeypatch):
     """One of two goes away in the middle of an adapter: the other one trains that again and no
-    more, the bar gets to its end, and the audit is the same as one in this process."""
+    more, and the audit is the same as one in this process.
+    """
     _, address = scheduler()
     doomed = worker(address, "--preload", "audit")  # its imports, while the other audit runs
     worker(address, "--preload", "audit")
@@ -155,9 +155,7 @@ def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, m
     assert sorted(files) == ["00", "01", "02", "03"] and {len(f) for f in files.values()} == {1}
     assert not list(tmp_path.glob("killed/adapters/*/*.tmp"))
     assert_equal_audits(tmp_path / "killed", tmp_path / "quiet")
-    counts = [int(n) for n in re.findall(r"lora, adapter \d of 4: .*?(\d+)/32 ", log)]
-    assert counts[-1] == 32 and set(counts) - {0, 32}
-    assert "adapter 0 of 4" in log and "adapter 4 of 4: 100%" in log and "Traceback" not in log
+    assert "Traceback" not in log
 
 
 # --------------------------------------------------------------------------------------------------

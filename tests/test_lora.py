@@ -76,7 +76,7 @@ def test_merged_equals_unmerged(unet, target):
 
 def test_folded_leaves_no_trace(unet):
     """The same outputs inside, and the very weights of before after it, which adding and taking
-    away would not give; also after an exception, and around an adapter that is merged already.
+    away would not give; also after an exception.  Nothing in a switched-off or merged adapter.
     """
     adapter = trained(inject(unet, "all", RANK, ALPHA))
     layers, apart = list(adapter.layers.values()), predict(unet)
@@ -89,6 +89,8 @@ def test_folded_leaves_no_trace(unet):
     assert not any(layer.merged for layer in layers)
     for layer, (weight, bits) in zip(layers, before, strict=True):
         assert layer.base.weight is weight and torch.equal(weight, bits)
+    with adapter.disabled(), adapter.folded():
+        assert not any(layer.merged for layer in layers)
     adapter.merge()
     with adapter.folded():
         pass

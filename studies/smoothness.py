@@ -26,7 +26,6 @@ ROWS = {
     "paper": {"proxy": "raw", "lam": 0.05, "target": "attention"},
 }
 METHODS = ("mp", "smp")
-PAPER = {"mp": 0.043, "smp": 0.761}  # Pearson's r, Figure 1b
 WHERE = "what and where"
 
 
@@ -54,9 +53,11 @@ import io
 import numpy as np
 
 import plots
+from base_files import resolve_device
 from cli import read_json, write_json, write_whole
 from evaluation import workers
 from studies.correlation import Pooled, correlation, direction, higher, pooled
+from studies.paper_tables import CORRELATIONS
 from train import train
 from training import lock
 from training.resolve import resolve
@@ -77,7 +78,7 @@ def study(s: Study) -> str:
         print(f"dry run: {len(todo)} runs: {', '.join(Path(r.out).name for r in todo)}")
         return ""
     out.mkdir(parents=True, exist_ok=True)
-    jobs = s.jobs or (os.cpu_count() if s.device == "cpu" else 1)
+    jobs = s.jobs or (os.cpu_count() if resolve_device(s.device) == "cpu" else 1)
     with lock.held(out), workers.processes(jobs) as executor:
         workers.complete(executor, one, {k: (run,) for k, run in enumerate(todo)}, lambda: None)
     found = gather(out)
@@ -270,7 +271,11 @@ def picture(found: dict, path: Path | None = None):
             ends = [[r.r - low], [high - r.r]]
             axis.errorbar(r.r, y, xerr=ends, fmt="o", color=colour, capsize=3)
         axis.scatter(
-            PAPER[g["method"]], y, marker="x", color="black", label="paper" if not y else None
+            CORRELATIONS[g["method"]],
+            y,
+            marker="x",
+            color="black",
+            label="paper" if not y else None,
         )
     axis.set_yticks(range(len(groups)), [f"{g['row']}, {g['method']}" for g in groups])
     axis.axvline(0, color="grey", lw=0.8, ls=":")

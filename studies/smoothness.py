@@ -280,7 +280,7 @@ def picture(found: dict, path: Path | None = None):
     axis.set_yticks(range(len(groups)), [f"{g['row']}, {g['method']}" for g in groups])
     axis.axvline(0, color="grey", lw=0.8, ls=":")
     axis.set(xlim=(-1.05, 1.05), xlabel="correlation of Hessian norm and gradient norm")
-    axis.invert_yaxis()
+    axis.set_ylim(len(groups) - 0.5, -0.5)  # the first on top
     axis.grid(alpha=0.2)
     figure.legend(loc="outside right upper", frameon=False)
     if path:

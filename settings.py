@@ -15,7 +15,7 @@ METHODS = ("lora", *ATTACKED, "distill", "subspace", "dp")
 DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
-# model, values set by hand, but for the number of epochs (docs/results.md says how).
+# model, values set by hand, but for the schedule (docs/results.md says how).
 PAPER = {
     "dtype": "auto",
     "rank": 64, "alpha": 32.0, "target": "attention", "proxy": "raw", "lam": 0.05,

@@ -59,9 +59,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from base_files import load_base, resolve_device, resolve_dtype
+from base_files import load_base
 from cli import write_json
 from data import load_images
+from diffusion import resolve_device, resolve_dtype
 from evaluation import audit_plan, audit_report, audit_tasks, lira, quality, workers
 from evaluation.decisions import Decisions
 from train import train_adapter

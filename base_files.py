@@ -18,7 +18,15 @@ import torch
 
 import progress
 from cli import UserError, read_json, shown
-from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
+from diffusion import (
+    ALL_TIMESTEPS,
+    Base,
+    encode_captions,
+    encode_images,
+    resolve_device,
+    resolve_dtype,
+    squared_error,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe")
@@ -36,6 +44,7 @@ LARGEST = torch.finfo(torch.float32).max ** 0.5  # the square of more is infinit
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
+@progress.stage("loading the base model")
 def load_base(
     model: str, device: str = "cpu", dtype: str = "float32", size: int | None = None
 ) -> Base:
@@ -43,11 +52,6 @@ def load_base(
 
     Raises UserError for a missing or unusable one; pickled weights are never read.
     """
-    with progress.stage("loading the base model"):
-        return _load_base(model, device, dtype, size)
-
-
-def _load_base(model: str, device: str, dtype: str, size: int | None) -> Base:
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -83,27 +87,6 @@ def _load_base(model: str, device: str, dtype: str, size: int | None) -> Base:
     base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
     _try_out(base)
     return base
-
-
-def resolve_device(device: str, before: str | None = None) -> str:
-    """ "auto" as the name of a device that is here: `before` if it is, else cuda, mps or cpu."""
-    if device != "auto":
-        return device
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    here["cpu"] = True
-    order = [*([before] if before else []), *here]
-    return next(name for name in order if here.get(name.split(":")[0]))
-
-
-def resolve_dtype(dtype: str | None, device: str) -> str:
-    """ "auto" (or None) as the name of a dtype: half precision on a GPU, bfloat16 where it has it,
-    and float32 elsewhere.
-    """
-    if dtype not in ("auto", None):
-        return dtype
-    if not resolve_device(device).startswith("cuda") or not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 # --------------------------------------------------------------------------------------------------

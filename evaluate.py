@@ -103,7 +103,7 @@ if __name__ == "__main__":
 import torch
 
 import plots
-from base_files import resolve_device
+from diffusion import resolve_device
 from evaluation import audit_plan, audit_tasks, figures, quality, report, shadows, tables, workers
 from evaluation.examination import Examination, Measured
 from evaluation.target import Target, kind, read_adapter, read_run, sources

@@ -10,7 +10,7 @@ with A (r, in) Gaussian and B (out, r) zero, so an untrained adapter changes not
     optimizer = torch.optim.AdamW(adapter.parameters())
     with adapter.disabled():               # the base model, at no cost
         ...
-    lora_files.save(adapter, "run/adapter")
+    lora_writing.save(adapter, "run/adapter")
 
 `lora_A` and `lora_B` are bias-free children called as diffusers and peft call them, so a state dict
 is the file.  Tested in tests/test_lora.py against the merged model and against the plain one.

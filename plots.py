@@ -146,6 +146,14 @@ def captioned(images: np.ndarray, captions: list[str], columns: int, path: Path)
     plt.close(figure)
 
 
+def kept(figure, path: Path | None):
+    """The Figure, closed; written too if there is a path."""
+    if path:
+        write(figure, path)
+    plt.close(figure)
+    return figure
+
+
 def running_mean(values: np.ndarray) -> np.ndarray:
     """Over a fortieth of the values (K,), at least five, up to each of them: (K,)."""
     width = max(5, len(values) // 40)
@@ -187,10 +195,7 @@ def privacy_against_quality(records: list[dict], path: Path | None = None):
     axis.set_ylabel("worst-case AUC over attacks (0.5 leaks nothing)")
     axis.grid(alpha=0.2)
     figure.legend(loc="outside right upper", frameon=False)
-    if path:
-        figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return figure
+    return kept(figure, path)
 
 
 def _point(model: dict) -> tuple[float, float, list]:

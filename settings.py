@@ -271,7 +271,7 @@ class Settings:
     sample_every: int | None = option(
         None,
         "steps between grids of pictures (default: at every save; of large pictures on a CPU only "
-        "the last)",
+        "the first and the last)",
     )
     norms_every: int = option(
         20, "steps between separate gradient norms of L and G (two more backward passes)"

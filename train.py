@@ -46,10 +46,9 @@ from dataclasses import replace
 import torch
 
 from attacker import attacker_step
-from base_files import resolve_device, resolve_dtype
 from defences.distill import Student, Teachers
 from defences.dp import PrivateLearner, guarantee
-from diffusion import Base, Encoded
+from diffusion import Base, Encoded, resolve_device, resolve_dtype
 from lora import Adapter, remove
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
 from training import monitor, pictures, plan, state

@@ -9,8 +9,7 @@ Tested in tests/test_whole.py and tests/test_text_encoder.py.
 from pathlib import Path
 
 import lora
-import lora_files
-from adapters import text_encoder, whole
+from adapters import lora_files, lora_writing, text_encoder, whole
 from diffusion import Base
 
 
@@ -26,8 +25,8 @@ def save(
     if isinstance(adapter, whole.WholeUNet):
         return whole.save(adapter, folder, extra)
     if isinstance(adapter, text_encoder.TwoLoRA):
-        return lora_files.save(adapter.unet, folder, extra, kohya, adapter.text)
-    return lora_files.save(adapter, folder, extra, kohya)
+        return lora_writing.save(adapter.unet, folder, extra, kohya, adapter.text)
+    return lora_writing.save(adapter, folder, extra, kohya)
 
 
 def load(base: Base, path: str | Path) -> tuple[lora.Adapter, dict[str, str]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lora
-import lora_files
+from adapters import lora_files
 from diffusion import Base, Encoded, embed_captions
 
 MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -40,8 +40,8 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     import torch
 
     import lora
-    from base_files import load_base, resolve_dtype
-    from diffusion import Encoded, encode_captions
+    from base_files import load_base
+    from diffusion import Encoded, encode_captions, resolve_dtype
     from settings import Settings
     from training.learner import Learner
     from training.processes import Processes

@@ -50,10 +50,10 @@ if __name__ == "__main__":
 
 import torch
 
-from base_files import load_base, resolve_dtype
+from base_files import load_base
 from data import ROLES, load_images
 from defences import subspace
-from diffusion import encode
+from diffusion import encode, resolve_dtype
 from train import train_adapter
 from training.run_folder import git_commit
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adapters.lora_files import PEFT_CONFIG
 from base_files import load_base
 from cli import UserError, read_json, shown
 from data import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 from diffusion import GRID_SEED, Base, Encoded, encode, encode_captions, encode_images
-from lora_files import PEFT_CONFIG
 from settings import FREE, LOOKS, Settings
 from training.run_folder import RunFolder
 

@@ -60,8 +60,8 @@ if __name__ == "__main__":
     progress.speak()
 
 import evaluate
-from base_files import resolve_device
 from cli import write_whole
+from diffusion import resolve_device
 from studies import runs, seeds
 from studies.captions import one_caption
 from studies.seeds import ASR, COMBINED, LOSS, PICTURES, Estimate, Figure, Records

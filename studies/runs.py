@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import progress
-from base_files import resolve_device
 from cli import UserError
+from diffusion import resolve_device
 from evaluation import workers
 from settings import Settings
 from studies.settings import Study

@@ -53,8 +53,8 @@ import io
 import numpy as np
 
 import plots
-from base_files import resolve_device
 from cli import read_json, write_json, write_whole
+from diffusion import resolve_device
 from evaluation import workers
 from studies.correlation import Pooled, correlation, direction, higher, pooled
 from studies.paper_tables import CORRELATIONS
@@ -283,10 +283,7 @@ def picture(found: dict, path: Path | None = None):
     axis.set_ylim(len(groups) - 0.5, -0.5)  # the first on top
     axis.grid(alpha=0.2)
     figure.legend(loc="outside right upper", frameon=False)
-    if path:
-        figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return figure
+    return plots.kept(figure, path)
 
 
 def read(folder: str | Path) -> dict | None:

@@ -158,3 +158,29 @@ def subject(tiny_base, image_folder):
             roles[f"{side}_{part}"] = list(range(start, start + count))
             start += count
     return base, encode(base, images, roles)
+
+
+@pytest.fixture
+def stopped_and_gone_on_with(monkeypatch):
+    """A function: begins a run by `begin(folder)`, stops it after two steps, goes on with it."""
+    import torch
+
+    import train
+    from settings import Settings
+
+    def run(begin, folder) -> None:
+        real = train.record
+
+        def record(*given):
+            real(*given)
+            if given[2]["step"] == 2:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "record", record)
+            with pytest.raises(KeyboardInterrupt):
+                begin(folder)
+        torch.manual_seed(5)
+        train.train(Settings(out=str(folder), resume=True))
+
+    return run

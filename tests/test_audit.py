@@ -18,9 +18,9 @@ import torch
 from scipy.stats import binomtest
 
 import audit
-import lora_files
 import roc
 import train
+from adapters import lora_files
 from base_files import load_base
 from cli import UserError
 from data import ROLES, Images, load_images

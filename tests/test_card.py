@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-import lora_files
 import train
+from adapters import lora_files
 from base_files import load_base
 from settings import Settings
 from training import card

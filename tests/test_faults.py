@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import cli
-import lora_files
 import train
+from adapters import lora_files
 from base_files import load_base
 from cli import UserError, one_line_errors
 from data import load_images

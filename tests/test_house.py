@@ -78,8 +78,8 @@ def test_no_circles():
 
 
 def test_the_top_level_is_short():
-    """A newcomer sees the paper first: at most seventeen modules."""
-    assert len([name for name in FILES if "." not in name]) <= 17
+    """A newcomer sees the paper first: at most sixteen modules."""
+    assert len([name for name in FILES if "." not in name]) <= 16
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -99,7 +99,7 @@ def test_public_things_say_what_they_are(name):
 
 
 def test_functions_fit_on_a_screen():
-    """Algorithm 1 in 40 lines; nothing else above 60."""
+    """Algorithm 1 in 45 lines; nothing else above 60."""
     for name, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -1,5 +1,5 @@
-"""lora_files.py: our files in diffusers + peft, theirs and those of other trainers here, and what
-is refused.
+"""adapters/lora_files.py and lora_writing.py: our files in diffusers + peft, theirs and those of
+other trainers here, and what is refused.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import ALPHA, RANK, predict, trained
 
+from adapters.lora_files import FILE_NAME, KOHYA_NAME, _matcher, load, read
+from adapters.lora_writing import save
 from base_files import load_base
 from cli import UserError
 from lora import TARGETS, inject
-from lora_files import FILE_NAME, KOHYA_NAME, _matcher, load, read, save
 
 few = hypothesis_settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from base_files import resolve_dtype
+from diffusion import resolve_dtype
 from objectives import adaptation_loss, mi_gain, objective
 from settings import Settings
 from training.learner import Learner

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import train
-from base_files import resolve_device, resolve_dtype
-from diffusion import Encoded
+from diffusion import Encoded, resolve_device, resolve_dtype
 from settings import PAPER, Settings
 from training import monitor, pictures, plan, state
 from training import run as prepared

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import lora
-import lora_files
 import train
+from adapters import lora_files, lora_writing
 from base_files import load_base
 from cli import UserError
 from defences import directions, subspace
@@ -87,7 +87,7 @@ def test_it_folds_into_a_and_b_exactly(run, subject, tmp_path, tiny_base):
         found = base.unet(*given, return_dict=False)[0]
         with run.adapter.disabled():
             assert not torch.allclose(found, base.unet(*given, return_dict=False)[0], atol=1e-3)
-        lora_files.save(run.adapter, tmp_path / "adapter", {})
+        lora_writing.save(run.adapter, tmp_path / "adapter", {})
         other = load_base(tiny_base)
         plain, _ = lora_files.load(other.unet, tmp_path / "adapter")
         assert plain.rank_and_alpha() == (3, 3.0)

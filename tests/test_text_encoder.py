@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 import audit
 import evaluate
 import lora
-import lora_files
 import train
-from adapters import files, text_encoder
+from adapters import files, lora_files, text_encoder
 from base_files import load_base
 from diffusion import encode_captions, squared_error
 from evaluation.examination import Examination, Measured
@@ -188,21 +187,13 @@ def test_forms_of_others(run, tiny_base, tmp_path, capsys):
     assert "not the UNet (8 tensors" in capsys.readouterr().out
 
 
-def test_resumed_is_uninterrupted(run, tiny_base, image_folder, tmp_path, monkeypatch):
+def test_resumed_is_uninterrupted(run, tiny_base, image_folder, tmp_path, stopped_and_gone_on_with):
     """The same bits in both parts."""
-    real = train.record
 
-    def record(*given):
-        real(*given)
-        if given[2]["step"] == 2:
-            raise KeyboardInterrupt
+    def begin(folder):
+        trained(tiny_base, image_folder, folder, format="kohya", state_every=1)
 
-    monkeypatch.setattr(train, "record", record)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny_base, image_folder, tmp_path / "r", format="kohya", state_every=1)
-    monkeypatch.undo()
-    torch.manual_seed(5)
-    train.train(Settings(out=str(tmp_path / "r"), resume=True))
+    stopped_and_gone_on_with(begin, tmp_path / "r")
     one, two = (load_file(r / "adapter" / lora_files.FILE_NAME) for r in (run, tmp_path / "r"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 

@@ -102,24 +102,18 @@ def test_diffusers_loads_the_folder_with_the_same_prediction(run, tiny_base):
 
 
 @pytest.mark.parametrize("flags", [{}, {"ema": 0.9, "accumulate": 2, "stop": "best"}], ids=str)
-def test_resumed_is_uninterrupted(run, tiny_base, image_folder, tmp_path, monkeypatch, flags):
+def test_resumed_is_uninterrupted(
+    run, tiny_base, image_folder, tmp_path, stopped_and_gone_on_with, flags
+):
     """Killed after the second step and gone on with: the same bits."""
     if flags:
         run = trained(tiny_base, image_folder, tmp_path / "whole", batch_size=2, **flags)
         flags = flags | {"batch_size": 2}
-    real = train.record
 
-    def record(*given):
-        real(*given)
-        if given[2]["step"] == 2:
-            raise KeyboardInterrupt
+    def begin(folder):
+        trained(tiny_base, image_folder, folder, state_every=1, **flags)
 
-    monkeypatch.setattr(train, "record", record)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny_base, image_folder, tmp_path / "r", state_every=1, **flags)
-    monkeypatch.undo()
-    torch.manual_seed(5)
-    train.train(Settings(out=str(tmp_path / "r"), resume=True))
+    stopped_and_gone_on_with(begin, tmp_path / "r")
     one, two = (load_file(r / "adapter" / whole.FILE_NAME) for r in (run, tmp_path / "r"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert losses(run) == losses(tmp_path / "r")

@@ -97,7 +97,8 @@ def draw(run: Run, shown: Columns, steps: int) -> np.ndarray:
     """Pictures uint8 (K, H, W, 3) of the model as it stands."""
     captions = [run.data.captions[i] for i in shown.index] + shown.prompts
     text, empty = embed_captions(run.base, captions), embed_captions(run.base, [""])
-    return sample(run.base, text, empty, shown.noise.to(run.base.device), steps)
+    with run.folded():
+        return sample(run.base, text, empty, shown.noise.to(run.base.device), steps)
 
 
 def training_curves(metrics: list[dict], method: str, path: Path) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import lora
-import lora_files
-from adapters import text_encoder, whole
+from adapters import lora_files, text_encoder, whole
 from base_files import load_base
 from cli import UserError
 from data import PARTS, Images, load_images, near_duplicates

@@ -27,7 +27,6 @@ from evaluation.classifiers import blind_features, classifier_score, combined_fe
 from evaluation.queries import (
     ASKED,
     Model,
-    Store,
     attack_scores,
     draw,
     known_pair,
@@ -36,6 +35,7 @@ from evaluation.queries import (
 )
 from evaluation.shadows import ask as ask_as_shadows
 from evaluation.shadows import scores as shadow_scores
+from evaluation.store import Store
 from evaluation.target import Subject, Target, adapter_digest, fingerprint, prepare, sources
 
 
@@ -56,14 +56,18 @@ class Examination:
     def __init__(self, target: Target, s, network):
         self.settings, self.seed, self.network = s, target.config["seed"], network
         self.sources = sources(target)
-        self.subject: Subject = prepare(target, s.device, s.test_nonmembers)
-        self.key = json.dumps([fingerprint(target, self.subject, s), ASKED])
-        data, held_out = self.subject.data, self.subject.held_out
+        subject = prepare(target, s.device, s.test_nonmembers)
+        self.key = json.dumps([fingerprint(target, subject, s), ASKED])
+        data, held_out = subject.data, subject.held_out
         if s.pictures and len(held_out) < 2:
             raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
+        # beside the runs, so that every run over the same images finds what is in it
+        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+        self.store = Store(target.run.parent / f"control-{digest}", self.key)
+        self.subject: Subject = replace(subject, store=self.store)
         # what generated pictures are compared with: the members, as in the paper, and held-out ones
         sets = {"members": data.pixels[data.members()], "held_out": held_out} if s.pictures else {}
-        self.real = {name: quality.features(network, pixels) for name, pixels in sets.items()}
+        self.real = {name: self.subject.features(name, network, x) for name, x in sets.items()}
         self.control: Measured | None = None
 
     def measure(
@@ -151,20 +155,15 @@ class Examination:
     def measure_base(self, target: Target, shadows: Plan | None = None) -> Measured:
         """The control: an adapter of the same shape before its first step, which is the base with
         gradients to take.
-
-        Its answers are kept beside the runs, so that every run over the same images finds them.
         """
         if self.control is None or shadows:
             unet = self.subject.base.unet
             trained, _ = files.load(self.subject.base, target.adapter)
             lora.remove(unet, trained)
             untrained = trained.untrained(unet, torch.Generator().manual_seed(self.seed))
-            digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
-            store = Store(target.run.parent / f"control-{digest}", self.key)
+            base = Model("the base model", untrained, self.store)
             try:
-                self.control = self.measure(
-                    Model("the base model", untrained, store), None, shadows
-                )
+                self.control = self.measure(base, None, shadows)
             finally:
                 lora.remove(unet, untrained)
         return self.control

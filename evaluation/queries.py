@@ -1,19 +1,13 @@
 """What the attacks ask of a model, kept on disk, and the one score per image that each makes of it.
 
-    store = Store(folder, key)
-    raw = query(model, subject, network, guidance, seed)    # every forward and backward pass
+    raw = query(model, subject, network, guidance, seed)  # every forward and backward pass
     scores = attack_scores(subject.data, raw, {"difference": base_raw["losses"]}, seed)  # (N,) each
 
 Open choices (a timestep, a weight, a threshold) are made on images that the attacker knows, never
 on test images.  Tested in tests/test_evaluate.py.
 """
 
-import functools
-import hashlib
-import io
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +15,7 @@ import torch
 import lora
 import progress
 import roc
-from cli import UserError, write_whole
+from cli import UserError
 from diffusion import (
     DRAWS,
     LATE_TIMESTEPS,
@@ -34,9 +28,9 @@ from diffusion import (
 )
 from evaluation import attacks, proxies, quality
 from evaluation.classifiers import classifier_score
+from evaluation.store import Store
 from evaluation.target import CROPS, CUTS, Subject
 
-DIGEST = 32  # bytes of a SHA-256
 CUTS_AT = slice(1, None, 2)  # the timesteps of the grid that cut captions are tried at
 # fitted to auxiliary images, which therefore say nothing about them
 TRAINED = ("proxy-raw-1", "proxy-raw", "proxy-pooled")
@@ -44,39 +38,6 @@ PICTURES, PICTURE_STEPS = 2, 6  # pictures per caption of the black-box attack, 
 # what kept answers depend on beside images and model; the number rises with any other change
 ASKED = [2, TIMESTEPS, LATE_TIMESTEPS, DRAWS, CROPS, CUTS, PICTURES, PICTURE_STEPS]
 ASKED += [attacks.AHEAD, attacks.WALK, proxies.FRESH]
-
-
-class Store:
-    """Arrays kept by name in a folder and computed once, as long as `key` stays.
-
-    A file is an .npz with a SHA-256 of key and content behind it, which numpy overlooks.  One of
-    another key, or cut, or changed, is computed again; so a kill does no harm at any moment, nor
-    does another evaluation at work in the same folder.
-    """
-
-    def __init__(self, folder: Path, key: str):
-        self.folder, self.key = folder, key.encode()
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, name: str, compute: Callable[[], dict]) -> dict[str, np.ndarray]:
-        """The named arrays that `compute` returns, from the folder if they are there."""
-        path = self.folder / f"{name}.npz"
-        content = self._kept(path)
-        if content is None:
-            buffer = io.BytesIO()
-            np.savez(buffer, **compute())
-            content = buffer.getvalue()
-            write_whole(path, content + self._digest(content))
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-
-    def _kept(self, path: Path) -> bytes | None:
-        found = path.read_bytes() if path.is_file() else b""
-        content, digest = found[:-DIGEST], found[-DIGEST:]
-        return content if digest == self._digest(content) else None
-
-    def _digest(self, content: bytes) -> bytes:
-        return hashlib.sha256(self.key + content).digest()
 
 
 @dataclass
@@ -170,14 +131,9 @@ def picture_queries(subject: Subject, network, guidance: float) -> dict[str, np.
     score = np.full(len(subject.data.latents), np.nan)
     made = [draw(subject, index, PICTURE_STEPS, guidance, 1 + k) for k in range(PICTURES)]
     drawn = np.stack([quality.features(network, p).numpy() for p in made], axis=1)
-    score[index] = attacks.black_box(real_features(subject, network, tuple(index)).numpy(), drawn)
+    real = subject.features("asked", network, subject.data.pixels[index])
+    score[index] = attacks.black_box(real.numpy(), drawn)
     return {"black-box": score}
-
-
-@functools.lru_cache(maxsize=1)
-def real_features(subject: Subject, network, index: tuple[int, ...]) -> torch.Tensor:
-    """Features (len(index), F) of images, kept for every model that is attacked on them."""
-    return quality.features(network, subject.data.pixels[list(index)])
 
 
 def gradient_queries(base: Base, data: Encoded, adapter: lora.Adapter) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from base_files import load_base
 from cli import UserError, read_json, shown
 from data import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 from diffusion import GRID_SEED, Base, Encoded, encode, encode_captions, encode_images
+from evaluation import quality
+from evaluation.store import Store
 from settings import FREE, LOOKS, Settings
 from training.run_folder import RunFolder
 
@@ -81,11 +84,29 @@ class Subject:
     held_out: np.ndarray
     positions: list[int]  # (N,) of the encoded images among those of the data folder
     held_out_captions: list[str]  # (M,)
+    store: Store | None = None  # of what the images alone decide
 
     @functools.cached_property
     def crops(self) -> torch.Tensor:
         """(M, N, C, h, w): latents of the central parts of CROPS, enlarged."""
-        return torch.stack([encode_images(self.base, crop(self.data.pixels, c)) for c in CROPS])
+
+        def encoded() -> np.ndarray:
+            every = [encode_images(self.base, crop(self.data.pixels, c)) for c in CROPS]
+            return torch.stack(every).cpu().numpy()
+
+        return self.kept("crops", encoded).to(self.base.device)
+
+    def features(self, name: str, network, pixels: np.ndarray) -> torch.Tensor:
+        """Features (P, F) of pictures (P, H, W, 3) that are known by `name` among these images."""
+        return self.kept(f"real-{name}", lambda: quality.features(network, pixels).numpy())
+
+    def kept(self, name: str, compute: Callable[[], np.ndarray]) -> torch.Tensor:
+        """What `compute` returns, which is the same for every model: from the store if there is
+        one.
+        """
+        if self.store is None:
+            return torch.from_numpy(compute())
+        return torch.from_numpy(self.store.get(name, lambda: {name: compute()})[name])
 
     @functools.cached_property
     def cuts(self) -> torch.Tensor:

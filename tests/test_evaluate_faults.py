@@ -21,7 +21,7 @@ import train
 from cli import UserError
 from data import load_images
 from evaluation import precheck, queries, shadows, target
-from evaluation.queries import Store
+from evaluation.store import Store
 from evaluation.target import adapter_digest, base_stamp, dealt, read_run
 from settings import Settings
 

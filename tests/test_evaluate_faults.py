@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -345,6 +346,33 @@ def test_kept_scores_depend_on_content(run, tiny_base, tmp_path):
     os.utime(base / "unet" / "diffusion_pytorch_model.safetensors")
     assert base_stamp(str(base)) != base_stamp(tiny_base)
     assert base_stamp("owner/name") == ["owner/name"]
+
+
+def test_what_the_images_decide_is_computed_once(run, tmp_path, monkeypatch):
+    """Crops and features of real pictures: the next run over the same images finds them, equal to
+    the last bit; another key does not.
+    """
+    images = target.prepare(read_run(run), nonmembers=4)
+    alone = images.crops, images.features("few", lambda x: x.float().mean((2, 3)), images.held_out)
+    calls = []
+    encode = target.encode_images
+    monkeypatch.setattr(target, "encode_images", lambda *a: calls.append(1) or encode(*a))
+
+    def network(pixels):
+        calls.append(1)
+        return pixels.float().mean((2, 3))
+
+    def ask(key):
+        subject = replace(images, store=Store(tmp_path, key))
+        found = subject.crops, subject.features("few", network, subject.held_out)
+        for kept, value in zip(found, alone, strict=True):
+            torch.testing.assert_close(kept, value, rtol=0, atol=0)
+        return len(calls)
+
+    first = ask("one")
+    assert first > len(target.CROPS)
+    assert ask("one") == first
+    assert ask("two") == 2 * first
 
 
 def test_content_of_a_subject(run, renamed, image_folder, monkeypatch):

@@ -170,9 +170,11 @@ def measure(s: Audit, plan: audit_plan.Plan) -> tuple[dict, dict[str, np.ndarray
             name: {attack: decisions[name].figures(x[:, g]) for attack, x in scores.items()}
             for name, g in groups.items()
         }
+    made = provenance() | {"trained_at": audit_tasks.commits(plan)}
+    made["measured"] = made.pop("started")
     record = {
         "settings": asdict(s),
-        "provenance": provenance(),
+        "provenance": made,
         "adapters": s.adapters,
         "pool": plan.pool,
         "steps": steps,

@@ -49,6 +49,7 @@ Train = Callable[[Base, Encoded, Settings], Iterator[tuple[int, lora.Adapter]]]
 # --------------------------------------------------------------------------------------------------
 # One task
 
+FACTS = ("key", "commit")  # beside the answers
 _lock = threading.Lock()  # a process has one base, and so one adapter at a time
 _loaded: dict[str, tuple[Base, Encoded]] = {}  # the base and the images of one plan
 
@@ -88,7 +89,8 @@ def work(plan: Plan, index: int, train: Train) -> None:
         if not all(np.isfinite(a).all() for a in arrays.values()):
             raise UserError(f"the answers of adapter {index} are not finite: lower --lr")
         spent = {"training": time.time() - began - asking, "queries": asking}
-        write_arrays(folder / "answers.npz", arrays | spent | {"key": plan.key(index)})
+        made = {"key": plan.key(index), "commit": git_commit()}
+        write_arrays(folder / "answers.npz", arrays | spent | made)
 
 
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
@@ -246,12 +248,21 @@ def steps_done(plan: Plan, index: int) -> int:
         return 0
 
 
+def commits(plan: Plan) -> list[str]:
+    """The commits of the code that trained the adapters; "" for those that do not say it."""
+    every = set()
+    for index in range(len(plan)):
+        with np.load(plan.folder(index) / "answers.npz") as found:
+            every.add(str(found["commit"]) if "commit" in found.files else "")
+    return sorted(every)
+
+
 def collect(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
     """Per asked step the answers of all adapters (N, ...), and seconds of all of them."""
     every = []
     for index in range(len(plan)):
         with np.load(plan.folder(index) / "answers.npz") as found:
-            every.append({name: found[name] for name in found.files if name != "key"})
+            every.append({name: found[name] for name in found.files if name not in FACTS})
     seconds = {k: float(sum(a.pop(k) for a in every)) for k in ("training", "queries")}
     last = {n: np.stack([a.pop(n) for a in every]) for n in list(every[0]) if n[:5] == "last_"}
     steps = [

@@ -309,7 +309,9 @@ def test_an_adapter_is_the_same_in_any_process(audited, tiny_base, image_folder)
 
 
 def test_going_on(audited, tiny_base, image_folder, here, tmp_path, monkeypatch):
-    """A finished audit trains nothing; other settings are refused; more adapters only add."""
+    """A finished audit trains nothing; other settings are refused; more adapters only add, and the
+    record says which code trained.
+    """
     out, record = audited
     shutil.copytree(out, tmp_path / "copy")
     answers = [tmp_path / f"copy/adapters/{k:02d}/answers.npz" for k in range(4)]
@@ -321,7 +323,9 @@ def test_going_on(audited, tiny_base, image_folder, here, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="other settings or images"):
         audit.audit(flags(*given, lr=0.01))
     done = [path.stat().st_mtime_ns for path in answers]
+    monkeypatch.setattr(audit_tasks, "git_commit", lambda: "next")
     more = audit.audit(flags(*given, adapters=6))
+    assert {*more["provenance"]["trained_at"]} == {*record["provenance"]["trained_at"], "next"}
     assert "projected prediction" in more["steps"]["8"]["attacks"]
     assert done == [path.stat().st_mtime_ns for path in answers]
 

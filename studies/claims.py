@@ -297,8 +297,9 @@ def at_equal_loss(audits: dict[str, list[dict]]) -> Part:
     """AUC of SMP at its best step less that of LoRA stopped at the same held-out loss, read off the
     line between LoRA's steps on the way to its own best; of several audits of LoRA the lowest.
 
-    Outside LoRA's steps its nearest one is taken.  Intervals are over adapters, joined as if
-    independent.
+    Below LoRA's best loss its best step is taken.  An audit of LoRA that was first asked at a lower
+    loss than SMP's says nothing: LoRA has been at SMP's before.  Intervals are over adapters,
+    joined as if independent.
     """
     says = "audits, AUC of shadow attacks, SMP - LoRA at the same held-out loss"
     if not audits.get("smp") or not audits.get("lora"):
@@ -306,14 +307,18 @@ def at_equal_loss(audits: dict[str, list[dict]]) -> Part:
     record = audits["smp"][0]
     step = record["steps"][best_step(record)]
     ours, loss = of_step(step), step["held_out_loss"]
-    theirs = min((_on_the_path(record, loss) for record in audits["lora"]), key=lambda e: e.value)
-    found = minus(ours, theirs)
+    paths = [_on_the_path(record, loss) for record in audits["lora"]]
+    if not any(paths):
+        return Part(says, "-", "-", None)
+    found = minus(ours, theirs := min(filter(None, paths), key=lambda e: e.value))
     over = f"{len(ours.seeds)} and {len(theirs.seeds)} adapters"
     return Part(says, SHADOWED.cell(found, signed=True), over, below(found))
 
 
-def _on_the_path(record: dict, loss: float) -> Estimate:
-    """An audit's AUC where its held-out loss was `loss`, before its best step."""
+def _on_the_path(record: dict, loss: float) -> Estimate | None:
+    """An audit's AUC where its held-out loss was `loss`, before its best step; None where it was
+    not asked that early.
+    """
     best, path = best_step(record), []
     for at, step in record["steps"].items():
         path.append((step["held_out_loss"], of_step(step)))
@@ -321,6 +326,8 @@ def _on_the_path(record: dict, loss: float) -> Estimate:
             break
     path.sort(key=lambda pair: pair[0])
     losses = [x for x, _ in path]
+    if loss > losses[-1]:
+        return None
     value, low, high = (
         float(np.interp(loss, losses, ends))
         for ends in zip(*[(e.value, *e.interval) for _, e in path], strict=True)

@@ -5,7 +5,7 @@ same sentences with what they are from.
 AUDITED = {
     "lora": "plain LoRA reads .90 after 50 steps and 1.00 after 400",
     "smp": "SMP reads .84 after 50 steps and .96 after 400",
-    "mp": "MP was audited against unlucky non-members only: it hid everything and learned nothing",
+    "mp": "MP reads .57 after 400 steps, and has learned nothing",
     "distill": "leave-out distillation reads .73 after 200 steps, at a loss where LoRA reads .81",
     "subspace": "the public subspace has not been audited yet",
     "dp": "DP-LoRA has not been audited yet",

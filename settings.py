@@ -103,6 +103,20 @@ class Settings:
         "openmoji, or none (default: openmoji for the embedded model)",
         group="distillation",
     )
+    public_teacher: str = option(
+        "any",
+        "who teaches a public picture: any teacher, drawn anew each time, or that of the member "
+        "whose caption is nearest, which never saw that member",
+        ("any", "nearest"),
+        group="distillation",
+    )
+    student: str = option(
+        "both",
+        "what the student sees: members and as many public pictures, or public pictures alone, as "
+        "many as both",
+        ("both", "public"),
+        group="distillation",
+    )
 
     # Differential privacy
     image_clip: float = option(

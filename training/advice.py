@@ -6,7 +6,7 @@ AUDITED = {
     "lora": "plain LoRA reads .90 after 50 steps and 1.00 after 400",
     "smp": "SMP reads .84 after 50 steps and .96 after 400",
     "mp": "MP reads .57 after 400 steps, and has learned nothing",
-    "distill": "leave-out distillation reads .73 after 200 steps, at a loss where LoRA reads .81",
+    "distill": "leave-out distillation reads .74 after 200 steps, at a loss where LoRA reads .83",
     "subspace": "the public subspace has not been audited yet",
     "dp": "DP-LoRA has not been audited yet",
 }

@@ -110,13 +110,6 @@ class Settings:
         ("any", "nearest"),
         group="distillation",
     )
-    student: str = option(
-        "both",
-        "what the student sees: members and as many public pictures, or public pictures alone, as "
-        "many as both",
-        ("both", "public"),
-        group="distillation",
-    )
 
     # Differential privacy
     image_clip: float = option(

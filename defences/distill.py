@@ -52,8 +52,6 @@ class Teachers:
         count, members = self.run.settings.teachers, len(self.run.data.members())
         if count > members:
             raise UserError(f"--teachers {count} is more than the {members} members: lower it")
-        if self.run.settings.student == "public" and not self.run.public:
-            raise UserError("--student public needs public pictures: give --public FOLDER")
 
     @property
     def folds(self) -> list[list[int]]:
@@ -104,23 +102,20 @@ class Student(Learner):
         super().__init__(run)
         self.teachers = teachers
         self.left_out = {i: k for k, fold in enumerate(teachers.folds) for i in fold}
-        sees = run.settings.student
         if run.settings.public_teacher == "nearest":
             members = run.data.members()
             near = nearest(run.data.text[run.public], run.data.text[members])
             self.left_out |= {
                 p: self.left_out[members[i]] for p, i in zip(run.public, near, strict=True)
             }
-        size = run.batch * (2 if sees == "public" else 1)
-        self.public = [Batches(run.public, size, self.outer)] if run.public else []
-        self.drawn = self.public if sees == "public" else [self.private, *self.public]
+        self.public = [Batches(run.public, run.batch, self.outer)] if run.public else []
         self.queues = [*self.queues, *self.public]
 
     def member_batch(self) -> Batch:
         """Members and behind them public pictures, with residuals of each one's teacher: of a
         member the one that never saw it, of a public picture as --public-teacher says.
         """
-        index = torch.cat([batches.draw() for batches in self.drawn])
+        index = torch.cat([batches.draw() for batches in (self.private, *self.public)])
         by = [self.left_out.get(i) for i in index.tolist()]
         free = [place for place, k in enumerate(by) if k is None]
         drawn = torch.randint(len(self.teachers.weights), (len(free),), generator=self.outer)

@@ -339,7 +339,7 @@ def test_defaults(tiny_base):
 
 
 # --------------------------------------------------------------------------------------------------
-# What teaches public pictures, and what the student sees
+# What teaches public pictures
 
 
 def test_the_nearest_member_is_that_of_the_same_caption():
@@ -352,9 +352,11 @@ def test_the_nearest_member_is_that_of_the_same_caption():
     assert distill.nearest(longer + shared, members + shared) == order
 
 
-def test_a_public_picture_is_taught_by_who_never_saw_the_nearest_member(subject, tiny_base, public):
-    """With public pictures alone the student sees no member, and as many pictures."""
-    flags = {"public": public, "public_teacher": "nearest", "student": "public"}
+def test_a_public_picture_is_taught_by_who_never_saw_the_nearest_member(
+    subject, tiny_base, public, monkeypatch
+):
+    """And no teacher is drawn: the batch asks those alone."""
+    flags = {"public": public, "public_teacher": "nearest"}
     run = assemble(settings(tiny_base, **flags), *subject, Processes())
     teachers = Teachers(run).untrained()
     student = Student(run, teachers)
@@ -362,17 +364,8 @@ def test_a_public_picture_is_taught_by_who_never_saw_the_nearest_member(subject,
     near = distill.nearest(run.data.text[run.public], run.data.text[members])
     for picture, i in zip(run.public, near, strict=True):
         assert members[i] in teachers.folds[student.left_out[picture]]
+    asked = []
+    monkeypatch.setattr(Student, "residuals", lambda self, _, by: asked.append(by))
     batch = student.member_batch()
-    assert set(batch.index.tolist()) <= set(run.public) and len(batch) == 8
+    assert asked[0].tolist() == [student.left_out[i] for i in batch.index.tolist()]
     lora.remove(subject[0].unet, run.adapter)
-
-
-def test_a_student_of_public_pictures_needs_some(subject, tiny_base):
-    """Refused in a sentence; where --public is left out, before a teacher is trained."""
-    for flags in ({"public": "none"}, {"method": "lora"}):
-        with pytest.raises(UserError, match="--student public goes with --method distill"):
-            settings(tiny_base, student="public", **flags)
-    run = assemble(settings(tiny_base, student="public"), *subject, Processes())
-    lora.remove(subject[0].unet, run.adapter)
-    with pytest.raises(UserError, match="--student public needs public pictures"):
-        Teachers(run)

@@ -63,8 +63,6 @@ def _check_together(s: Settings) -> None:
         and s.method == "dp",
         "--public goes with --method distill: leave it out": s.public is not None
         and s.method != "distill",
-        "--student public goes with --method distill --public FOLDER": s.student == "public"
-        and (s.method != "distill" or s.public == "none"),
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
         "--method subspace needs --subspace FILE: python -m defences.directions makes one": s.method
         == "subspace"

@@ -103,13 +103,6 @@ class Settings:
         "openmoji, or none (default: openmoji for the embedded model)",
         group="distillation",
     )
-    public_teacher: str = option(
-        "any",
-        "who teaches a public picture: any teacher, drawn anew each time, or that of the member "
-        "whose caption is nearest, which never saw that member",
-        ("any", "nearest"),
-        group="distillation",
-    )
 
     # Differential privacy
     image_clip: float = option(

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from cli import UserError
 from data import PARTS
@@ -102,26 +101,20 @@ class Student(Learner):
         super().__init__(run)
         self.teachers = teachers
         self.left_out = {i: k for k, fold in enumerate(teachers.folds) for i in fold}
-        if run.settings.public_teacher == "nearest":
-            members = run.data.members()
-            near = nearest(run.data.text[run.public], run.data.text[members])
-            self.left_out |= {
-                p: self.left_out[members[i]] for p, i in zip(run.public, near, strict=True)
-            }
         self.public = [Batches(run.public, run.batch, self.outer)] if run.public else []
         self.queues = [*self.queues, *self.public]
 
     def member_batch(self) -> Batch:
         """Members and behind them public pictures, with residuals of each one's teacher: of a
-        member the one that never saw it, of a public picture as --public-teacher says.
+        member the one that never saw it, of a public picture any.
         """
-        index = torch.cat([batches.draw() for batches in (self.private, *self.public)])
-        by = [self.left_out.get(i) for i in index.tolist()]
-        free = [place for place, k in enumerate(by) if k is None]
-        drawn = torch.randint(len(self.teachers.weights), (len(free),), generator=self.outer)
-        for place, k in zip(free, drawn.tolist(), strict=True):
-            by[place] = k
-        batch = self.noised(index)
+        private, public = self.private.draw(), [b.draw() for b in self.public]
+        by = [self.left_out[i] for i in private.tolist()]
+        for index in public:
+            by += torch.randint(
+                len(self.teachers.weights), index.shape, generator=self.outer
+            ).tolist()
+        batch = self.noised(torch.cat([private, *public]))
         return replace(batch, taught=self.residuals(batch, torch.tensor(by)))
 
     @torch.no_grad()
@@ -137,16 +130,6 @@ class Student(Learner):
                 with held(self.run.adapter, weights):
                     found[index] = self.run.residuals(batch, index)
         return found
-
-
-def nearest(texts: torch.Tensor, members: torch.Tensor) -> list[int]:
-    """Of each caption (P, L, D) the member (M, L, D) with the nearest one: by the cosine of their
-    mean embeddings, less the members' mean.
-    """
-    texts, members = (text.float().mean(dim=1) for text in (texts, members))
-    centre = members.mean(dim=0)
-    texts, members = (F.normalize(text - centre, dim=1) for text in (texts, members))
-    return (texts @ members.T).argmax(dim=1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------

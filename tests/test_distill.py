@@ -336,36 +336,3 @@ def test_defaults(tiny_base):
     embedded, other = resolve(Settings(method="distill")), resolve(Settings(method="lora"))
     assert (embedded.epochs, other.epochs, embedded.public) == (16, 32, "openmoji")
     assert settings(tiny_base).public == "none" and resolve(Settings(method="smp")).public is None
-
-
-# --------------------------------------------------------------------------------------------------
-# What teaches public pictures
-
-
-def test_the_nearest_member_is_that_of_the_same_caption():
-    """Whatever all captions share has no say, nor has their length."""
-    torch.manual_seed(0)
-    members, shared = torch.randn(5, 4, 8), 100 * torch.randn(8)
-    order = [3, 0, 4, 1]
-    centre = members.mean(dim=(0, 1))
-    longer = centre + 2.5 * (members[order] - centre)
-    assert distill.nearest(longer + shared, members + shared) == order
-
-
-def test_a_public_picture_is_taught_by_who_never_saw_the_nearest_member(
-    subject, tiny_base, public, monkeypatch
-):
-    """And no teacher is drawn: the batch asks those alone."""
-    flags = {"public": public, "public_teacher": "nearest"}
-    run = assemble(settings(tiny_base, **flags), *subject, Processes())
-    teachers = Teachers(run).untrained()
-    student = Student(run, teachers)
-    members = run.data.members()
-    near = distill.nearest(run.data.text[run.public], run.data.text[members])
-    for picture, i in zip(run.public, near, strict=True):
-        assert members[i] in teachers.folds[student.left_out[picture]]
-    asked = []
-    monkeypatch.setattr(Student, "residuals", lambda self, _, by: asked.append(by))
-    batch = student.member_batch()
-    assert asked[0].tolist() == [student.left_out[i] for i in batch.index.tolist()]
-    lora.remove(subject[0].unet, run.adapter)

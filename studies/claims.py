@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evaluation.lira import HEADLINE
+from settings import ATTACKED
 from studies import seeds
 from studies.paper_tables import CORRELATIONS, DATA, SETS
 from studies.seeds import COMBINED, LOSS, PICTURES, PROXY, Estimate, Figure, Records
@@ -293,18 +294,20 @@ def _shadows(found: Results) -> list[Part]:
     return parts or [Part("audit: AUC at chance", "-", "-", None)]
 
 
-def at_equal_loss(audits: dict[str, list[dict]]) -> Part:
-    """AUC of SMP at its best step less that of LoRA stopped at the same held-out loss, read off the
-    line between LoRA's steps on the way to its own best; of several audits of LoRA the lowest.
+def at_equal_loss(audits: dict[str, list[dict]], method: str = "smp") -> Part:
+    """AUC of SMP, or another method, at its best step less that of LoRA stopped at the same
+    held-out loss, read off the line between LoRA's steps on the way to its own best; of several
+    audits of LoRA the lowest.
 
     Below LoRA's best loss its best step is taken.  An audit of LoRA that was first asked at a lower
-    loss than SMP's says nothing: LoRA has been at SMP's before.  Intervals are over adapters,
+    loss than the other's says nothing: LoRA has been at that before.  Intervals are over adapters,
     joined as if independent.
     """
-    says = "audits, AUC of shadow attacks, SMP - LoRA at the same held-out loss"
-    if not audits.get("smp") or not audits.get("lora"):
+    name = method.upper() if method in ATTACKED else method
+    says = f"audits, AUC of shadow attacks, {name} - LoRA at the same held-out loss"
+    if not audits.get(method) or not audits.get("lora"):
         return Part(says, "-", "-", None)
-    record = audits["smp"][0]
+    record = audits[method][0]
     step = record["steps"][best_step(record)]
     ours, loss = of_step(step), step["held_out_loss"]
     paths = [_on_the_path(record, loss) for record in audits["lora"]]

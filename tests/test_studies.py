@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 import audit
-from cli import UserError, write_json
+from cli import UserError, read_json, write_json
 from settings import METHODS, Settings
 from studies import as_released, defences, runs
 from studies.defences import Study
 from training.resolve import resolve
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,9 @@ def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
     """One row, then another: the first is not trained again, both stand in the table."""
     monkeypatch.setattr(defences, "ROWS", {k: {"method": k} for k in ("lora", "distill", "dp")})
     first = defences.study(Study(rows=["distill"], **small))
-    assert [line.split()[1] for line in first.splitlines()[2:]] == ["distill"] * 2
+    table, against = (part.splitlines() for part in first.split("\n\n"))
+    assert [line.split()[1] for line in table[2:]] == ["distill"] * 2
+    assert against[2:] == ["| distill | - | - | not measured |"]  # no LoRA to compare with
     trained, honest = [], audit.train_adapter
 
     def seen(base, data, s):
@@ -33,8 +37,24 @@ def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
 
     monkeypatch.setattr(audit, "train_adapter", seen)
     both = defences.study(Study(rows=["lora", "distill"], **small))
-    assert trained == ["lora"] * 4 and set(first.splitlines()) < set(both.splitlines())
-    assert len({line.count("|") for line in both.splitlines()}) == 1
+    assert trained == ["lora"] * 4 and set(table) < set(both.splitlines())
+    for part in both.split("\n\n"):
+        assert len({line.count("|") for line in part.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [("defences", "-0.09 [-0.12, -0.06]"), ("defences-1", "-0.09 [-0.11, -0.07]")],
+)
+def test_what_the_docs_say_of_distillation_is_in_the_records(pool, found):
+    """On both pools; the README and docs/defences.md round the same difference."""
+    kept = ROOT / "docs" / "records" / pool
+    records = {n: read_json(kept / n / "audit.json") for n in ("lora-shorter", "distill")}
+    lines = defences.against_lora(records).splitlines()
+    assert lines[2:] == [f"| distill | {found} | 16 and 16 adapters | yes |"]
+    low, high = found.split("[-0")[1].rstrip("]").split(", -0")[::-1]
+    for page in ("README.md", "docs/defences.md"):
+        assert f".09 [{low}, {high}]" in (ROOT / page).read_text()
 
 
 def test_an_unknown_row_is_refused(small):

@@ -17,6 +17,7 @@ from evaluation.lira import HEADLINE, THRESHOLD
 from evaluation.tables import cell, rounded, say
 
 SHOWN = 5  # exposed images in the table
+SIDES = ((-4, 4), (5, -10), (-4, -10), (5, 4))  # of a label from its dot, in points
 LINES = (plots.COLOURS["smp"], plots.COLOURS["lora"], plots.SECOND, plots.OTHER)
 
 
@@ -92,7 +93,7 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: 
     """
     naming = {id(record): label for label, (record, _) in lines.items()}
     figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    for label, (record, attack) in lines.items():
+    for k, (label, (record, attack)) in enumerate(lines.items()):
         found = [(at, step) for at, step in record["steps"].items() if attack in step["attacks"]]
         x = [step["held_out_loss"] for _, step in found]
         y = [step["attacks"][attack]["auc"] for _, step in found]
@@ -102,7 +103,9 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: 
         for (at, _), *place in zip(found, x, y, strict=True):
             if naming[id(record)] != label:
                 break
-            text = {"textcoords": "offset points", "xytext": (5, -10), "fontsize": 7}
+            aside, below = SIDES[k % len(SIDES)]  # dots of several audits lie close
+            text = {"textcoords": "offset points", "xytext": (aside, below), "fontsize": 7}
+            text |= {"ha": "left" if aside > 0 else "right", "color": colours[label]}
             axis.annotate(at, place, **text)
     low, high = axis.get_xlim()
     if high > 2 * low > 0:  # one that ruins the model would press the others together

@@ -80,7 +80,23 @@ class PooledProxy(nn.Module):
         return F.log_softmax(self.layers(self.features(error, timesteps)), dim=1)
 
 
-PROXIES = {"raw": RawProxy, "pooled": PooledProxy}
+class CalibratedProxy(PooledProxy):
+    """Pooled statistics of the error map, and what they are less than those of the base's."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        super().__init__(shape)
+        pooled = 1 + shape[0] + len(self.QUANTILES)
+        self.pooled = pooled
+        first = self.layers[0]
+        self.layers[0] = nn.Linear(first.in_features + pooled, 64)
+
+    def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        adapted, base = (self.features(e, timesteps) for e in error.chunk(2, dim=1))
+        less = 10 * (adapted - base)[:, : self.pooled]  # differences are small
+        return F.log_softmax(self.layers(torch.cat([adapted, less], dim=1)), dim=1)
+
+
+PROXIES = {"raw": RawProxy, "pooled": PooledProxy, "calibrated": CalibratedProxy}
 
 
 def attacker_gain(

@@ -82,7 +82,11 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         forward = learner.through(batch)
         e = forward.error
         loss = adaptation_loss(batch.fitted(e))  # L, Eq. 3
-        gain = mi_gain(learner.judge, *batch.judged(e)) if s.attacked else None  # G, Eq. 5
+        judged = batch.judged(e)
+        if s.calibrated:
+            beside = run.errors_of_base(batch)[: len(judged[0])]
+            judged = torch.cat([judged[0], beside], dim=1), judged[1]
+        gain = mi_gain(learner.judge, *judged) if s.attacked else None  # G, Eq. 5
         # L + lam G (Eq. 6), or L / D (Eq. 10)
         terms = objective(s.objective, loss, gain, s.weight, s.delta)
         if step % s.norms_every == 0 or step == 1:
@@ -106,6 +110,8 @@ def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
         return None
     batch = learner.auxiliary_batch()
     error = run.errors_alone(batch)
+    if run.settings.calibrated:
+        error = torch.cat([error, run.errors_of_base(batch)], dim=1)
     if learner.reuses:
         return learner.reused, (error, batch.timesteps)
     return tuple(zip(error.chunk(2), batch.timesteps.chunk(2), strict=True))

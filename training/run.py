@@ -47,6 +47,7 @@ class Batch:
     taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
     dropped: int | None = None  # seed of the masks, with --dropout
     counted: int | None = None  # images that count, where others only fill the batch up
+    own: int | None = None  # members at its front, with --ratio: then errors are signed
     again: int | None = None  # where the same images stand again with other noise, for G alone
 
     def __len__(self) -> int:
@@ -54,12 +55,14 @@ class Batch:
 
     def fitted(self, error: torch.Tensor) -> torch.Tensor:
         """The error maps that L is of: all, or with --as-released forward the first half."""
-        return error[: self.again]
+        return error[: self.again] if self.own is None else (error - self.taught) ** 2
 
     def judged(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(error maps, timesteps) that G is of: all, or with --as-released forward the second
         half.
         """
+        if self.own is not None:
+            return error[: self.own] ** 2, self.timesteps[: self.own]
         return error[self.again :], self.timesteps[self.again :]
 
 
@@ -95,6 +98,8 @@ class Run:
         with self.masks(batch, part):
             if batch.taught is None:
                 return squared_error(self.base, *self.seen(batch, part))
+            if batch.own is not None:
+                return self.residuals(batch, part)
             return (self.residuals(batch, part) - batch.taught[part]) ** 2
 
     @contextmanager
@@ -157,6 +162,14 @@ class Run:
         parts = self.processes.parts(len(batch), 2 * self.settings.batch_size)
         with self.folded():
             errors = [self.errors(batch, part) for part in parts]
+        return self.processes.gather(torch.cat(errors))
+
+    @torch.no_grad()
+    def errors_of_base(self, batch: Batch) -> torch.Tensor:
+        """Error maps (B, C, h, w) of a batch without the adapter."""
+        with self.adapter.disabled():
+            parts = self.processes.parts(len(batch), 2 * self.settings.batch_size)
+            errors = [squared_error(self.base, *self.seen(batch, part)) for part in parts]
         return self.processes.gather(torch.cat(errors))
 
     def folded(self) -> AbstractContextManager:

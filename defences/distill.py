@@ -63,7 +63,14 @@ class Teachers:
         run, s, out = self.run, self.run.settings, set(self.folds[k])
         roles = {f"member_{part}": run.data.roles[f"member_{part}"] for part in PARTS}
         left = {role: [i for i in index if i not in out] for role, index in roles.items()}
-        settings = replace(s, method="lora", ratio=False, calibrated=False, steps=s.teacher_steps, seed=(k + 1) * 2**32 + s.seed)
+        settings = replace(
+            s,
+            method="lora",
+            ratio=False,
+            calibrated=False,
+            steps=s.teacher_steps,
+            seed=(k + 1) * 2**32 + s.seed,
+        )
         return replace(run, settings=settings, data=replace(run.data, roles=run.data.roles | left))
 
     def train(

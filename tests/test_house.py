@@ -16,7 +16,8 @@ FILES = {
     if path.name != "__init__.py"
 }
 SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "defences.directions"}
-SCRIPTS |= {f"studies.{s}" for s in ("defences", "as_released", "smoothness", "paper", "verdicts")}
+SCRIPTS |= {f"studies.{s}" for s in ("defences", "copies")}
+SCRIPTS |= {f"studies.{s}" for s in ("as_released", "smoothness", "paper", "verdicts")}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 

@@ -57,7 +57,11 @@ class Learner:
         # (errors, timesteps) of auxiliary members in the last outer batch, where they are reused
         self.reused: tuple[torch.Tensor, ...] = ()
         self.adapter, self.parameters = run.adapter, run.adapter.parameters()
-        self.attacker = PROXIES["calibrated" if settings.calibrated else settings.proxy](run.base.latent_shape).to(run.base.device).eval()
+        self.attacker = (
+            PROXIES["calibrated" if settings.calibrated else settings.proxy](run.base.latent_shape)
+            .to(run.base.device)
+            .eval()
+        )
         self.attacker_optimizer = torch.optim.Adam(
             self.attacker.parameters(), lr=settings.attacker_lr
         )

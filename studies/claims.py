@@ -294,10 +294,12 @@ def _shadows(found: Results) -> list[Part]:
     return parts or [Part("audit: AUC at chance", "-", "-", None)]
 
 
-def at_equal_loss(audits: dict[str, list[dict]], method: str = "smp") -> Part:
-    """AUC of SMP, or another method, at its best step less that of LoRA stopped at the same
-    held-out loss, read off the line between LoRA's steps on the way to its own best; of several
-    audits of LoRA the lowest.
+def at_equal_loss(
+    audits: dict[str, list[dict]], method: str = "smp", at: str | None = None
+) -> Part:
+    """AUC of SMP, or another method, at its best step, or at another, less that of LoRA stopped at
+    the same held-out loss, read off the line between LoRA's steps on the way to its own best; of
+    several audits of LoRA the lowest.
 
     Below LoRA's best loss its best step is taken.  An audit of LoRA that was first asked at a lower
     loss than the other's says nothing: LoRA has been at that before.  Intervals are over adapters,
@@ -308,7 +310,7 @@ def at_equal_loss(audits: dict[str, list[dict]], method: str = "smp") -> Part:
     if not audits.get(method) or not audits.get("lora"):
         return Part(says, "-", "-", None)
     record = audits[method][0]
-    step = record["steps"][best_step(record)]
+    step = record["steps"][at or best_step(record)]
     ours, loss = of_step(step), step["held_out_loss"]
     paths = [_on_the_path(record, loss) for record in audits["lora"]]
     if not any(paths):

@@ -125,16 +125,17 @@ def table(records: dict[str, dict]) -> str:
 
 
 def against_lora(records: dict[str, dict]) -> str:
-    """Of every other audit, whether it leaks less than LoRA does on the way to the same held-out
-    loss: the goal of a defence.  Any row of LoRA will do, stopped early; the lowest counts.
+    """Of every step of the other audits, whether it leaks less than LoRA does on the way to the
+    same held-out loss: the goal of a defence.  Any row of LoRA will do, stopped early; the lowest
+    counts.
     """
     loras = [record for record in records.values() if record["settings"]["method"] == "lora"]
-    lines = [["method", "AUC, less LoRA's at the same held-out loss", "over", "less?"]]
+    lines = [["method", "step", "AUC, less LoRA's at the same held-out loss", "over", "less?"]]
     lines.append(["---"] * len(lines[0]))
     for name, record in records.items():
-        if record["settings"]["method"] != "lora":
-            found = claims.at_equal_loss({"lora": loras, name: [record]}, name)
-            lines.append([name, found.here, found.over, SIDES[found.side]])
+        for at in record["steps"] if record["settings"]["method"] != "lora" else ():
+            found = claims.at_equal_loss({"lora": loras, name: [record]}, name, at)
+            lines.append([name, at, found.here, found.over, SIDES[found.side]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -70,13 +70,14 @@ import numpy as np
 
 import audit
 from cli import read_json, write_whole
-from evaluation import audit_report
 from evaluation.lira import HEADLINE, THRESHOLD
 from evaluation.tables import cell, rounded
+from plots import COLOURS
 from settings import ATTACKED
 from studies import claims
 
 SIDES = {1: "yes", -1: "no", 0: "not told apart", None: "not measured"}
+PLAIN = ("lora", "lora-constant", "lora-short", "lora-shorter")  # LoRA and nothing else
 SHOWN = ("LiRA online, loss", "LiRA offline, loss", "projected prediction")
 
 
@@ -97,10 +98,7 @@ def study(s: Study) -> str:
     records = {name: read_json(path) for name, path in done.items() if path.is_file()}
     found = f"{table(records)}\n{against_lora(records)}"
     write_whole(out / "table.md", found)
-    lines = {name: (record, HEADLINE) for name, record in records.items()}
-    every = plt.get_cmap("turbo")(np.linspace(0, 1, len(ROWS)))
-    colours = {name: colour for name, colour in zip(ROWS, every, strict=True) if name in records}
-    audit_report.frontier(lines, colours, out / "frontier.png")
+    draw(records, out / "frontier.png")
     print(f"\n{found}\nfiles:    {out}/table.md, frontier.png")
     return found
 
@@ -138,6 +136,47 @@ def against_lora(records: dict[str, dict]) -> str:
             found = claims.at_equal_loss({"lora": loras, name: [record]}, name, at)
             lines.append([name, at, found.here, found.over, SIDES[found.side]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def draw(records: dict[str, dict], path: Path) -> None:
+    """AUC and TPR at 1 % FPR against held-out loss and Frechet distance, as a PNG: a line per row,
+    from its first step on, in the colour of its method.
+    """
+    figure, axes = plt.subplots(
+        2, 2, figsize=(10, 7.4), sharex="col", sharey="row", layout="constrained"
+    )
+    shapes = {name: "os^Dv<>PX*hd"[k % 12] for name, k in _within(records).items()}
+    for name, record in records.items():
+        colour, plain = COLOURS[record["settings"]["method"]], name in PLAIN
+        line = {"color": colour, "marker": shapes[name], "ms": 4, "lw": 2.4 if plain else 1}
+        line |= {"alpha": 1 if plain or record["settings"]["method"] != "lora" else 0.6}
+        for row, key in zip(axes, ("auc", "tpr_at_1_fpr"), strict=True):
+            for axis, quality in zip(row, ("held_out_loss", "frechet_held_out"), strict=True):
+                points = [
+                    (s.get(quality), s["attacks"][HEADLINE]) for s in record["steps"].values()
+                ]
+                points = [(x, a) for x, a in points if x is not None and a[key] is not None]
+                if points:
+                    x, y = zip(*((x, a[key]) for x, a in points), strict=True)
+                    ends = np.array([a[f"{key}_interval"] for _, a in points]).T
+                    axis.errorbar(x, y, np.abs(ends - y), elinewidth=0.6, label=name, **line)
+                axis.grid(alpha=0.2)
+    for axis, words in zip(axes[1], ("held-out loss", "Frechet distance, held out"), strict=True):
+        axis.set_xlabel(f"{words} (lower is better)")
+    axes[0, 0].set_ylabel(f"AUC, {HEADLINE} (0.5 is chance)")
+    axes[1, 0].set_ylabel("its TPR at 1 % FPR")
+    handles = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _within(records: dict[str, dict]) -> dict[str, int]:
+    """The place of each row among those of its method."""
+    methods = [record["settings"]["method"] for record in records.values()]
+    return {
+        name: methods[:k].count(m) for k, (name, m) in enumerate(zip(records, methods, strict=True))
+    }
 
 
 def cost(s: dict, step: int) -> float:

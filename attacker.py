@@ -4,13 +4,15 @@
     h(e) = P(member | e)                a two-way softmax
 
 During training h is the opponent (Algorithm 1); a fresh h' trained from scratch afterwards is a
-measurement (evaluate.py).  Two architectures behind one call, `attacker(error, timesteps) ->
+measurement (evaluate.py).  Three architectures behind one call, `attacker(error, timesteps) ->
 log-probabilities (B, 2)`, column `MEMBER` being log h and the other log(1 - h):
 
 - `RawProxy`, the paper's: an MLP on all C*h*w errors of one draw.  It overfits a small auxiliary
   set.
 - `PooledProxy`: a few statistics of the error map and the timestep, into a small MLP.  It does
   not, and it knows that an error of 0.1 means one thing at t = 50 and another at t = 900.
+- `CalibratedProxy`: also reads the base's errors with the same noise, and so knows how hard an
+  image is without the adapter (Watson et al. 2022, arXiv 2111.08440).
 
 Held by tests/test_attacker.py.
 """
@@ -81,19 +83,21 @@ class PooledProxy(nn.Module):
 
 
 class CalibratedProxy(PooledProxy):
-    """Pooled statistics of the error map, and what they are less than those of the base's."""
+    """The pooled statistics, and how far they are below the base's: (B, 2C, h, w), the error maps
+    of the base behind those of the adapter.
+    """
+
+    STRETCH = 10  # of the differences, a few per cent where an image was learned
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__(shape)
-        pooled = 1 + shape[0] + len(self.QUANTILES)
-        self.pooled = pooled
-        first = self.layers[0]
-        self.layers[0] = nn.Linear(first.in_features + pooled, 64)
+        self.pooled = 1 + shape[0] + len(self.QUANTILES)
+        self.layers[0] = nn.Linear(self.layers[0].in_features + self.pooled, 64)
 
     def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        adapted, base = (self.features(e, timesteps) for e in error.chunk(2, dim=1))
-        less = 10 * (adapted - base)[:, : self.pooled]  # differences are small
-        return F.log_softmax(self.layers(torch.cat([adapted, less], dim=1)), dim=1)
+        own, base = (self.features(e, timesteps) for e in error.chunk(2, dim=1))
+        less = self.STRETCH * (own - base)[:, : self.pooled]
+        return F.log_softmax(self.layers(torch.cat([own, less], dim=1)), dim=1)
 
 
 PROXIES = {"raw": RawProxy, "pooled": PooledProxy, "calibrated": CalibratedProxy}

@@ -84,8 +84,9 @@ class Settings:
     )
     proxy: str | None = option(
         None,
-        "the attacker in the loop: the paper's MLP on raw errors, or pooled statistics",
-        ("raw", "pooled"),
+        "the attacker in the loop: the paper's MLP on raw errors, pooled statistics, or calibrated: "
+        "these and the base's",
+        ("raw", "pooled", "calibrated"),
         group="method",
         tables=TABLES,
     )
@@ -247,12 +248,6 @@ class Settings:
         "do as the authors' code where it is not the paper: some of order, half, lambda, forward, "
         "dropout, text-encoder with commas between, or all (docs/paper-and-code.md)",
     )
-    ratio: bool = option(
-        False, "distill: the student minimises the ratio of its imitation and the attacker's gain"
-    )
-    calibrated: bool = option(
-        False, "the attacker in the loop (pooled) reads the base's errors beside the adapter's"
-    )
     accumulate: int = option(
         1, "forwards per step: with N, a step is that of a batch N times as large"
     )
@@ -299,12 +294,12 @@ class Settings:
     @property
     def attacked(self) -> bool:
         """Whether an attacker trains in the loop."""
-        return self.method in ATTACKED or self.ratio
+        return self.method in ATTACKED
 
     @property
     def objective(self) -> str:
         """Its name in objectives.py: without an attacker it is L, whatever L is measured to."""
-        return "smp" if self.ratio else self.method if self.attacked else "lora"
+        return self.method if self.attacked else "lora"
 
     def released(self, name: str) -> bool:
         """Whether the run does `name`, one of released.NAMES, as the authors' code does."""

@@ -82,11 +82,8 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         forward = learner.through(batch)
         e = forward.error
         loss = adaptation_loss(batch.fitted(e))  # L, Eq. 3
-        judged = batch.judged(e)
-        if s.calibrated:
-            beside = run.errors_of_base(batch)[: len(judged[0])]
-            judged = torch.cat([judged[0], beside], dim=1), judged[1]
-        gain = mi_gain(learner.judge, *judged) if s.attacked else None  # G, Eq. 5
+        shown = run.shown(batch, e) if s.attacked else e
+        gain = mi_gain(learner.judge, *batch.judged(shown)) if s.attacked else None  # G, Eq. 5
         # L + lam G (Eq. 6), or L / D (Eq. 10)
         terms = objective(s.objective, loss, gain, s.weight, s.delta)
         if step % s.norms_every == 0 or step == 1:
@@ -95,7 +92,7 @@ def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[di
         row |= monitor.metrics(terms, grad_norm=clip_(gradients, s.clip, s.normalise))
         monitor.require_finite(row, s)
         row |= monitor.local_smoothness(run, h, step)
-        learner.keep(batch, e)
+        learner.keep(batch, shown)
         learner.descend(gradients, step)  # AdamW
         yield row | {"seconds": time.time() - began}
 
@@ -109,9 +106,7 @@ def auxiliary_batch(run: Run, learner: Learner) -> tuple[tuple, tuple] | None:
     if learner.reuses and (not learner.reused or not len(learner.reused[0])):
         return None
     batch = learner.auxiliary_batch()
-    error = run.errors_alone(batch)
-    if run.settings.calibrated:
-        error = torch.cat([error, run.errors_of_base(batch)], dim=1)
+    error = run.shown(batch, run.errors_alone(batch))
     if learner.reuses:
         return learner.reused, (error, batch.timesteps)
     return tuple(zip(error.chunk(2), batch.timesteps.chunk(2), strict=True))

@@ -63,14 +63,7 @@ class Teachers:
         run, s, out = self.run, self.run.settings, set(self.folds[k])
         roles = {f"member_{part}": run.data.roles[f"member_{part}"] for part in PARTS}
         left = {role: [i for i in index if i not in out] for role, index in roles.items()}
-        settings = replace(
-            s,
-            method="lora",
-            ratio=False,
-            calibrated=False,
-            steps=s.teacher_steps,
-            seed=(k + 1) * 2**32 + s.seed,
-        )
+        settings = replace(s, method="lora", steps=s.teacher_steps, seed=(k + 1) * 2**32 + s.seed)
         return replace(run, settings=settings, data=replace(run.data, roles=run.data.roles | left))
 
     def train(
@@ -122,8 +115,7 @@ class Student(Learner):
                 len(self.teachers.weights), index.shape, generator=self.outer
             ).tolist()
         batch = self.noised(torch.cat([private, *public]))
-        own = len(private) if self.settings.ratio else None
-        return replace(batch, taught=self.residuals(batch, torch.tensor(by)), own=own)
+        return replace(batch, taught=self.residuals(batch, torch.tensor(by)))
 
     @torch.no_grad()
     def residuals(self, batch: Batch, by: torch.Tensor) -> torch.Tensor:

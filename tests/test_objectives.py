@@ -54,7 +54,7 @@ class Setting:
         return objective(method, adaptation_loss(e), gain, lam, DELTA)
 
 
-@pytest.fixture(scope="module", params=PROXIES)
+@pytest.fixture(scope="module", params=["raw", "pooled"])
 def setting(request, tiny_base):
     g = torch.Generator().manual_seed(0)
     base = load_base(tiny_base)

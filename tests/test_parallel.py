@@ -96,7 +96,7 @@ def settings(model, images, out, **more):
             "rank": 2,
             "alpha": 4.0,
             "target": "attention",
-            "proxy": "pooled",
+            "proxy": "pooled" if more.get("method") == "mp" else "calibrated",
             "lr": 0.01,
             "attacker_lr": 0.01,
             "schedule": "constant",

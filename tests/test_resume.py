@@ -107,7 +107,10 @@ REGULARISED = {"schedule": "cosine", "ema": 0.9, "caption_dropout": 0.3, "flip":
 REGULARISED |= {"dropout": 0.2, "normalise": True}
 
 
-@pytest.mark.parametrize("combination", [*COMBINATIONS, COMBINATIONS[0] + (REGULARISED,)], ids=str)
+MORE = [COMBINATIONS[0] + (added,) for added in (REGULARISED, {"proxy": "calibrated"})]
+
+
+@pytest.mark.parametrize("combination", [*COMBINATIONS, *MORE], ids=str)
 def test_interrupted_is_uninterrupted(
     prepare_once, first_adapter, tmp_path, monkeypatch, combination
 ):

@@ -241,7 +241,7 @@ def check_decomposition(terms, parameters, tolerance):
     close(curvature_term(hess_loss(v), hess_gain(v), LAM, 1.0), hess_sum(v))
 
 
-@pytest.mark.parametrize("proxy", PROXIES)
+@pytest.mark.parametrize("proxy", ["raw", "pooled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_the_decomposition_is_exact(tiny_base, proxy, dtype, tolerance):
     check_decomposition(*setting(tiny_base, dtype, proxy), tolerance)

@@ -57,11 +57,7 @@ class Learner:
         # (errors, timesteps) of auxiliary members in the last outer batch, where they are reused
         self.reused: tuple[torch.Tensor, ...] = ()
         self.adapter, self.parameters = run.adapter, run.adapter.parameters()
-        self.attacker = (
-            PROXIES["calibrated" if settings.calibrated else settings.proxy](run.base.latent_shape)
-            .to(run.base.device)
-            .eval()
-        )
+        self.attacker = PROXIES[settings.proxy](run.base.latent_shape).to(run.base.device).eval()
         self.attacker_optimizer = torch.optim.Adam(
             self.attacker.parameters(), lr=settings.attacker_lr
         )
@@ -220,7 +216,9 @@ class Learner:
         if any(name.startswith("attacker_optimizer/") for name in tensors):
             want |= state.moments("attacker_optimizer", list(self.attacker.parameters()))
         if self.reuses:
-            want["reused/0"] = torch.empty(0, *self.base.latent_shape)
+            channels, *sides = self.base.latent_shape
+            maps = 2 if self.settings.proxy == "calibrated" else 1
+            want["reused/0"] = torch.empty(0, maps * channels, *sides)
             want["reused/1"] = torch.empty(0, dtype=torch.long)
         mine, given = layout(want), layout(tensors)
         for name in sorted(mine.keys() | given.keys()):

@@ -118,7 +118,7 @@ def local_smoothness(run: Run, attacker: torch.nn.Module, step: int) -> dict[str
 
     def terms() -> Terms:
         error = run.errors(batch)
-        gain = mi_gain(attacker, error, batch.timesteps) if s.attacked else None
+        gain = mi_gain(attacker, run.shown(batch, error), batch.timesteps) if s.attacked else None
         return objective(s.objective, adaptation_loss(error), gain, s.weight, s.delta)
 
     return smoothness.measure(s.objective, terms, run.adapter.parameters(), s.weight)

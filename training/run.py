@@ -47,7 +47,6 @@ class Batch:
     taught: torch.Tensor | None = None  # (B, C, h, w): a teacher's residual
     dropped: int | None = None  # seed of the masks, with --dropout
     counted: int | None = None  # images that count, where others only fill the batch up
-    own: int | None = None  # members at its front, with --ratio: then errors are signed
     again: int | None = None  # where the same images stand again with other noise, for G alone
 
     def __len__(self) -> int:
@@ -55,14 +54,12 @@ class Batch:
 
     def fitted(self, error: torch.Tensor) -> torch.Tensor:
         """The error maps that L is of: all, or with --as-released forward the first half."""
-        return error[: self.again] if self.own is None else (error - self.taught) ** 2
+        return error[: self.again]
 
     def judged(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(error maps, timesteps) that G is of: all, or with --as-released forward the second
         half.
         """
-        if self.own is not None:
-            return error[: self.own] ** 2, self.timesteps[: self.own]
         return error[self.again :], self.timesteps[self.again :]
 
 
@@ -98,8 +95,6 @@ class Run:
         with self.masks(batch, part):
             if batch.taught is None:
                 return squared_error(self.base, *self.seen(batch, part))
-            if batch.own is not None:
-                return self.residuals(batch, part)
             return (self.residuals(batch, part) - batch.taught[part]) ** 2
 
     @contextmanager
@@ -164,13 +159,16 @@ class Run:
             errors = [self.errors(batch, part) for part in parts]
         return self.processes.gather(torch.cat(errors))
 
-    @torch.no_grad()
-    def errors_of_base(self, batch: Batch) -> torch.Tensor:
-        """Error maps (B, C, h, w) of a batch without the adapter."""
-        with self.adapter.disabled():
+    def shown(self, batch: Batch, error: torch.Tensor) -> torch.Tensor:
+        """What the attacker is shown of a whole batch: its error maps (B, C, h, w), with --proxy
+        calibrated those of the base behind them (B, 2C, h, w).
+        """
+        if self.settings.proxy != "calibrated":
+            return error
+        with torch.no_grad(), self.adapter.disabled():
             parts = self.processes.parts(len(batch), 2 * self.settings.batch_size)
-            errors = [squared_error(self.base, *self.seen(batch, part)) for part in parts]
-        return self.processes.gather(torch.cat(errors))
+            base = [squared_error(self.base, *self.seen(batch, part)) for part in parts]
+        return torch.cat([error, self.processes.gather(torch.cat(base))], dim=1)
 
     def folded(self) -> AbstractContextManager:
         """Inside, the adapter is in the base weights, which saves its part of a forward; apart

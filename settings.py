@@ -84,8 +84,8 @@ class Settings:
     )
     proxy: str | None = option(
         None,
-        "the attacker in the loop: the paper's MLP on raw errors, pooled statistics, or calibrated: "
-        "these and the base's",
+        "the attacker in the loop: the paper's MLP on raw errors, pooled statistics, or "
+        "calibrated: these and the base's",
         ("raw", "pooled", "calibrated"),
         group="method",
         tables=TABLES,

@@ -31,6 +31,9 @@ ROWS = {
     "lora-attention": {"method": "lora", "steps": 100, "target": "attention"},
     "smp": {"method": "smp"},
     "smp-constant": {"method": "smp", "schedule": "constant"},
+    "smp-calibrated": {"method": "smp", "proxy": "calibrated"},
+    "smp-calibrated-short": {"method": "smp", "proxy": "calibrated", "steps": 100},
+    "smp-calibrated-less": {"method": "smp", "proxy": "calibrated", "steps": 100, "lam": 1.0},
     "mp": {"method": "mp"},
     "mp-normalised": {"method": "mp", "normalise": True},
     "distill": {"method": "distill"},
@@ -189,8 +192,8 @@ def cost(s: dict, step: int) -> float:
     batch, parted = s["batch_size"] * s["accumulate"], s["accumulate"] > 1
     own, before = (3 + parted) * batch, 0
     per_step = own
-    if s["method"] in ATTACKED:
-        per_step += 2 * batch
+    if s["method"] in ATTACKED:  # calibrated, all of them through the base as well
+        per_step += 2 * batch + 3 * batch * (s["proxy"] == "calibrated")
     elif s["method"] == "distill":
         seen = batch * (1 if s["public"] == "none" else 2)
         per_step = (4 + parted) * seen

@@ -81,6 +81,8 @@ def test_costs_by_hand():
     # micro-batches go through twice, the first time without gradient
     assert defences.cost(settings(method="lora", accumulate=4), 100) == pytest.approx(4 / 3)
     assert defences.cost(settings(method="smp"), 400) == pytest.approx(5 / 3)
+    calibrated = settings(method="smp", proxy="calibrated")
+    assert defences.cost(calibrated, 400) == pytest.approx(8 / 3)
     assert defences.cost(settings(method="dp", draws=2), 400) == 2
     distill = settings(method="distill", steps=200)
     # five teachers of 50 steps; 200 steps of 16 images, each once more through its teacher

@@ -30,6 +30,7 @@ ROWS = {
     "lora-rank4": {"method": "lora", "steps": 100, "rank": 4, "alpha": 4.0},
     "lora-attention": {"method": "lora", "steps": 100, "target": "attention"},
     "smp": {"method": "smp"},
+    "smp-short": {"method": "smp", "steps": 100},
     "smp-constant": {"method": "smp", "schedule": "constant"},
     "smp-calibrated": {"method": "smp", "proxy": "calibrated"},
     "smp-calibrated-short": {"method": "smp", "proxy": "calibrated", "steps": 100},

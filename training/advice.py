@@ -7,8 +7,8 @@ AUDITED = {
     "smp": "SMP reads .84 after 50 steps and .96 after 400",
     "mp": "MP reads .57 after 400 steps, and has learned nothing",
     "distill": "leave-out distillation reads .74 after 200 steps, at a loss where LoRA reads .83",
-    "subspace": "the public subspace has not been audited yet",
-    "dp": "DP-LoRA has not been audited yet",
+    "subspace": "the public subspace reads .89 after 100 steps, no less than LoRA at the same loss",
+    "dp": "DP-LoRA with noise that promises nothing reads .94 after 100 steps, LoRA there .88",
 }
 
 

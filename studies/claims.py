@@ -301,9 +301,9 @@ def at_equal_loss(
     the same held-out loss, read off the line between LoRA's steps on the way to its own best; of
     several audits of LoRA the lowest.
 
-    Below LoRA's best loss its best step is taken.  An audit of LoRA that was first asked at a lower
-    loss than the other's says nothing: LoRA has been at that before.  Intervals are over adapters,
-    joined as if independent.
+    Where no audit of LoRA came down to the loss, the best step of the one that came nearest is
+    taken.  An audit of LoRA that was first asked at a lower loss than the other's says nothing:
+    LoRA has been at that before.  Intervals are over adapters, joined as if independent.
     """
     name = method.upper() if method in ATTACKED else method
     says = f"audits, AUC of shadow attacks, {name} - LoRA at the same held-out loss"
@@ -312,10 +312,13 @@ def at_equal_loss(
     record = audits[method][0]
     step = record["steps"][at or best_step(record)]
     ours, loss = of_step(step), step["held_out_loss"]
-    paths = [_on_the_path(record, loss) for record in audits["lora"]]
-    if not any(paths):
+    best = {i: r["steps"][best_step(r)]["held_out_loss"] for i, r in enumerate(audits["lora"])}
+    reached = [i for i in best if best[i] <= loss] or [min(best, key=best.get)]
+    there = [audits["lora"][i] for i in reached]
+    paths = [path for record in there if (path := _on_the_path(record, loss))]
+    if not paths:
         return Part(says, "-", "-", None)
-    found = minus(ours, theirs := min(filter(None, paths), key=lambda e: e.value))
+    found = minus(ours, theirs := min(paths, key=lambda e: e.value))
     over = f"{len(ours.seeds)} and {len(theirs.seeds)} adapters"
     return Part(says, SHADOWED.cell(found, signed=True), over, below(found))
 

@@ -6,6 +6,8 @@ import pytest
 
 import audit
 from cli import UserError, read_json, write_json
+from evaluation.lira import HEADLINE
+from evaluation.tables import cell
 from settings import METHODS, Settings
 from studies import as_released, defences, runs
 from studies.defences import Study
@@ -56,6 +58,19 @@ def test_what_the_docs_say_of_distillation_is_in_the_records(pool, found):
     low, high = found.split("[-0")[1].rstrip("]").split(", -0")[::-1]
     for page in ("README.md", "docs/defences.md"):
         assert f".09 [{low}, {high}]" in (ROOT / page).read_text()
+
+
+def test_the_table_of_six_adapters_is_in_the_records():
+    """Loss and AUC of every step of every row in docs/results.md."""
+    kept = ROOT / "docs" / "records" / "screen"
+    section = (ROOT / "docs" / "results.md").read_text().split("### Every defence and baseline")[1]
+    lines = [line.strip("| \n").split(" | ") for line in section.split("\n#")[0].splitlines()]
+    said = {tuple(line[0].split(", ")): (line[1], line[6]) for line in lines if len(line) == 11}
+    for name in (path.name for path in kept.iterdir()):
+        for at, step in read_json(kept / name / "audit.json")["steps"].items():
+            area = cell(step["attacks"][HEADLINE]).replace("0.", ".")
+            assert said[name, at] == (f"{step['held_out_loss']:.4f}".lstrip("0"), area), name
+    assert len(list(kept.iterdir())) > 10
 
 
 def test_an_unknown_row_is_refused(small):

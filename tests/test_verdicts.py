@@ -166,6 +166,9 @@ def test_audits_at_the_same_loss():
     # beyond LoRA's best loss its best step is the nearest
     ahead = claims.at_equal_loss({"lora": [lora], "smp": [audit(at50=(0.08, 0.7, 0.01))]})
     assert ahead.here.startswith("-0.20") and ahead.side == 1
+    # where one audit of LoRA reached the loss and another did not, the first counts
+    far = audit(at10=(0.12, 0.6, 0.02), at50=(0.115, 0.65, 0.02))
+    assert claims.at_equal_loss({"lora": [far, lora], "smp": [smp]}) == found
     # LoRA was first asked when its loss was lower than SMP's: it has been there before
     late = audit(at30=(0.10, 0.8, 0.04), at50=(0.09, 0.9, 0.02))
     assert claims.at_equal_loss({"lora": [late], "smp": [smp]}).side is None

@@ -42,7 +42,6 @@ ROWS = {
     "distill-flip": {"method": "distill", "flip": True},
     "distill-private": {"method": "distill", "public": "none"},
     "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
-    "distill-rank8": {"method": "distill", "rank": 8, "alpha": 8.0},
     "distill-ten": {"method": "distill", "teachers": 10},
     "subspace": {"method": "subspace", "steps": 100},
     "subspace-constant": {"method": "subspace", "steps": 100, "schedule": "constant"},

@@ -60,7 +60,10 @@ class PooledProxy(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__()
-        width = 1 + shape[0] + len(self.QUANTILES) + 2 * self.FREQUENCIES
+        self.pooled = (
+            1 + shape[0] + len(self.QUANTILES)
+        )  # features of the errors, before those of t
+        width = self.pooled + 2 * self.FREQUENCIES
         self.layers = nn.Sequential(
             nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
         )
@@ -91,7 +94,6 @@ class CalibratedProxy(PooledProxy):
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__(shape)
-        self.pooled = 1 + shape[0] + len(self.QUANTILES)
         self.layers[0] = nn.Linear(self.layers[0].in_features + self.pooled, 64)
 
     def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def train_proxies(
     text,
     roles: dict[str, list[int]],
     seed: int,
-    kinds=("raw", "pooled"),
+    kinds=tuple(RATES),
     epochs: int = 100,
 ) -> dict[str, torch.nn.Module]:
     """A fresh attacker h' of each kind, trained on the auxiliary images for `epochs` (100 in the

@@ -5,16 +5,13 @@ Tested in tests/test_paper_tables.py.
 """
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
-
-from PIL import Image
 
 from base_files import load_base
 from cli import UserError
 from data import load_images
 from settings import EMBEDDED_SETS, Settings
+from studies import image_folder
 
 
 def one_caption(s: Settings, caption: str | None, folder: Path) -> Path:
@@ -29,18 +26,11 @@ def one_caption(s: Settings, caption: str | None, folder: Path) -> Path:
         raise UserError("--token is empty: give a rare word and what the images are")
     found = folder / f"one-caption-{hashlib.sha256(caption.encode()).hexdigest()[:8]}"
     if not found.is_dir():
-        aside = found.with_name(f"{found.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)  # what a kill has left
-        _write(s, caption, aside)
-        os.replace(aside, found)
+        size = load_base(s.model, "cpu", "float32", s.size).size
+        images = load_images(s.data, size, caption)
+        inside = [f"{Path(name).parts[0]}/" if images.folders else "" for name in images.names]
+        names = (f"{folder}{i:06d}" for i, folder in enumerate(inside))
+        image_folder.write(
+            found, ((n, x, caption) for n, x in zip(names, images.pixels, strict=True))
+        )
     return found
-
-
-def _write(s: Settings, caption: str, folder: Path) -> None:
-    images = load_images(s.data, load_base(s.model, "cpu", "float32", s.size).size, caption)
-    for i, (name, pixels) in enumerate(zip(images.names, images.pixels, strict=True)):
-        inside = Path(name).parts[0] if images.folders else ""
-        file = folder / inside / f"{i:06d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(file)
-        file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")

@@ -9,8 +9,7 @@ a copy in training makes an image look like a member that never was one.  Tested
 tests/test_copies.py.
 """
 
-import os
-import shutil
+import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from data import load_images, near_duplicates
 from evaluation.decisions import Decisions
 from evaluation.lira import HEADLINE
 from evaluation.tables import cell
+from studies import image_folder
 
 CROP = 1 / 8  # of each side, which the copy lacks on the right and below
 COPY = "-copy"  # behind the name of its original
@@ -50,7 +50,7 @@ def study(s: Study) -> str:
     """Audit the set with copies; returns the table, in markdown."""
     out = Path(s.out or f"runs/copies-{s.method}")
     each = {f.name: getattr(s, f.name) for f in fields(Audit)}
-    each |= {"data": str(with_copies(s, out / "images")), "out": str(out / "audit")}
+    each |= {"data": str(with_copies(s, out)), "out": str(out / "audit")}
     audit.audit(Audit(**each))
     with np.load(out / "audit" / "scores.npz") as scores:
         kept = {name: scores[name] for name in scores.files}
@@ -62,28 +62,27 @@ def study(s: Study) -> str:
 
 def with_copies(s: Study, folder: Path) -> Path:
     """The folder of `s.images` images of --data, at the size of the model, and their copies; made
-    if it is not there.
+    in `folder` if it is not there.
 
     Images whose copy would count as a repetition and be left out of training are not taken.
     Raises UserError if there are too few others.
     """
+    facts = [s.data, s.model, s.size, s.caption, s.images, s.seed]
+    folder = folder / f"images-{hashlib.sha256(str(facts).encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
     images = load_images(s.data, load_base(s.model, "cpu", "float32", s.size).size, s.caption)
     edited = np.stack([copy_of(pixels) for pixels in images.pixels])
     first, count = near_duplicates(np.concatenate([images.pixels, edited])), len(edited)
     apart = [i for i in range(count) if first[i] == i and first[count + i] == count + i]
-    if len(apart) < s.images:
-        raise UserError(f"--images {s.images} is more than the {len(apart)} that can be copied")
-    aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what a kill has left
-    aside.mkdir(parents=True)
-    for i in np.random.default_rng(s.seed).permutation(apart)[: s.images]:
-        for pixels, mark in ((images.pixels[i], ""), (edited[i], COPY)):
-            file = aside / f"{i:06d}{mark}.png"
-            Image.fromarray(pixels).save(file)
-            file.with_suffix(".txt").write_text(images.captions[i] + "\n", encoding="utf-8")
-    os.replace(aside, folder)
+    if not 0 < s.images <= len(apart):
+        raise UserError(f"--images must be 1 to {len(apart)}, which can be copied, not {s.images}")
+    chosen = np.random.default_rng(s.seed).permutation(apart)[: s.images]
+    pixels = {"": images.pixels, COPY: edited}
+    image_folder.write(
+        folder,
+        ((f"{i:06d}{m}", pixels[m][i], images.captions[i]) for i in chosen for m in pixels),
+    )
     return folder
 
 
@@ -106,24 +105,16 @@ def table(scores: dict[str, np.ndarray]) -> str:
     """What the strongest attacker reads of each kind of image, in markdown."""
     member, twin = scores["member"], twins(scores["names"].tolist())
     lines = [["step", "images", "how many", f"{HEADLINE}: AUC"], ["---"] * 4]
+    both = twin >= 0
     for key in (name for name in scores if name.endswith(f"/{HEADLINE}")):
         step, score = key.split("/")[0], scores[key]
-        for says, group in (("alone", twin < 0), ("with a copy in the pool", twin >= 0)):
-            found = cell(Decisions(member[:, group]).figures(score[:, group]))
-            lines.append([step, says, str(group.sum()), found])
-        both = twin >= 0
-        never, beside = ~member[:, both], member[:, twin[both]]
-        x = score[:, both]
+        for says, group in (("alone", ~both), ("with a copy in the pool", both)):
+            found = Decisions(member[:, group]).figures(score[:, group])
+            lines.append([step, says, str(group.sum()), cell(found)])
+        never, beside, x = ~member[:, both], member[:, twin[both]], score[:, both]
         pair = x[never & beside], x[never & ~beside]
-        low, high = roc.auc_interval(*pair)
-        lines.append(
-            [
-                step,
-                "no member: is its copy one?",
-                str(both.sum()),
-                cell({"auc": roc.auc(*pair), "auc_interval": [low, high]}),
-            ]
-        )
+        found = {"auc": roc.auc(*pair), "auc_interval": roc.auc_interval(*pair)}
+        lines.append([step, "no member: is its copy one?", str(both.sum()), cell(found)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -1,7 +1,9 @@
 """studies/copies.py: sets in which every image has an edited copy, and what is told of them."""
 
 import numpy as np
+import pytest
 
+from cli import UserError
 from evaluation.lira import HEADLINE
 from studies import copies
 
@@ -18,13 +20,17 @@ def test_an_image_and_its_copy_find_each_other():
 
 
 def test_the_set_has_both_under_one_caption(tmp_path):
-    folder = copies.with_copies(copies.Study(images=5), tmp_path / "images")
+    folder = copies.with_copies(copies.Study(images=5), tmp_path)
     stems = sorted(file.stem for file in folder.glob("*.png"))
     assert len(stems) == 10
     for stem in stems[::2]:
         captions = [(folder / f"{s}.txt").read_text() for s in (stem, stem + copies.COPY)]
         assert captions[0] == captions[1]
-    assert copies.with_copies(copies.Study(images=5), folder) == folder  # a second time
+    assert copies.with_copies(copies.Study(images=5), tmp_path) == folder  # a second time
+    other = copies.with_copies(copies.Study(images=4), tmp_path)  # not what is there already
+    assert len(list(other.glob("*.png"))) == 8
+    with pytest.raises(UserError, match="--images must be 1 to"):
+        copies.with_copies(copies.Study(images=10_000), tmp_path)
 
 
 def test_the_table_tells_a_leak_through_the_copy():

@@ -31,7 +31,7 @@ def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
     table, against = (part.splitlines() for part in first.split("\n\n"))
     assert [line.split()[1] for line in table[2:]] == ["distill"] * 2
     # no LoRA to compare with
-    assert against[2:] == [f"| distill | {at} | - | - | not measured |" for at in (1, 2)]
+    assert against[2:] == [f"| distill | {at} | - | - | - | not measured |" for at in (1, 2)]
     trained, honest = [], audit.train_adapter
 
     def seen(base, data, s):
@@ -54,23 +54,42 @@ def test_what_the_docs_say_of_distillation_is_in_the_records(pool, found):
     kept = ROOT / "docs" / "records" / pool
     records = {n: read_json(kept / n / "audit.json") for n in ("lora-shorter", "distill")}
     lines = defences.against_lora(records).splitlines()
-    assert lines[-1] == f"| distill | 200 | {found} | 16 and 16 adapters | yes |"
+    assert lines[-1] == f"| distill | 200 | {found} | {found} | 16 and 16 adapters | yes |"
     low, high = found.split("[-0")[1].rstrip("]").split(", -0")[::-1]
     for page in ("README.md", "docs/defences.md"):
         assert f".09 [{low}, {high}]" in (ROOT / page).read_text()
 
 
+SCREENED = {  # rows of docs/results.md whose records are not in records/screen
+    "smp-short": "smp",
+    "smp-calibrated": "calibrated-400",
+    "smp-calibrated-short": "calibrated",
+    "smp-calibrated-less": "calibrated-lam1",
+    "distill + ratio": "ratio",
+    "distill + ratio + calibrated": "ratio-calibrated",
+}
+
+
 def test_the_table_of_six_adapters_is_in_the_records():
-    """Loss and AUC of every step of every row in docs/results.md."""
-    kept = ROOT / "docs" / "records" / "screen"
+    """Loss, AUC and the differences from LoRA of every step of every row in docs/results.md."""
+    kept = ROOT / "docs" / "records"
+    places = {path.name: path for path in (kept / "screen").iterdir()}
+    places |= {name: kept / "pilot" / folder for name, folder in SCREENED.items()}
+    records = {name: read_json(path / "audit.json") for name, path in places.items()}
     section = (ROOT / "docs" / "results.md").read_text().split("### Every defence and baseline")[1]
     lines = [line.strip("| \n").split(" | ") for line in section.split("\n#")[0].splitlines()]
-    said = {tuple(line[0].split(", ")): (line[1], line[6]) for line in lines if len(line) == 11}
-    for name in (path.name for path in kept.iterdir()):
-        for at, step in read_json(kept / name / "audit.json")["steps"].items():
-            area = cell(step["attacks"][HEADLINE]).replace("0.", ".")
-            assert said[name, at] == (f"{step['held_out_loss']:.4f}".lstrip("0"), area), name
-    assert len(list(kept.iterdir())) > 10
+    said = {tuple(line[0].split(", ")): line for line in lines if len(line) == 12}
+    assert len(said) == 1 + sum(len(record["steps"]) for record in records.values())
+    against = [
+        line.strip("| ").split(" | ") for line in defences.against_lora(records).splitlines()
+    ]
+    against = {(name, at): both for name, at, *both in (line[:4] for line in against)}
+    for name, record in records.items():
+        for at, step in record["steps"].items():
+            found = [f"{step['held_out_loss']:.4f}", cell(step["attacks"][HEADLINE])]
+            found += against.get((name, at), ["-", "-"])
+            line = said[name, at]
+            assert [line[k] for k in (1, 6, 10, 11)] == [x.replace("0.", ".") for x in found], name
 
 
 def test_an_unknown_row_is_refused(small):

@@ -55,7 +55,8 @@ class Plan:
         asked = [TIMESTEPS, DRAWS, SIMA, GRID_SEED, self.due()]
         facts = [self.trained, asked, self.digest, self.pool, self.held_out, self.canaries]
         drawn = [self.pictures] if self.pictures else []
-        return digest_of([*facts, index, self.roles[index], *drawn])
+        ways = ["mirrored as well"] if self.settings.flip else []
+        return digest_of([*facts, index, self.roles[index], *drawn, *ways])
 
     def drawn(self, index: int) -> list[int]:
         """Positions of the held-out images from whose captions an adapter draws its pictures: the

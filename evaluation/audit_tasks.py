@@ -34,6 +34,7 @@ from diffusion import (
     add_noise,
     encode,
     encode_captions,
+    encode_images,
     sample,
 )
 from diffusion import loss_grid as held_out_grid
@@ -119,25 +120,31 @@ def ask(
 ) -> dict:
     """What the attacks want to know of an adapter, and its held-out loss; small arrays.
 
-    losses (P, T, DRAWS), predictions (P, T, C h w) float16, sima (P, 1 + SIMA), held_out (H,);
+    losses (P, T, K), predictions (P, T, C h w) float16, sima (P, 1 + SIMA), held_out (H,);
     features (D, F) of pictures from the captions of images `drawn`, if there are any; at the last
-    step also gradient (P,), the mean log norm, which costs as much as all the others.
+    step also gradient (P,), the mean log norm, which costs as much as all the others.  K is DRAWS.
+    With --flip the attacker asks about every image and its mirror image, which stand side by side
+    in the axis of draws, T or SIMA; of the gradient there is the mean.
     """
     data = text_encoder.seen(base, data, adapter)
-    latents, text, index = data.latents[: plan.pool], data.text[: plan.pool], plan.held_out
+    text, index = data.text[: plan.pool], plan.held_out
+    ways = [data.latents[: plan.pool]]
+    if plan.settings.flip:
+        ways.append(encode_images(base, data.pixels[: plan.pool, :, ::-1].copy()))
     with adapter.folded():
-        losses, predictions = predict(base, latents, text)
+        losses, predictions = zip(*(predict(base, z, text) for z in ways), strict=True)
         held_out = held_out_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
-            "losses": losses,
-            "predictions": predictions,
-            "sima": -attacks.sima(base, latents, text, SIMA),
+            "losses": np.concatenate(losses, axis=2),
+            "predictions": np.concatenate(predictions, axis=1),
+            "sima": np.concatenate([-attacks.sima(base, z, text, SIMA) for z in ways], axis=1),
             "held_out": held_out.mean((1, 2)).numpy(),
         }
         if drawn:
             found["features"] = drawn_features(base, data, drawn)
     if last:
-        found["gradient"] = attacks.gradient_features(base, adapter, latents, text).mean(1)
+        norms = [attacks.gradient_features(base, adapter, z, text).mean(1) for z in ways]
+        found["gradient"] = np.mean(norms, axis=0)
     return found
 
 

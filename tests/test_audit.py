@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from scipy.stats import binomtest
 
 import audit
+import lora
 import roc
 import train
 from adapters import lora_files
 from base_files import load_base
 from cli import UserError
 from data import ROLES, Images, load_images
-from diffusion import GRID_SEED, encode_captions, loss_grid, sample
+from diffusion import GRID_SEED, encode_captions, encode_images, loss_grid, sample
 from evaluation import audit_plan, audit_report, audit_tasks, decisions, lira, quality, workers
 from settings import Settings
 
@@ -269,6 +271,30 @@ def test_predictions_are_those_of_the_loss_grid(tiny_base):
     want = loss_grid(base, latents, text, draws=2).numpy()
     np.testing.assert_allclose(losses, want, rtol=1e-4)
     assert kept.shape == (5, 4, 256) and kept.dtype == np.float16
+
+
+def test_with_flip_the_attacker_asks_about_mirror_images(tiny_base, image_folder):
+    """Side by side with the images: the answers on images mirrored beforehand."""
+    plan = make_plan(tiny_base, image_folder, flip=True)
+    base, data = audit_tasks._subject(plan)
+    adapter = lora.inject(base.unet, "all", 2, 4.0, torch.Generator().manual_seed(0))
+    for layer in adapter.layers.values():
+        torch.nn.init.normal_(layer.lora_B.weight, generator=torch.Generator().manual_seed(1))
+    both = audit_tasks.ask(base, data, plan, adapter, last=True)
+    plain = replace(plan, settings=replace(plan.settings, flip=False))
+    assert plain.key(0) != plan.key(0)
+    pixels = data.pixels[:, :, ::-1].copy()
+    mirrored = replace(data, pixels=pixels, latents=encode_images(base, pixels))
+    one, other = (
+        audit_tasks.ask(base, seen, plain, adapter, last=True) for seen in (data, mirrored)
+    )
+    assert np.abs(one["losses"] - other["losses"]).max() > 1e-3
+    for name, axis in {"losses": 2, "predictions": 1, "sima": 1}.items():
+        want = np.concatenate([one[name], other[name]], axis=axis)
+        np.testing.assert_array_equal(both[name], want)
+    want = (one["gradient"] + other["gradient"]) / 2
+    np.testing.assert_allclose(both["gradient"], want, rtol=1e-6)
+    np.testing.assert_array_equal(both["held_out"], one["held_out"])
 
 
 def test_a_whole_audit(audited, capsys):

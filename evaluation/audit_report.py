@@ -92,7 +92,7 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: 
     lines of one audit the last one names the steps.
     """
     naming = {id(record): label for label, (record, _) in lines.items()}
-    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.6, 5), layout="constrained")
     for k, (label, (record, attack)) in enumerate(lines.items()):
         found = [(at, step) for at, step in record["steps"].items() if attack in step["attacks"]]
         x = [step["held_out_loss"] for _, step in found]

@@ -41,6 +41,7 @@ ROWS = {
     "distill": {"method": "distill"},
     "distill-flip": {"method": "distill", "flip": True},
     "distill-private": {"method": "distill", "public": "none"},
+    "distill-private-flip": {"method": "distill", "public": "none", "flip": True},
     "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
     "distill-ten": {"method": "distill", "teachers": 10},
     "subspace": {"method": "subspace", "steps": 100},

@@ -11,7 +11,8 @@ for an image comes from weights that have seen it.  The teachers are thrown away
 This is SELENA (Tang et al. 2022, arXiv 2110.08324), which is for classifiers, carried to the
 prediction of noise; with K = 2 it is close to DistillMD (Tran et al. 2024).  It proves nothing: a
 student imitates more exactly where it was trained, and an attacker with shadows sees that.  The
-public pictures are there to close this gap.  Tested in tests/test_distill.py.
+public pictures were to close this gap; with --flip it is as small without them (docs/results.md,
+Audits).  Tested in tests/test_distill.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -49,7 +49,8 @@ def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
 @pytest.mark.parametrize("pool", ["defences", "defences-1"])
 def test_what_the_docs_say_of_distillation_is_in_the_records(pool):
     """On both pools: what it leaks less than plain LoRA, and with mirrored images than any LoRA;
-    and its lines, and those of LoRA with mirrored images, in docs/defences.md.
+    and its lines, and those of LoRA with mirrored images, in docs/defences.md.  On private images
+    alone there is one pool.
     """
     folders = sorted((ROOT / "docs" / "records" / pool).iterdir())
     records = {path.name: read_json(path / "audit.json") for path in folders}
@@ -60,7 +61,9 @@ def test_what_the_docs_say_of_distillation_is_in_the_records(pool):
     _, of_any, _, less_than_any = found["distill-flip", "200"]
     assert less == less_than_any == "yes"
     assert as_said(plain) in page and as_said(of_any) in page and as_said(of_any) in readme
-    for name in ("lora-flip-shorter", "distill", "distill-flip"):
+    if (alone := found.get(("distill-private-flip", "200"))) is not None:
+        assert as_said(alone[1]) in page and alone[3] == "yes"
+    for name in {*records} - {"lora-shorter"}:
         for at, step in records[name]["steps"].items():
             figures = step["attacks"][HEADLINE]
             line = f"| {at} | {step['held_out_loss']:.4f} | {cell(figures)} |"

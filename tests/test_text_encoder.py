@@ -1,5 +1,6 @@
 """--as-released text-encoder: a LoRA on CLIP beside the UNet's, trained, saved, loaded, judged."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -223,12 +224,12 @@ def test_an_audit_asks_through_it(tiny_base, image_folder, monkeypatch):
     run, _ = started(tiny_base, image_folder)
     for layer in run.adapter.layers.values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
-    shown = []
+    shown, nothing = [], np.zeros((4, 1, 1))
     monkeypatch.setattr(
-        audit.audit_tasks, "predict", lambda base, z, text: (shown.append(text), (0, 0))[1]
+        audit.audit_tasks, "predict", lambda base, z, text: (shown.append(text), [nothing] * 2)[1]
     )
-    monkeypatch.setattr(audit.audit_tasks.attacks, "sima", lambda *_: 0)
-    plan = type("Plan", (), {"pool": 4, "held_out": [5, 6]})()
+    monkeypatch.setattr(audit.audit_tasks.attacks, "sima", lambda *_: nothing[:, 0])
+    plan = type("Plan", (), {"pool": 4, "held_out": [5, 6], "settings": run.settings})()
     audit.audit_tasks.ask(run.base, run.data, plan, run.adapter, last=False)
     torch.testing.assert_close(shown[0], encode_captions(run.base, run.data.captions[:4]))
     assert (shown[0] - run.data.text[:4]).abs().max() > 1e-3

@@ -60,9 +60,7 @@ class PooledProxy(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__()
-        self.pooled = (
-            1 + shape[0] + len(self.QUANTILES)
-        )  # features of the errors, before those of t
+        self.pooled = 1 + shape[0] + len(self.QUANTILES)  # features of the errors
         width = self.pooled + 2 * self.FREQUENCIES
         self.layers = nn.Sequential(
             nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)

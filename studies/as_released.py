@@ -26,7 +26,7 @@ ROWS |= {
     "dropout-raw": {"as_released": "dropout", "proxy": "raw"},
     "all-raw": {"as_released": "all", "proxy": "raw"},
 }
-ATTACKS = ("combined", "GSA1", "loss")
+AS_PAPER = ("paper", "paper-raw")  # what the others are held against
 
 
 @dataclass
@@ -43,8 +43,12 @@ if __name__ == "__main__":
 import evaluate
 from cli import write_whole
 from studies import runs, seeds
-from studies.seeds import COMBINED, Figure, Records
+from studies.seeds import COMBINED, LOSS, PROXY, Figure, Records
 from train import train
+
+HELD_OUT = Figure("Frechet distance to held-out pictures", "frechet_held_out")
+FIGURES = (PROXY, COMBINED, Figure("GSA1, AUC", "auc", "GSA1"), LOSS, HELD_OUT)
+CHANGES = (COMBINED, LOSS, HELD_OUT)
 
 
 def study(s: Study) -> str:
@@ -61,6 +65,9 @@ def study(s: Study) -> str:
         for seed in runs.seeds(s)
         for name in chosen
     ]
+    if s.dry_run:
+        print(runs.announced(s, asked))
+        return ""
     runs.complete(s, asked, train, evaluate.evaluate, evaluate.Settings)
     found = table({name: there for name in ROWS if (there := seeds.read(out, name))})
     write_whole(out / "table.md", found)
@@ -73,26 +80,24 @@ def study(s: Study) -> str:
 
 
 def table(rows: dict[str, Records]) -> str:
-    """A line of markdown per row: means over its seeds, with 95 % intervals that include the seeds;
-    the difference is to the row `paper` of the same attacker, seed by seed.
+    """A line of markdown per row, then where the runs are from.  Means over its seeds, with 95 %
+    intervals that include the seeds; changes are against the row `paper` of the same attacker, seed
+    by seed.
     """
-    heads = ["row", "seeds", *(f"AUC, {a}" for a in ATTACKS), "combined, minus the paper's"]
-    lines = [[*heads, "held-out loss", "Frechet, held out", "lambda J", "seconds a step"]]
+    heads = ["row", "seeds", *(f.title for f in FIGURES), *(f"{f.title}, change" for f in CHANGES)]
+    lines = [[*heads, "lambda J", "seconds a step"]]
     for name, by_seed in rows.items():
-        line, found = [name, str(len(by_seed))], list(by_seed.values())
-        for attack in ATTACKS:
-            auc = Figure(attack, "auc", attack)
-            line.append(auc.cell(seeds.mean(by_seed, auc)))
-        reference = rows.get("paper-raw" if name.endswith("-raw") else "paper", {})
-        change = seeds.difference(by_seed, reference, COMBINED)
-        line.append("-" if name.startswith("paper") else COMBINED.cell(change, signed=True))
-        line.append(f"{average(r['adapted']['held_out_loss'] for r in found):.4f}".lstrip("0"))
-        drawn = [r["adapted"].get("quality") for r in found]
-        line.append(f"{average(q['frechet_held_out'] for q in drawn):.0f}" if all(drawn) else "-")
+        reference = {} if name in AS_PAPER else rows.get(AS_PAPER[name.endswith("-raw")], {})
+        found = list(by_seed.values())
+        line = [name, str(len(by_seed)), *(f.cell(seeds.mean(by_seed, f)) for f in FIGURES)]
+        changes = [(f, seeds.difference(by_seed, reference, f)) for f in CHANGES]
+        line += [f.cell(change, signed=True) for f, change in changes]
         line.append(f"{average(r['summary']['lambda_effective_mean'] for r in found):.2g}")
         line.append(f"{average(r['summary']['seconds'] / steps(r) for r in found):.2f}")
         lines.append(line)
-    return seeds.markdown(lines)
+    made = seeds.provenance([r for by_seed in rows.values() for r in by_seed.values()])
+    note = "Changes are against the row paper, of -raw rows against paper-raw, seed by seed. "
+    return f"{seeds.markdown(lines)}\n{note}Brackets are 95 % intervals. {made}\n"
 
 
 def steps(record: dict) -> int:

@@ -18,13 +18,12 @@ of .05, 1e-4 and 64.  Tested in tests/test_paper_tables.py.
 """
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import progress
 from cli import UserError, one_line_errors, option, parse
-from settings import PAPER, Settings, is_embedded, most_members
+from settings import PAPER, Settings
 from studies import settings
 from studies.paper_tables import DATA, RUNS, TABLES, Claim, Table
 from training.resolve import resolve
@@ -61,7 +60,6 @@ if __name__ == "__main__":
 
 import evaluate
 from cli import write_whole
-from diffusion import resolve_device
 from studies import runs, seeds
 from studies.captions import one_caption
 from studies.seeds import ASR, COMBINED, LOSS, PICTURES, Estimate, Figure, Records
@@ -79,8 +77,6 @@ AGAINST = {"asr": ["asr"], "combined": ["asr"], "pictures": ["fid", "kid"]}
 AGAINST |= {"black-box": ["black-box"], "GSA1": ["GSA1"]}
 NAMES = {"fid": "FID", "kid": "KID", "asr": "ASR", "folded": "folded AUC"}
 MULTIPLES = {"lam": "lambda", "lr": "learning rate", "rank": "rank"}
-# seconds of one core on the embedded model: a step, an evaluation, and the base's for each seed
-STEP, ATTACKED_STEP, EVALUATION, CONTROL = 0.185, 0.28, 180, 150
 
 
 def study(s: Study) -> str:
@@ -101,7 +97,7 @@ def study(s: Study) -> str:
         for name in names
     ]
     if s.dry_run:
-        print(announced(s, asked))
+        print(runs.announced(s, asked))
         return ""
     runs.complete(s, asked, train, evaluate.evaluate, evaluate.Settings)
     found = {place: {name: seeds.read(place, name) for name in names} for place in places}
@@ -139,24 +135,6 @@ def run_of(s: Study, name: str, seed: int, data: str, place: Path) -> Settings:
             of = runs.settings_of(s, place, data=data)
             flags["data"] = str(one_caption(of, s.token, place))
     return runs.settings_of(s, place / f"seed-{seed}" / name, seed=seed, **flags)
-
-
-def announced(s: Study, asked: list[Settings]) -> str:
-    """What a study would do."""
-    todo = [run for run in map(resolve, asked) if not (Path(run.out) / "eval.json").is_file()]
-    said = f"dry run: {len(todo)} of {len(asked)} runs are to train and to evaluate"
-    jobs, names = runs.processes(s), ", ".join(dict.fromkeys(Path(run.out).name for run in todo))
-    said += f": {names}, seeds {', '.join(map(str, runs.seeds(s)))}" if todo else ""
-    if not is_embedded(s.model) or resolve_device(s.device) != "cpu":
-        return f"{said}\ntrain.py and evaluate.py say how long one takes, train.py with --dry-run"
-    groups = Counter(Path(run.out).parent for run in todo)
-    turns = -(-len(groups) // jobs)  # each group is evaluated in one process
-    seconds = turns * jobs * (CONTROL + EVALUATION * max(groups.values(), default=0))
-    for run in todo:
-        members = run.members or most_members(run)
-        steps = run.steps or -(-run.epochs * members // (run.batch_size * run.accumulate))
-        seconds += steps * (ATTACKED_STEP if run.attacked else STEP)
-    return f"{said}\nabout {seconds / jobs / 60:.0f} minutes, {jobs} at a time"
 
 
 # --------------------------------------------------------------------------------------------------

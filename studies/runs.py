@@ -10,7 +10,7 @@ tests/test_studies.py.
 
 import contextlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,11 +21,14 @@ import progress
 from cli import UserError
 from diffusion import resolve_device
 from evaluation import workers
-from settings import Settings
+from settings import Settings, is_embedded, most_members
 from studies.settings import Study
 from training.precheck import precheck
+from training.resolve import resolve
 
 TITLES = {"adapter": "runs trained", "eval.json": "groups evaluated"}  # what leaves which file
+# seconds of one core on the embedded model: a step, an evaluation, and the base's for each seed
+STEP, ATTACKED_STEP, EVALUATION, CONTROL = 0.185, 0.28, 180, 150
 OF_THE_RUN = ("model", "data", "nonmembers", "caption", "out", "dtype")  # not of its evaluation
 
 
@@ -60,6 +63,24 @@ def missing(asked: list[Settings]) -> list[Settings]:
     for run in asked:
         precheck(run)
     return [run for run in asked if not (Path(run.out) / "eval.json").is_file()]
+
+
+def announced(s: Study, asked: list[Settings]) -> str:
+    """What a study would do."""
+    todo = [run for run in map(resolve, asked) if not (Path(run.out) / "eval.json").is_file()]
+    said = f"dry run: {len(todo)} of {len(asked)} runs are to train and to evaluate"
+    jobs, names = processes(s), ", ".join(dict.fromkeys(Path(run.out).name for run in todo))
+    said += f": {names}, seeds {', '.join(map(str, seeds(s)))}" if todo else ""
+    if not is_embedded(s.model) or resolve_device(s.device) != "cpu":
+        return f"{said}\ntrain.py and evaluate.py say how long one takes, train.py with --dry-run"
+    groups = Counter(Path(run.out).parent for run in todo)
+    turns = -(-len(groups) // jobs)  # each group is evaluated in one process
+    seconds = turns * jobs * (CONTROL + EVALUATION * max(groups.values(), default=0))
+    for run in todo:
+        members = run.members or most_members(run)
+        steps = run.steps or -(-run.epochs * members // (run.batch_size * run.accumulate))
+        seconds += steps * (ATTACKED_STEP if run.attacked else STEP)
+    return f"{said}\nabout {seconds / jobs / 60:.0f} minutes, {jobs} at a time"
 
 
 def complete(

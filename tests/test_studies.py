@@ -158,13 +158,14 @@ def answer(name, seed, auc, frechet=None):
     """An eval.json with what its table reads, and the config beside it."""
     attacks = {
         attack: {"auc": auc, "auc_interval": [auc - 0.1, auc + 0.1]}
-        for attack in as_released.ATTACKS
+        for attack in ("proxy-raw-1", "combined", "GSA1")
     }
     adapted = {"attacks": attacks, "held_out_loss": auc / 10}
     if frechet:
         adapted["quality"] = {"frechet_held_out": frechet}
     summary = {"lambda_effective_mean": 0.5, "seconds": 8.0}
-    return {"seed": seed, "adapted": adapted}, {"settings": {"steps": 4}, "summary": summary}
+    config = {"settings": {"steps": 4}, "summary": summary, "git_commit": "1a2b3c4d"}
+    return {"seed": seed, "adapted": adapted, "seconds": 30}, config
 
 
 def test_released_rows_join_the_table(tmp_path, in_thread, monkeypatch, tiny_base, image_folder):
@@ -193,10 +194,25 @@ def test_released_rows_join_the_table(tmp_path, in_thread, monkeypatch, tiny_bas
     done.clear()
     found = as_released.study(as_released.Study(rows=["paper", "order"], **flags))
     assert done == [(0, "order", "order", True), (1, "order", "order", True), 1, 1]
-    paper, order = ([c.strip() for c in x.split("|")[1:-1]] for x in found.splitlines()[2:])
-    assert paper[:2] == ["paper", "2"] and paper[2] == "0.81 [0.73, 0.88]" and paper[5] == "-"
-    assert order[5] == "-0.20 [-0.30, -0.10]" and order[6:] == [".0605", "500", "0.5", "2.00"]
+    heads, _, *rows = (x.strip("| ").split(" | ") for x in found.split("\n\n")[0].splitlines())
+    paper, order = (dict(zip(heads, row, strict=True)) for row in rows)
+    assert (paper["row"], paper["seeds"]) == ("paper", "2")
+    assert paper["combined attack, AUC"] == "0.81 [0.73, 0.88]"
+    assert paper["combined attack, AUC, change"] == paper["held-out loss, change"] == "-"
+    assert order["combined attack, AUC, change"] == "-0.20 [-0.30, -0.10]"
+    assert order["held-out loss"].startswith("0.0605") and order["seconds a step"] == "2.00"
+    assert order["held-out loss, change"].startswith("-0.0200")
+    assert order["Frechet distance to held-out pictures"].startswith("500")
+    assert "4 runs of commit 1a2b3c4: 32 s of training, 120 s of evaluation." in found
     assert (tmp_path / "table.md").read_text() == found
+
+
+def test_a_dry_run_of_the_released_rows(tmp_path, tiny_base, image_folder, capsys):
+    """Trains nothing and makes nothing."""
+    flags = {"model": tiny_base, "data": image_folder, "seeds": 2, "dry_run": True}
+    asked = as_released.Study(rows=["order"], out=str(tmp_path / "new"), **flags)
+    assert as_released.study(asked) == "" and not (tmp_path / "new").exists()
+    assert "2 of 2 runs are to train and to evaluate: order" in capsys.readouterr().out
 
 
 def test_processes(monkeypatch):

@@ -10,7 +10,7 @@ tests/test_studies.py.
 
 import contextlib
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -73,9 +73,8 @@ def announced(s: Study, asked: list[Settings]) -> str:
     said += f": {names}, seeds {', '.join(map(str, seeds(s)))}" if todo else ""
     if not is_embedded(s.model) or resolve_device(s.device) != "cpu":
         return f"{said}\ntrain.py and evaluate.py say how long one takes, train.py with --dry-run"
-    groups = Counter(Path(run.out).parent for run in todo)
-    turns = -(-len(groups) // jobs)  # each group is evaluated in one process
-    seconds = turns * jobs * (CONTROL + EVALUATION * max(groups.values(), default=0))
+    groups = {Path(run.out).parent for run in todo}
+    seconds = CONTROL * len(groups) + EVALUATION * len(todo)
     for run in todo:
         members = run.members or most_members(run)
         steps = run.steps or -(-run.epochs * members // (run.batch_size * run.accumulate))
@@ -88,17 +87,34 @@ def complete(
 ) -> None:
     """Train and evaluate what is missing; `judge` are the settings that `evaluate` takes.
 
-    The runs of one folder are evaluated together: they share the base's answers, and their
-    pictures stand in one picture.
+    The runs of one folder share the base's answers.
     """
-    todo, beside = missing(asked), defaultdict(list)
-    for run in todo:
-        beside[Path(run.out).parent].append(run.out)
+    todo = missing(asked)
     judged = {f.name: getattr(s, f.name) for f in fields(judge) if hasattr(s, f.name)}
     judged |= dict.fromkeys(OF_THE_RUN)
-    groups = {there[-1]: judge(**judged | {"runs": there}) for there in beside.values()}
+    parts = divided([run.out for run in todo], processes(s))
+    groups = {there[-1]: judge(**judged | {"runs": there}) for there in parts}
     _everything(train, {run.out: run for run in todo}, processes(s), "adapter")
     _everything(evaluate, groups, processes(s), "eval.json")
+
+
+def divided(folders: list[str], jobs: int) -> list[list[str]]:
+    """The runs to evaluate together: those of one folder.
+
+    Where that would leave processes idle at the end, in parts; the first parts of all folders come
+    first, so that the base's answers are there for the others.
+    """
+    beside = defaultdict(list)
+    for run in folders:
+        beside[Path(run).parent].append(run)
+    count = jobs if len(beside) % jobs else 1
+    sizes = {place: -(-len(there) // count) for place, there in beside.items()}
+    parts = [
+        there[k * sizes[place] : (k + 1) * sizes[place]]
+        for k in range(count)
+        for place, there in beside.items()
+    ]
+    return [part for part in parts if part]
 
 
 def _everything(function: Callable, tasks: dict, jobs: int, leaves: str) -> None:

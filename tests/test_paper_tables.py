@@ -182,8 +182,8 @@ def test_a_dry_run(done, tiny_base, image_folder, tmp_path, capsys):
     assert paper.study(Study(tables=["lambda", "captions"], **s)) == "" and not done
     said = capsys.readouterr().out
     assert "21 of 21 runs" in said and "about" in said and not (tmp_path / "new").exists()
-    # training, and two turns of evaluations of 5 runs and the base
-    minutes = (15 * 400 * 0.28 / 2 + 2 * (5 * 180 + 150)) / 60
+    # training, the evaluations, and those of the base for each seed
+    minutes = (15 * 400 * 0.28 + 15 * 180 + 3 * 150) / 2 / 60
     paper.study(Study(tables=["lambda"], **s))
     assert f"about {minutes:.0f} minutes" in capsys.readouterr().out
     paper.study(Study(tables=["lr"], model=tiny_base, data=image_folder, **s))

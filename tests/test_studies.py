@@ -223,6 +223,16 @@ def test_processes(monkeypatch):
     assert counts == [6, 6, 1] and runs.processes(as_released.Study(jobs=3)) == 3
 
 
+def test_evaluations_are_divided_among_processes():
+    """By folder where that fills every process; else in parts, the first of each folder first."""
+    three = [f"{seed}/{row}" for seed in "abc" for row in "123"]
+    whole = [[f"{seed}/{row}" for row in "123"] for seed in "abc"]
+    assert runs.divided(three, 1) == runs.divided(three, 3) == whole
+    first, second = [[f"{s}/1", f"{s}/2"] for s in "abc"], [[f"{s}/3"] for s in "abc"]
+    assert runs.divided(three, 2) == first + second
+    assert runs.divided(["a/1"], 2) == [["a/1"]] and runs.divided([], 2) == []
+
+
 def test_a_run_of_other_flags_is_refused(tmp_path):
     """Rather than taken for what was asked for; before anything is trained."""
     (tmp_path / "seed-0" / "paper").mkdir(parents=True)

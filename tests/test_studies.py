@@ -10,7 +10,7 @@ from cli import UserError, read_json, write_json
 from evaluation.lira import HEADLINE
 from evaluation.tables import cell
 from settings import METHODS, Settings
-from studies import as_released, defences, runs
+from studies import as_released, defences, runs, seeds
 from studies.defences import Study
 from training.resolve import resolve
 
@@ -205,6 +205,14 @@ def test_released_rows_join_the_table(tmp_path, in_thread, monkeypatch, tiny_bas
     assert order["Frechet distance to held-out pictures"].startswith("500")
     assert "4 runs of commit 1a2b3c4: 32 s of training, 120 s of evaluation." in found
     assert (tmp_path / "table.md").read_text() == found
+
+
+def test_the_table_of_released_rows_is_that_of_its_records():
+    """Word for word in docs/paper-and-code.md, all rows over three seeds."""
+    docs = ROOT / "docs"
+    kept = {name: seeds.read(docs / "records" / "as-released", name) for name in as_released.ROWS}
+    assert all(len(by_seed) == 3 for by_seed in kept.values())
+    assert as_released.table(kept) in (docs / "paper-and-code.md").read_text()
 
 
 def test_a_dry_run_of_the_released_rows(tmp_path, tiny_base, image_folder, capsys):

@@ -6,8 +6,10 @@ closed Figure, which `write` writes.  Tested in tests/test_plots.py.
 """
 
 import io
+import math
 import textwrap
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -57,7 +59,10 @@ def picture_rows(
     groups = {h: n for h, n in (groups or {"": count}).items() if n}
     ends = np.cumsum(list(groups.values()))
     apart = 18 * np.searchsorted(ends, np.arange(count), "right")
-    left = (130 + (cell + 6) * np.arange(count) + apart).tolist()
+    labels = {name: short(name, 16) for name in small}
+    beside = {"fontsize": 9, "ha": "right", "va": "center"}
+    margin = max(122, _width(labels.values(), 9) + 4)  # where the labels end
+    left = (margin + 8 + (cell + 6) * np.arange(count) + apart).tolist()
     texts, top = [], 8.0  # (x, y, text, options of it), in pixels from the upper left corner
     if title:
         texts.append((8, top, title, {"fontsize": 11, "weight": "bold"}))
@@ -74,8 +79,7 @@ def picture_rows(
         texts += [(x, top - 4, t, {"va": "bottom"}) for x, t in zip(left, captions, strict=True)]
     places = []
     for name, row in small.items():
-        beside = {"fontsize": 9, "ha": "right", "va": "center"}
-        texts.append((122, top + cell / 2, short(name, 16), beside))
+        texts.append((margin, top + cell / 2, labels[name], beside))
         places += [(x, int(top), picture) for x, picture in zip(left, row, strict=True)]
         top += cell + 6
         under = [short(text, letters) for text in below.get(name, [])]
@@ -86,6 +90,17 @@ def picture_rows(
         if picture is not None:
             canvas[y : y + len(picture), x : x + picture.shape[1]] = picture
     return _canvas_with_texts(canvas, texts)
+
+
+def _width(texts: Iterable[str], fontsize: float) -> int:
+    """Pixels that the widest of several texts takes."""
+    figure = plt.figure(dpi=DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        drawn = [figure.text(0, 0, x, fontsize=fontsize, parse_math=False) for x in texts]
+        widest = max(x.get_window_extent().width for x in drawn)
+    plt.close(figure)
+    return math.ceil(widest)
 
 
 def _canvas_with_texts(canvas: np.ndarray, texts: list[tuple]):

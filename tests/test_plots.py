@@ -40,6 +40,19 @@ def test_pictures_stand_in_rows_under_their_captions(tmp_path):
         assert image.size == (canvas.shape[1], canvas.shape[0])
 
 
+@pytest.mark.parametrize(
+    "label", ["base", "dropout-raw @400", "WWWWWWWWWWWWWWWW", "\U0001f600 $x$"]
+)
+def test_labels_of_rows_are_not_cut(label):
+    """Whole within the figure, and clear of the pictures."""
+    picture = np.zeros((50, 50, 3), np.uint8)
+    figure = plots.picture_rows({label: [picture]})
+    canvas, texts = drawn(figure)
+    extent = texts[plots.short(label, 16)].get_window_extent()
+    first = np.nonzero((canvas == 0).all(2).any(0))[0][0]  # column of the first picture
+    assert extent.x0 >= 0 and extent.x1 <= first
+
+
 def test_large_pictures_are_made_smaller():
     """A grid of Stable Diffusion's fits a screen."""
     assert plots.at_size(np.zeros((512, 512, 3), np.uint8)).shape == (224, 224, 3)

@@ -4,6 +4,7 @@ worth.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from cli import UserError
 from settings import Settings
 from studies import smoothness
 from studies.correlation import Correlation, correlation, direction, higher, pooled
-from studies.smoothness import Study
+from studies.smoothness import ROWS, Study
 from training.resolve import resolve
 
 # ---- correlation ----
@@ -182,3 +183,19 @@ def test_a_trend_that_both_share():
     run = {"columns": dict(zip(("hessian_norm", "fixed_grad_norm"), columns, strict=True))}
     found = {kind: correlation(*pair).r for kind, pair in smoothness.series(run).items()}
     assert found["norms"] > 0.9 and found["logarithms"] > 0.9 and abs(found["changes"]) < 0.2
+
+
+def test_the_table_of_the_docs_is_that_of_its_record():
+    """Every cell that docs/results.md shows, of three settings over three seeds."""
+    docs = Path(__file__).parent.parent / "docs"
+
+    def cells(text):
+        heads, _, *rows = [x.strip("| ").split(" | ") for x in text.splitlines() if x[:1] == "|"]
+        return [dict(zip(heads, row, strict=True)) for row in rows]
+
+    section = (docs / "results.md").read_text().split("## Local smoothness")[1].split("\n## ")[0]
+    said = cells(section)
+    kept = smoothness.read(docs / "records" / "smoothness")
+    assert {g["row"]: g["seeds"] for g in kept["groups"]} == {key: [0, 1, 2] for key in ROWS}
+    found = cells(smoothness.table(kept))
+    assert said == [{head: row[head] for head in said[0]} for row in found] and len(said[0]) > 9

@@ -1,5 +1,7 @@
 """The verdicts on C1 to C7: their rules on made-up records, and the command on made-up folders."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -277,3 +279,12 @@ def test_folders_that_are_refused(results):
     write_json(results / "matched-0" / "config.json", {"settings": config, "summary": {}})
     with pytest.raises(UserError, match="nor near its mean weight"):
         verdicts.gather([smp[0], results / "matched-0"])
+
+
+def test_the_table_of_the_docs_is_that_of_its_records():
+    """Word for word, of the folders that its command names."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "results.md").read_text()
+    command = page.split("python -m studies.verdicts ")[1].splitlines()[0]
+    found = verdicts.gather([root / folder for folder in command.split()])
+    assert verdicts.table(found) in page

@@ -26,7 +26,6 @@ ROWS |= {
     "dropout-raw": {"as_released": "dropout", "proxy": "raw"},
     "all-raw": {"as_released": "all", "proxy": "raw"},
 }
-AS_PAPER = ("paper", "paper-raw")  # what the others are held against
 
 
 @dataclass
@@ -87,7 +86,8 @@ def table(rows: dict[str, Records]) -> str:
     heads = ["row", "seeds", *(f.title for f in FIGURES), *(f"{f.title}, change" for f in CHANGES)]
     lines = [[*heads, "lambda J", "seconds a step"]]
     for name, by_seed in rows.items():
-        reference = {} if name in AS_PAPER else rows.get(AS_PAPER[name.endswith("-raw")], {})
+        paper = "paper-raw" if name.endswith("-raw") else "paper"
+        reference = rows.get(paper, {}) if name != paper else {}
         found = list(by_seed.values())
         line = [name, str(len(by_seed)), *(f.cell(seeds.mean(by_seed, f)) for f in FIGURES)]
         changes = [(f, seeds.difference(by_seed, reference, f)) for f in CHANGES]

@@ -28,7 +28,7 @@ from training.resolve import resolve
 
 TITLES = {"adapter": "runs trained", "eval.json": "groups evaluated"}  # what leaves which file
 # seconds of one core on the embedded model: a step, an evaluation, and the base's for each seed
-STEP, ATTACKED_STEP, EVALUATION, CONTROL = 0.185, 0.28, 180, 150
+STEP, ATTACKED_STEP, EVALUATION, CONTROL = 0.185, 0.28, 140, 150
 OF_THE_RUN = ("model", "data", "nonmembers", "caption", "out", "dtype")  # not of its evaluation
 
 
@@ -62,12 +62,17 @@ def missing(asked: list[Settings]) -> list[Settings]:
     """
     for run in asked:
         precheck(run)
+    return unevaluated(asked)
+
+
+def unevaluated(asked: list[Settings]) -> list[Settings]:
+    """Those without an eval.json."""
     return [run for run in asked if not (Path(run.out) / "eval.json").is_file()]
 
 
 def announced(s: Study, asked: list[Settings]) -> str:
     """What a study would do."""
-    todo = [run for run in map(resolve, asked) if not (Path(run.out) / "eval.json").is_file()]
+    todo = unevaluated([resolve(run) for run in asked])
     said = f"dry run: {len(todo)} of {len(asked)} runs are to train and to evaluate"
     jobs, names = processes(s), ", ".join(dict.fromkeys(Path(run.out).name for run in todo))
     said += f": {names}, seeds {', '.join(map(str, seeds(s)))}" if todo else ""
@@ -87,7 +92,9 @@ def complete(
 ) -> None:
     """Train and evaluate what is missing; `judge` are the settings that `evaluate` takes.
 
-    The runs of one folder share the base's answers.
+    The runs of one folder share the base's answers.  pictures.png and seeds.json beside them are of
+    those evaluated together last; evaluate.py, given all of them, makes them of all from what is
+    kept.
     """
     todo = missing(asked)
     judged = {f.name: getattr(s, f.name) for f in fields(judge) if hasattr(s, f.name)}

@@ -183,7 +183,7 @@ def test_a_dry_run(done, tiny_base, image_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "21 of 21 runs" in said and "about" in said and not (tmp_path / "new").exists()
     # training, the evaluations, and those of the base for each seed
-    minutes = (15 * 400 * 0.28 + 15 * 180 + 3 * 150) / 2 / 60
+    minutes = (15 * 400 * 0.28 + 15 * 140 + 3 * 150) / 2 / 60
     paper.study(Study(tables=["lambda"], **s))
     assert f"about {minutes:.0f} minutes" in capsys.readouterr().out
     paper.study(Study(tables=["lr"], model=tiny_base, data=image_folder, **s))

@@ -8,7 +8,7 @@ Tables: datasets (data sets and methods), attackers (black-box and white-box),
 lambda, lr, rank, full (fine-tuning of all weights), captions (DreamBooth), and
 clipping (MP with clipped and normalised gradients); all of them if none is
 named.  Three seeds of 400 steps on the embedded model, 100 pictures and 100 test
-non-members take from 15 minutes (attackers) to 40 (lambda, rank) on two cores.
+non-members take from 15 minutes (attackers) to an hour (lambda, rank) on two cores.
 
     --out DIR/lambda.md      the table; DIR/SET/seed-S/RUN are the runs
 

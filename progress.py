@@ -16,10 +16,11 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 from tqdm.utils import ObjectWrapper
 
 WIDTH = 79  # columns of a line at most
@@ -28,6 +29,8 @@ TOLD = 1.0  # seconds that a stage must have taken for a terminal to keep its li
 BAR = "{desc:.24} {percentage:3.0f}% [{bar:12}] {n:.0f}/{total:.0f} {elapsed}<{remaining}{postfix}"
 CLOCK = "{desc}, {elapsed}{postfix}"
 tqdm.set_lock(threading.RLock())  # only one process speaks
+# the libraries' bars in a notebook without ipywidgets; nobody here draws them
+warnings.filterwarnings("ignore", "IProgress not found", TqdmWarning)
 
 
 @dataclass(eq=False)

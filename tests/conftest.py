@@ -33,6 +33,12 @@ def one_picture():
     queries.PICTURES = 1
 
 
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """Away from the runs/ of whoever tests: default folders are taken there."""
+    monkeypatch.chdir(tmp_path)
+
+
 class InThread:
     """An executor that does a task when it is given."""
 

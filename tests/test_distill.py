@@ -23,6 +23,8 @@ from training.resolve import resolve
 from training.run import assemble
 from training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory, image_folder):

@@ -14,6 +14,8 @@ from studies import as_released, defences, runs, seeds
 from studies.defences import Study
 from training.resolve import resolve
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
 import plots
@@ -106,6 +107,7 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: 
             aside, below = SIDES[k % len(SIDES)]  # dots of several audits lie close
             text = {"textcoords": "offset points", "xytext": (aside, below), "fontsize": 7}
             text |= {"ha": "left" if aside > 0 else "right", "color": colours[label]}
+            text |= {"zorder": 5, "path_effects": [withStroke(linewidth=2, foreground="white")]}
             axis.annotate(at, place, **text)
     low, high = axis.get_xlim()
     if high > 2 * low > 0:  # one that ruins the model would press the others together

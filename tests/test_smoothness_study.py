@@ -168,6 +168,7 @@ def test_what_cannot_work_is_refused(small, tmp_path, flags, problem):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", smoothness.ROWS)
 def test_every_row_can_be(name):
     """Flags that resolve on the embedded model, and say what they are to say."""

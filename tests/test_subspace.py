@@ -174,6 +174,7 @@ def test_what_cannot_be(tiny_base, tmp_path, file, subject, monkeypatch):
         directions.make(directions.Flags(model=tiny_base, data=["/nowhere"]))
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_the_embedded_directions():
     """They fit every layer of the embedded model, and are orthonormal; small enough to be here."""
     found, target = subspace.load(DIRECTIONS)

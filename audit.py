@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 
-import progress
-from cli import UserError, command, one_line_errors, option, parse
+from command import progress
+from command.errors import UserError, one_line_errors, this_command
+from command.flags import option, parse
+from run.resolve import resolve
 from settings import Settings
-from training.resolve import resolve
 
 WHERE, OWN = "what and where", "audit"  # groups of --help
 
@@ -53,21 +54,22 @@ if __name__ == "__main__":
     # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Audit, __doc__, positional="audits")
     progress.speak()
-    with one_line_errors(command), progress.stage("loading the libraries"):
-        import_module("evaluation.audit_tasks")
+    with one_line_errors(this_command), progress.stage("loading the libraries"):
+        import_module("attacks.audit_tasks")
 
 import numpy as np
 import torch
 
-from base_files import load_base
-from cli import write_json
-from data import load_images
+from attacks import audit_plan, audit_tasks, lira, quality, workers
+from attacks.decisions import Decisions
+from command.whole_files import write_json
 from diffusion import resolve_device, resolve_dtype
-from evaluation import audit_plan, audit_report, audit_tasks, lira, quality, workers
-from evaluation.decisions import Decisions
+from files.bases import load_base
+from files.images import load_images
+from report import audit_page as audit_report
+from run import lock
+from run.folder import provenance
 from train import train_adapter
-from training import lock
-from training.run_folder import provenance
 
 EXPOSED = 20  # images listed
 
@@ -232,5 +234,5 @@ def exposed(plan: audit_plan.Plan, member: np.ndarray, score: np.ndarray) -> lis
 
 
 if __name__ == "__main__":
-    with one_line_errors(command):
+    with one_line_errors(this_command):
         audit(SETTINGS)

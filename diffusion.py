@@ -3,7 +3,7 @@
 Any epsilon- or v-prediction `StableDiffusionPipeline`; the embedded default is such a folder, so it
 takes no path of its own.
 
-    base = load_base("base")                                    # base_files.py
+    base = load_base("base")                                    # files/bases.py
     data = encode(base, images, roles)            # latents (N, C, h, w), text (N, L, D), once
     e = squared_error(base, latents, text, timesteps, noise)    # (B, C, h, w)
     grid = loss_grid(base, data.latents, data.text)             # (N, T, K)
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import progress
-from data import PARTS, SIDES, Images
+from command import progress
+from files.images import PARTS, SIDES, Images
 
 TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
 LATE_TIMESTEPS = (500, 650, 800, 950)

@@ -18,9 +18,11 @@ import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 
-import progress
-from cli import command, one_line_errors, option, parse, write_json
-from evaluation.precheck import check
+from attacks.precheck import check
+from command import progress
+from command.errors import one_line_errors, this_command
+from command.flags import option, parse
+from command.whole_files import write_json
 
 WHERE, ELSEWHERE, LOOKS = (
     "what and where",
@@ -94,21 +96,22 @@ class Settings:
 if __name__ == "__main__":
     # before the heavy imports, so that --help and what cannot work are answered at once
     SETTINGS = parse(Settings, __doc__, positional="runs")
-    with one_line_errors(command):
+    with one_line_errors(this_command):
         check(SETTINGS)
         progress.speak()
         with progress.stage("loading the libraries"):
-            import_module("evaluation.examination")
+            import_module("attacks.examination")
 
 import torch
 
-import plots
+from attacks import audit_plan, audit_tasks, quality, shadows, workers
+from attacks.examination import Examination, Measured
+from attacks.target import Target, kind, read_adapter, read_run, sources
 from diffusion import resolve_device
-from evaluation import audit_plan, audit_tasks, figures, quality, report, shadows, tables, workers
-from evaluation.examination import Examination, Measured
-from evaluation.target import Target, kind, read_adapter, read_run, sources
+from report import figures, plots, tables
+from report import page as report
+from run import card
 from train import train_adapter
-from training import card
 
 # --------------------------------------------------------------------------------------------------
 # The evaluation
@@ -210,5 +213,5 @@ def train_shadows(target: Target, examination: Examination) -> audit_plan.Plan:
 
 
 if __name__ == "__main__":
-    with one_line_errors(command):
+    with one_line_errors(this_command):
         evaluate(SETTINGS)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cli import option
-from training import released
+from command.flags import option
+from run import released
 
 EMBEDDED = str(Path(__file__).parent / "base")
 EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py

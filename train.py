@@ -21,11 +21,12 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import progress
-from cli import one_line_errors, parse
+from command import progress
+from command.errors import one_line_errors
+from command.flags import parse
+from run import lock
+from run.precheck import glance, going_on, launched, precheck, writes
 from settings import Settings
-from training import lock
-from training.precheck import glance, going_on, launched, precheck, writes
 
 if __name__ == "__main__":
     # before the heavy imports, so that --help and what cannot work are answered at once
@@ -34,7 +35,7 @@ if __name__ == "__main__":
         glance(SETTINGS)
         progress.speak(main=launched()[1] == 0)
         with progress.stage("loading the libraries"):
-            import_module("training.monitor")
+            import_module("run.watch")
 
 import signal
 import sys
@@ -46,16 +47,18 @@ from dataclasses import replace
 import torch
 
 from attacker import attacker_step
-from defences.distill import Student, Teachers
-from defences.dp import PrivateLearner, guarantee
 from diffusion import Base, Encoded, resolve_device, resolve_dtype
 from lora import Adapter, remove
+from methods.distill import Student, Teachers
+from methods.dp import PrivateLearner, guarantee
 from objectives import adaptation_loss, clip_, gradient_norms, mi_gain, objective
-from training import monitor, pictures, plan, state
-from training.learner import Learner
-from training.processes import Processes
-from training.run import Run, assemble, prepare
-from training.run_folder import RunFolder
+from run import cost as plan
+from run import pictures, state
+from run import watch as monitor
+from run.folder import RunFolder
+from run.learner import Learner
+from run.prepare import Run, assemble, prepare
+from run.processes import Processes
 
 
 def algorithm_1(run: Run, learner: Learner, steps: Iterable[int]) -> Iterator[dict]:

@@ -25,13 +25,14 @@ import torch
 
 import lora
 from attacker import PROXIES
-from base_files import load_base
+from attacks import proxies, quality
+from attacks import single as attacks
+from attacks.queries import CUTS_AT, PICTURE_STEPS, PICTURES
+from attacks.target import CROPS, CUTS, crop
 from diffusion import TIMESTEPS, Base, encode_captions, encode_images, loss_grid, sample
-from evaluation import attacks, proxies, quality
-from evaluation.queries import CUTS_AT, PICTURE_STEPS, PICTURES
-from evaluation.target import CROPS, CUTS, crop
+from files.bases import load_base
+from run.resolve import resolve
 from settings import EMBEDDED, Settings
-from training.resolve import resolve
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 
 import lora
 from attacker import PROXIES
-from base_files import load_base
 from diffusion import squared_error
+from files.bases import load_base
 from objectives import adaptation_loss, mi_gain, objective
 from settings import EMBEDDED, FAST
 from smoothness import flat_gradient, hessian_vector_product, lanczos, plain_attention

@@ -121,8 +121,8 @@ def questions(base, adapter, latents, text) -> None:
     """What an evaluation asks of one or two images, and a Hessian norm at half the size."""
     import torch
 
+    from attacks import single as attacks
     from diffusion import encode_captions, loss_grid, sample
-    from evaluation import attacks
 
     def picture():
         noise = torch.randn(1, *base.latent_shape)
@@ -165,14 +165,14 @@ def check(folder: Path, dtype: str, size: int) -> None:
     from step import peak_gib
 
     import lora
-    from base_files import load_base
     from diffusion import Encoded, encode_captions, encode_images
+    from files.bases import load_base
+    from run.learner import Learner
+    from run.prepare import Run
+    from run.processes import Processes
+    from run.resolve import resolve
     from settings import Settings
     from train import algorithm_1
-    from training.learner import Learner
-    from training.processes import Processes
-    from training.resolve import resolve
-    from training.run import Run
 
     base = load_base(str(folder), "cpu", dtype, size)
     print(

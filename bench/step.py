@@ -40,13 +40,13 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     import torch
 
     import lora
-    from base_files import load_base
     from diffusion import Encoded, encode_captions, resolve_dtype
+    from files.bases import load_base
+    from run.learner import Learner
+    from run.prepare import Run
+    from run.processes import Processes
+    from run.resolve import resolve
     from settings import Settings
-    from training.learner import Learner
-    from training.processes import Processes
-    from training.resolve import resolve
-    from training.run import Run
 
     s = Settings(
         method=method,
@@ -136,8 +136,8 @@ def released(args):
     from attacker import attacker_step
     from diffusion import draw_noise
     from objectives import adaptation_loss, clip_, gradients, mi_gain, ratio_objective
+    from run.prepare import Batch
     from train import auxiliary_batch
-    from training.run import Batch
 
     run, learner = build(args, "smp", "raw")
     s, h = run.settings, learner.attacker

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import UserError
+from command.errors import UserError
 
 SIZE = 48  # pixels; the embedded base model's resolution
 # mean squared difference of two RGB pictures in 0..1 below which they count as one

@@ -22,7 +22,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from cli import one_line_errors, parse, write_json
+from command.errors import one_line_errors
+from command.flags import parse
+from command.whole_files import write_json
 from embedded.settings import Settings
 
 # What is heavy is imported in the functions: --help and a mistyped flag are answered at once
@@ -36,10 +38,10 @@ def main(settings: Settings) -> None:
     """
     import torch
 
-    from base_files import load_base
     from embedded import emojis
     from embedded.train_unet import train_unet
     from embedded.train_vae import psnr, train_vae
+    from files.bases import load_base
 
     torch.set_num_threads(settings.threads)
     Path(settings.work).mkdir(parents=True, exist_ok=True)
@@ -96,12 +98,12 @@ def show(settings: Settings, captions: list[str]) -> None:
     import numpy as np
     import torch
 
-    import plots
-    from base_files import load_base
     from diffusion import encode_captions, sample
     from embedded import emojis
     from embedded.train_unet import learned
     from embedded.train_vae import reconstruct
+    from files.bases import load_base
+    from report import plots
 
     base, work = load_base(settings.out), Path(settings.work)
     rng = np.random.default_rng(settings.seed)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cli import option
+from command.flags import option
 
 
 @dataclass

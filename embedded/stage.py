@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cli import UserError
+from command.errors import UserError
 from embedded.settings import Settings
-from training import state
+from run import state
 
 KEEP = 2  # states on disk: one to go back to, should the newest be damaged
 

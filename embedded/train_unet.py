@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTokenizer
 
-from base_files import load_base
 from embedded.base_model import build_text_encoder, build_tokenizer, build_unet
 from embedded.settings import Settings
 from embedded.stage import Stage
 from embedded.train_vae import to_pixels
+from files.bases import load_base
 
 
 def learned(settings: Settings, captions: list[str]) -> list[int]:

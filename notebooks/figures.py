@@ -1,5 +1,5 @@
 """The figures of the notebooks.  Each returns a closed Figure, which a notebook shows; colours and
-what other commands draw are in plots.py.  Tested in tests/test_plots.py.
+what other commands draw are in report/plots.py.  Tested in tests/test_plots.py.
 """
 
 import textwrap
@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-import roc
-from plots import COLOURS, MEMBER, NONMEMBER, OTHER, SECOND, running_mean
+from attacks import roc
+from report.plots import COLOURS, MEMBER, NONMEMBER, OTHER, SECOND, running_mean
 
 
 def _panels(count: int, width: float = 4.6, height: float = 3.6, **options):

@@ -13,10 +13,11 @@ docs/paper-and-code.md says what the differences are.
 from dataclasses import dataclass
 from pathlib import Path
 
-import progress
-from cli import UserError, one_line_errors, option, parse
+from command import progress
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
+from run.released import NAMES
 from studies import settings
-from training.released import NAMES
 
 # name -> flags; the name is a folder.  The pooled attacker has no dropout: that switch has rows of
 # its own, beside the paper's attacker without it
@@ -40,7 +41,7 @@ if __name__ == "__main__":
     progress.speak()
 
 import evaluate
-from cli import write_whole
+from command.whole_files import write_whole
 from studies import runs, seeds
 from studies.seeds import COMBINED, LOSS, PROXY, Figure, Records
 from train import train

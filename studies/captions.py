@@ -7,9 +7,9 @@ Tested in tests/test_paper_tables.py.
 import hashlib
 from pathlib import Path
 
-from base_files import load_base
-from cli import UserError
-from data import load_images
+from command.errors import UserError
+from files.bases import load_base
+from files.images import load_images
 from settings import EMBEDDED_SETS, Settings
 from studies import image_folder
 

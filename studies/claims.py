@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evaluation.lira import HEADLINE
+from attacks.lira import HEADLINE
 from settings import ATTACKED
 from studies import seeds
 from studies.paper_tables import CORRELATIONS, DATA, SETS

@@ -13,9 +13,10 @@ import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import progress
 from audit import Audit
-from cli import one_line_errors, option, parse
+from command import progress
+from command.errors import one_line_errors
+from command.flags import option, parse
 
 
 @dataclass
@@ -33,13 +34,14 @@ import numpy as np
 from PIL import Image
 
 import audit
-import roc
-from base_files import load_base
-from cli import UserError, write_whole
-from data import load_images, near_duplicates
-from evaluation.decisions import Decisions
-from evaluation.lira import HEADLINE
-from evaluation.tables import cell
+from attacks import roc
+from attacks.decisions import Decisions
+from attacks.lira import HEADLINE
+from command.errors import UserError
+from command.whole_files import write_whole
+from files.bases import load_base
+from files.images import load_images, near_duplicates
+from report.tables import cell
 from studies import image_folder
 
 CROP = 1 / 8  # of each side, which the copy lacks on the right and below

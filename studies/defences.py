@@ -11,9 +11,10 @@ more row costs that row.  At the end stand table.md and frontier.png, of all row
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import progress
 from audit import Audit
-from cli import UserError, one_line_errors, option, parse
+from command import progress
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
 
 # name -> flags; the name is a folder.  LoRA leaks all after 400 steps, so its kin have fewer
 ROWS = {
@@ -75,10 +76,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import audit
-from cli import read_json, write_whole
-from evaluation.lira import HEADLINE, THRESHOLD
-from evaluation.tables import cell, rounded
-from plots import COLOURS
+from attacks.lira import HEADLINE, THRESHOLD
+from command.whole_files import read_json, write_whole
+from report.plots import COLOURS
+from report.tables import cell, rounded
 from settings import ATTACKED
 from studies import claims
 

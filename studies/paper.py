@@ -21,12 +21,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import progress
-from cli import UserError, one_line_errors, option, parse
+from command import progress
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
+from run.resolve import resolve
 from settings import PAPER, Settings
 from studies import settings
 from studies.paper_tables import DATA, RUNS, TABLES, Claim, Table
-from training.resolve import resolve
 
 
 @dataclass
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     progress.speak()
 
 import evaluate
-from cli import write_whole
+from command.whole_files import write_whole
 from studies import runs, seeds
 from studies.captions import one_caption
 from studies.seeds import ASR, COMBINED, LOSS, PICTURES, Estimate, Figure, Records

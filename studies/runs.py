@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-import progress
-from cli import UserError
+from attacks import workers
+from command import progress
+from command.errors import UserError
 from diffusion import resolve_device
-from evaluation import workers
+from run.precheck import precheck
+from run.resolve import resolve
 from settings import Settings, is_embedded, most_members
 from studies.settings import Study
-from training.precheck import precheck
-from training.resolve import resolve
 
 TITLES = {"adapter": "runs trained", "eval.json": "groups evaluated"}  # what leaves which file
 # seconds of one core on the embedded model: a step, an evaluation, and the base's for each seed

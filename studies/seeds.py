@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import read_json
-from evaluation.comparisons import over_seeds
-from evaluation.tables import cell
-from training.run_folder import RunFolder
+from attacks.comparisons import over_seeds
+from command.whole_files import read_json
+from report.tables import cell
+from run.folder import RunFolder
 
 Records = dict[int, dict]  # seed -> record
 OF_THE_TRAINING = ("settings", "summary", "git_commit")  # what a record has of config.json

@@ -15,8 +15,9 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import progress
-from cli import UserError, one_line_errors, option, parse
+from command import progress
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
 from settings import Settings
 
 # name -> flags; the name is a part of a folder's
@@ -52,16 +53,16 @@ import io
 
 import numpy as np
 
-import plots
-from cli import read_json, write_json, write_whole
+from attacks import workers
+from command.whole_files import read_json, write_json, write_whole
 from diffusion import resolve_device
-from evaluation import workers
+from report import plots
+from run import lock
+from run.folder import RunFolder, provenance
+from run.resolve import resolve
 from studies.correlation import Pooled, correlation, direction, higher, pooled
 from studies.paper_tables import CORRELATIONS
 from train import train
-from training import lock
-from training.resolve import resolve
-from training.run_folder import RunFolder, provenance
 
 # --------------------------------------------------------------------------------------------------
 # Runs

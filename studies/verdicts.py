@@ -15,7 +15,8 @@ What a claim needs is in studies/claims.py.  Tested in tests/test_verdicts.py.
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, one_line_errors, option, parse
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
 
 WHERE = "what and where"
 
@@ -31,11 +32,12 @@ class Verdicts:
 if __name__ == "__main__":
     SETTINGS = parse(Verdicts, __doc__, positional="folders")
 
-from cli import read_json, shown, write_whole
+from command.errors import shown
+from command.whole_files import read_json, write_whole
+from run.folder import RunFolder
 from settings import FREE, LOOKS
 from studies import claims, seeds
 from studies.claims import Results
-from training.run_folder import RunFolder
 
 ROLES = ("lora", "mp", "smp", "smp-detached")
 MATCHED = 2.0  # MP's lambda is within this factor of SMP's mean lambda J, or is no control for it

@@ -28,7 +28,7 @@ def one_thread():
 @pytest.fixture(scope="session", autouse=True)
 def one_picture():
     """Of each caption, for the black-box attack: the tiny base draws nothing worth a second."""
-    from evaluation import queries
+    from attacks import queries
 
     queries.PICTURES = 1
 
@@ -60,7 +60,7 @@ class InThread:
 @pytest.fixture
 def in_thread(monkeypatch):
     """What studies and audits would do in processes is done here, where a patch is seen."""
-    from evaluation import workers
+    from attacks import workers
 
     monkeypatch.setattr(workers, "processes", lambda _: InThread())
 
@@ -153,9 +153,9 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def subject(tiny_base, image_folder):
     """(base, encoded images): the tiny base, twelve members and twelve others."""
-    from base_files import load_base
-    from data import load_images
     from diffusion import encode
+    from files.bases import load_base
+    from files.images import load_images
 
     base, images = load_base(tiny_base), load_images(image_folder, 32)
     roles, start = {"fresh": []}, 0

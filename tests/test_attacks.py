@@ -8,10 +8,10 @@ import torch
 
 import diffusion
 import lora
-import roc
-from base_files import load_base
+from attacks import proxies, roc
+from attacks import single as attacks
 from diffusion import GRID_SEED, TIMESTEPS, Base, loss_grid
-from evaluation import attacks, proxies
+from files.bases import load_base
 
 
 class Leaky(torch.nn.Module):

@@ -1,5 +1,5 @@
-"""The audit: its plan, its figures against roc.py and scipy, a whole one on the tiny base, killed
-and gone on with, with a process killed, and two compared."""
+"""The audit: its plan, its figures against attacks/roc.py and scipy, a whole one on the tiny base,
+killed and gone on with, with a process killed, and two compared."""
 
 import json
 import multiprocessing
@@ -20,14 +20,14 @@ from scipy.stats import binomtest
 
 import audit
 import lora
-import roc
 import train
-from adapters import lora_files
-from base_files import load_base
-from cli import UserError
-from data import ROLES, Images, load_images
+from attacks import audit_plan, audit_tasks, decisions, lira, quality, roc, workers
+from command.errors import UserError
 from diffusion import GRID_SEED, encode_captions, encode_images, loss_grid, sample
-from evaluation import audit_plan, audit_report, audit_tasks, decisions, lira, quality, workers
+from files import lora_files
+from files.bases import load_base
+from files.images import ROLES, Images, load_images
+from report import audit_page as audit_report
 from settings import Settings
 
 ROOT = Path(audit.__file__).parent
@@ -72,7 +72,7 @@ def test_pictures_are_from_other_captions_for_every_adapter(tiny_base, image_fol
 
 
 def test_the_frechet_distance_is_of_all_pictures(tiny_base, image_folder, tmp_path, here):
-    """As evaluation/quality.py has it, of pictures drawn again from the adapters that were kept."""
+    """As attacks/quality.py has it, of pictures drawn again from the adapters that were kept."""
     record = audit.audit(
         flags(tiny_base, image_folder, tmp_path, pictures=3, steps=2, save_every=2)
     )
@@ -199,7 +199,7 @@ def test_perfect_separation_has_an_interval_of_some_width():
 
 
 def test_figures_against_roc():
-    """AUC and TPR as roc.py has them on the same decisions, ties and all."""
+    """AUC and TPR as attacks/roc.py has them on the same decisions, ties and all."""
     score, member = scored()
     found = decisions.Decisions(member).figures(score)
     pair = score[member], score[~member]

@@ -1,4 +1,4 @@
-"""base_files.py: the bases that load, and one sentence for each way in which others do not."""
+"""files/bases.py: the bases that load, and one sentence for each way in which others do not."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from base_files import load_base
-from cli import UserError
+from command.errors import UserError
 from diffusion import encode_captions
+from files.bases import load_base
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",

@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 import train
-from adapters import lora_files
-from base_files import load_base
+from files import lora_files
+from files.bases import load_base
+from run import card
 from settings import Settings
-from training import card
 
 RECORD = {
     "verdict": "This adapter gives away a little.",

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from base_files import load_base
-from cli import UserError
-from data import load_images
+from command.errors import UserError
 from diffusion import encode
+from files.bases import load_base
+from files.images import load_images
+from run import pictures, state
+from run import prepare as prepared
+from run.precheck import going_on, stored
 from settings import Settings
-from training import pictures, state
-from training import run as prepared
-from training.precheck import going_on, stored
 
 STEPS, KILLS = 30, 20
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-import roc
-from evaluation import classifiers
+from attacks import classifiers, roc
 
 KNOWN = list(range(50)), list(range(100, 150))
 

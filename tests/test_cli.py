@@ -1,4 +1,4 @@
-"""cli.py: flags from the command line and from files, errors of one line, files that are whole."""
+"""command/: flags from the command line and from files, errors of one line, whole files."""
 
 import errno
 import importlib
@@ -14,18 +14,9 @@ from typing import ClassVar
 
 import pytest
 
-from cli import (
-    GROUPS,
-    UserError,
-    command,
-    one_line_errors,
-    option,
-    parse,
-    read_json,
-    shown,
-    write_json,
-    write_whole,
-)
+from command.errors import UserError, one_line_errors, shown, this_command
+from command.flags import GROUPS, option, parse
+from command.whole_files import read_json, write_json, write_whole
 
 ROOT = Path(__file__).parent.parent
 TABLES = {"small": {"lr": 1e-3, "rank": 4}, "large": {"lr": 2.5e-5, "rank": 4}}
@@ -332,7 +323,7 @@ def test_interrupted(capsys):
 def test_interrupted_with_a_way_to_go_on(capsys, monkeypatch):
     """The command as it could be typed again."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/my run", "--at", "best"])
-    with pytest.raises(SystemExit), one_line_errors(command):
+    with pytest.raises(SystemExit), one_line_errors(this_command):
         raise KeyboardInterrupt
     line = "stopped; to go on: python evaluate.py 'runs/my run' --at best\n"
     assert capsys.readouterr().err == line
@@ -341,7 +332,8 @@ def test_interrupted_with_a_way_to_go_on(capsys, monkeypatch):
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_closed_pipe_is_quiet(lines):
     """As `| head` does: no traceback, also where all that is printed waits in the buffer."""
-    code = f"import cli\nwith cli.one_line_errors():\n    for _ in range({lines}): print('a line')"
+    code = "from command.errors import one_line_errors\nwith one_line_errors():\n"
+    code += f"    for _ in range({lines}): print('a line')"
     reader, writer = os.pipe()
     os.close(reader)
     try:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import audit
-from cli import UserError, one_line_errors, read_json
-from evaluation import workers
+from attacks import workers
+from command.errors import UserError, one_line_errors
+from command.whole_files import read_json
 
 ROOT = Path(audit.__file__).parent
 STEPS, ASKED = 8, 4  # an adapter is asked at the fourth step, which takes a while, and at the last

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cli import UserError
-from evaluation.lira import HEADLINE
+from attacks.lira import HEADLINE
+from command.errors import UserError
 from studies import copies
 
 

@@ -1,4 +1,4 @@
-"""data.py: forms of folder, kinds of pixel, messages, and splits that keep members apart."""
+"""Forms of folder, kinds of pixel, messages, and splits that keep members apart."""
 
 import hashlib
 import io
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-from cli import UserError
-from data import FOLDERS, PARTS, ROLES, SIDES, Images, load_images, near_duplicates
+from command.errors import UserError
+from files import images as data
+from files.images import FOLDERS, PARTS, ROLES, SIDES, Images, load_images, near_duplicates
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

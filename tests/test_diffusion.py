@@ -8,7 +8,6 @@ import torch
 from conftest import CAPTIONS
 
 import diffusion
-from base_files import load_base
 from diffusion import (
     add_noise,
     encode_captions,
@@ -17,6 +16,7 @@ from diffusion import (
     sample,
     squared_error,
 )
+from files.bases import load_base
 from lora import inject
 from settings import EMBEDDED
 

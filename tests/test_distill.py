@@ -12,16 +12,16 @@ from torch import nn
 
 import lora
 import train
-from cli import UserError
-from defences import distill
-from defences.distill import Student, Teachers
+from command.errors import UserError
 from diffusion import Base, Encoded, residual
+from methods import distill
+from methods.distill import Student, Teachers
+from run import state
+from run.folder import RunFolder
+from run.prepare import assemble
+from run.processes import Processes
+from run.resolve import resolve
 from settings import Settings
-from training import state
-from training.processes import Processes
-from training.resolve import resolve
-from training.run import assemble
-from training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

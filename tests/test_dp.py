@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from cli import UserError
-from defences import dp
-from defences.dp import PrivateLearner
+from command.errors import UserError
+from methods import dp
+from methods.dp import PrivateLearner
+from run.folder import RunFolder
+from run.prepare import assemble
+from run.processes import Processes
+from run.resolve import resolve
 from settings import Settings
-from training.processes import Processes
-from training.resolve import resolve
-from training.run import assemble
-from training.run_folder import RunFolder
 
 
 def settings(tiny_base, **flags):

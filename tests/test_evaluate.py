@@ -9,11 +9,12 @@ import pytest
 
 import evaluate
 import train
-from cli import UserError
-from data import FOLDERS, PARTS, SIDES
+from attacks import queries, target
+from attacks.target import prepare, read_adapter, read_run, subset
+from command.errors import UserError
 from diffusion import Encoded
-from evaluation import queries, tables, target
-from evaluation.target import prepare, read_adapter, read_run, subset
+from files.images import FOLDERS, PARTS, SIDES
+from report import tables
 from settings import Settings
 
 FILES = ("report.html", "exposure.csv", "figures/roc.png", "figures/nearest.png")

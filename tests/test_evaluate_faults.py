@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 import evaluate
 import train
-from cli import UserError
-from data import load_images
-from evaluation import precheck, queries, shadows, target
-from evaluation.store import Store
-from evaluation.target import adapter_digest, base_stamp, dealt, read_run
+from attacks import precheck, queries, shadows, target
+from attacks.store import Store
+from attacks.target import adapter_digest, base_stamp, dealt, read_run
+from command.errors import UserError
+from files.images import load_images
 from settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ for arguments in {cases!r}:
             raise AssertionError(arguments)
     lines = errors.getvalue().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert not {{"torch", "diffusers", "training.run_folder"}} & set(sys.modules)
+    assert not {{"torch", "diffusers", "run.folder"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -22,20 +22,21 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-import cli
 import train
-from adapters import lora_files
-from base_files import load_base
-from cli import UserError, one_line_errors
-from data import load_images
+from command import whole_files
+from command.errors import UserError, one_line_errors
 from diffusion import encode_captions
+from files import lora_files
+from files.bases import load_base
+from files.images import load_images
+from run import lock, pictures, state
+from run import prepare as prepared
+from run import watch as monitor
+from run.folder import RunFolder
+from run.precheck import glance, stored
+from run.processes import Processes
+from run.resolve import resolve
 from settings import Settings
-from training import lock, monitor, pictures, state
-from training import run as prepared
-from training.precheck import glance, stored
-from training.processes import Processes
-from training.resolve import resolve
-from training.run_folder import RunFolder
 
 ROOT = Path(train.__file__).parent
 few = hypothesis_settings(
@@ -175,14 +176,14 @@ def test_read_only_folder(capsys, small):
 def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     """A failure between writing and renaming changes nothing."""
     path = tmp_path / "a.json"
-    cli.write_whole(path, "old")
+    whole_files.write_whole(path, "old")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.os, "replace", fail)
+    monkeypatch.setattr(whole_files.os, "replace", fail)
     with pytest.raises(OSError) as caught:
-        cli.write_whole(path, "new")
+        whole_files.write_whole(path, "new")
     assert caught.value.filename == str(path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 

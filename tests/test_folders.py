@@ -1,4 +1,4 @@
-"""folders.py: folders as people have them, one line on what is not used, bounds on reading."""
+"""Folders as people have them, one line on what is not used, bounds on reading."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli import UserError
-from data import FOLDERS, load_images
-from folders import CHARACTERS
+from command.errors import UserError
+from files.folders import CHARACTERS
+from files.images import FOLDERS, load_images
 
 RED = (255, 0, 0)
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
 
-import roc
-from evaluation import lira
+from attacks import lira, roc
 
 
 def halves(adapters, images, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from base_files import load_base
+from files.bases import load_base
 from lora import TARGETS, Adapter, LoRAConv2d, LoRALinear, inject, layer_class, remove
 
 RANK, ALPHA = 4, 8

@@ -1,4 +1,4 @@
-"""adapters/lora_files.py and lora_writing.py: our files in diffusers + peft, theirs and those of
+"""files/lora_files.py and lora_writing.py: our files in diffusers + peft, theirs and those of
 other trainers here, and what is refused.
 """
 
@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import ALPHA, RANK, predict, trained
 
-from adapters.lora_files import FILE_NAME, KOHYA_NAME, _matcher, load, read
-from adapters.lora_writing import save
-from base_files import load_base
-from cli import UserError
+from command.errors import UserError
+from files.bases import load_base
+from files.lora_files import FILE_NAME, KOHYA_NAME, _matcher, load, read
+from files.lora_writing import save
 from lora import TARGETS, inject
 
 few = hypothesis_settings(

@@ -12,15 +12,15 @@ from PIL import Image, ImageOps
 import audit
 import evaluate
 import train
-from cli import UserError
-from data import load_images
-from evaluation import audit_tasks, shadows
-from evaluation import precheck as evaluation_precheck
-from evaluation.target import prepare, read_run, sources
+from attacks import audit_tasks, shadows
+from attacks import precheck as evaluation_precheck
+from attacks.target import prepare, read_run, sources
+from command.errors import UserError
+from files.images import load_images
+from run import watch as monitor
+from run.precheck import glance
+from run.resolve import resolve
 from settings import Settings
-from training import monitor
-from training.precheck import glance
-from training.resolve import resolve
 
 SMALL = {"members": 10, "rank": 2, "alpha": 4.0, "batch_size": 4, "target": "attention"}
 SMALL |= {"lr": 0.01, "attacker_lr": 0.01, "samples": 0, "steps": 2, "proxy": "pooled"}

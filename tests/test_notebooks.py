@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from cli import write_json
+from command.whole_files import write_json
 from studies import smoothness
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))

@@ -10,8 +10,8 @@ import torch
 
 import settings
 from attacker import MEMBER, PROXIES, attacker_step
-from base_files import load_base
 from diffusion import squared_error
+from files.bases import load_base
 from lora import inject
 from objectives import (
     METHODS,

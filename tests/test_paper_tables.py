@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import folders
-from cli import UserError, write_json
-from data import FOLDERS, load_images
+from command.errors import UserError
+from command.whole_files import write_json
+from files import folders
+from files.images import FOLDERS, load_images
+from run.resolve import resolve
 from settings import Settings
 from studies import paper, seeds
 from studies.captions import one_caption
 from studies.paper import Study
 from studies.paper_tables import DATA, RUNS, SETS, TABLES, Claim
 from studies.seeds import Estimate
-from training.resolve import resolve
 
 
 @pytest.mark.parametrize("name", RUNS)

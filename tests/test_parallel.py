@@ -16,9 +16,9 @@ from torch import nn
 import train
 from diffusion import resolve_dtype
 from objectives import adaptation_loss, mi_gain, objective
+from run.learner import Learner
+from run.processes import Processes, WholeBatch, pull_back
 from settings import Settings
-from training.learner import Learner
-from training.processes import Processes, WholeBatch, pull_back
 
 ROOT = Path(train.__file__).parent
 LAM = 4.0
@@ -164,12 +164,12 @@ def test_two_processes_follow_one(tiny_base, image_folder, tmp_path, big_batch):
     script = tmp_path / "two.py"  # train.py, and what each process is left with
     script.write_text(
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads(1)\n"
-        "import train, cli, settings\n"
-        "from training import learner\n"
+        "import train, settings\nfrom command import flags\n"
+        "from run import learner\n"
         "made = []; init = learner.Learner.__init__\n"
         "def made_by(self, run):\n    init(self, run); made.append((self, run.processes.rank))\n"
         "learner.Learner.__init__ = made_by\n"
-        f"train.train(cli.parse(settings.Settings, '', argv={flags!r}))\n"
+        f"train.train(flags.parse(settings.Settings, '', argv={flags!r}))\n"
         "me, rank = made[0]\n"
         "kept = [t.clone() for t in me.tensors().values()]\n"
         f"torch.save(kept, {str(tmp_path)!r} + f'/{{rank}}.pt')\n"

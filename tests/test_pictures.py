@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import plots
 import train
-from cli import UserError
+from command.errors import UserError
+from report import plots
+from run import cost as plan
+from run import pictures
+from run.precheck import stored
+from run.prepare import Run
+from run.resolve import resolve
 from settings import Settings
-from training import pictures, plan
-from training.precheck import stored
-from training.resolve import resolve
-from training.run import Run
 
 PROMPTS = ["a violet circle", "costs $5 or $6"]
 

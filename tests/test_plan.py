@@ -1,4 +1,4 @@
-"""training/plan.py and --device auto: what a run says of its costs is what it then costs."""
+"""run/cost.py and --device auto: what a run says of its costs is what it then costs."""
 
 import json
 import re
@@ -10,12 +10,14 @@ import torch
 
 import train
 from diffusion import Encoded, resolve_device, resolve_dtype
+from run import cost as plan
+from run import pictures, state
+from run import prepare as prepared
+from run import watch as monitor
+from run.folder import RunFolder
+from run.processes import Processes
+from run.resolve import resolve
 from settings import PAPER, Settings
-from training import monitor, pictures, plan, state
-from training import run as prepared
-from training.processes import Processes
-from training.resolve import resolve
-from training.run_folder import RunFolder
 
 GRID = pictures.sample_grid
 SMALL = {"members": 20, "rank": 2, "alpha": 4.0, "batch_size": 4, "target": "attention"}

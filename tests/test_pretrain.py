@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from base_files import load_base
-from cli import UserError
+from command.errors import UserError
 from embedded import emojis, pretrain, stage, train_unet, train_vae
+from files.bases import load_base
 from settings import EMBEDDED
 
 ROOT = Path(__file__).parent.parent

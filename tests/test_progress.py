@@ -10,7 +10,7 @@ import time
 import pytest
 from tqdm.utils import disp_len
 
-import progress
+from command import progress
 
 
 class Terminal(io.StringIO):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from evaluation import quality
+from attacks import quality
 
 
 def gaussians(n=300, width=12):

@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from cli import UserError
+from attacks.target import kind, read_run
+from command.errors import UserError
 from diffusion import encode_captions, encode_images
-from evaluation.target import kind, read_run
 from objectives import clip_, norm
+from run import watch as monitor
+from run.folder import RunFolder
+from run.learner import Learner, share_of_rate
+from run.prepare import Batch, assemble
+from run.processes import Processes
+from run.resolve import resolve
 from settings import Settings
-from training import monitor
-from training.learner import Learner, share_of_rate
-from training.processes import Processes
-from training.resolve import resolve
-from training.run import Batch, assemble
-from training.run_folder import RunFolder
 
 
 def settings(tiny_base, **flags):

@@ -5,14 +5,14 @@ import torch
 from torch.nn import functional as F
 
 import train
-from cli import UserError
+from command.errors import UserError
 from diffusion import draw_noise, squared_error
+from run.learner import Learner
+from run.prepare import prepare
+from run.processes import Processes
+from run.released import NAMES, chosen
+from run.resolve import resolve
 from settings import METHODS, Settings
-from training.learner import Learner
-from training.processes import Processes
-from training.released import NAMES, chosen
-from training.resolve import resolve
-from training.run import prepare
 
 FLAGS = {"members": 20, "batch_size": 4, "target": "attention", "rank": 2, "alpha": 4.0}
 FLAGS |= {"lr": 0.01, "attacker_lr": 0.01, "proxy": "raw", "clip": 1e6, "norms_every": 10**9}

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-import plots
-import roc
-from data import PARTS, SIDES
+from attacks import quality, roc
 from diffusion import Encoded
-from evaluation import figures, quality, report
+from files.images import PARTS, SIDES
+from report import figures, plots
+from report import page as report
 
 SIZES = {"member": (14, 6, 10), "nonmember": (14, 6, 20)}
 NAN = float("nan")
@@ -74,7 +74,7 @@ def made_up(pictures: int | None = 8, names: dict = ORDINARY, size: int = 16):
 
 
 def leakage(data, scores) -> dict:
-    """A record as evaluation/examination.py makes it, as far as the report reads it."""
+    """A record as attacks/examination.py makes it, as far as the report reads it."""
     found = {n: roc.summary(*data.pair(s, "test"), 0.0) for n, s in scores.items()}
     headline = {"attack": "SimA"} | found["SimA"]
     return {

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from base_files import load_base
-from data import load_images
 from diffusion import encode
+from files.bases import load_base
+from files.images import load_images
+from run import pictures
+from run import prepare as prepared
+from run import watch as monitor
+from run.learner import Learner
+from run.processes import Processes
 from settings import Settings
-from training import monitor, pictures
-from training import run as prepared
-from training.learner import Learner
-from training.processes import Processes
 
 AFTER = 2  # steps after the interruption
 FLAGS = ("method", "proxy", "attacker_members", "accumulate", "gradient_checkpointing")

@@ -5,9 +5,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
-import roc
+from attacks import comparisons, roc
 from bench import coverage
-from evaluation import comparisons
 
 
 def scores(seed=0, shift=1.0, n=250):

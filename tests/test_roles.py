@@ -1,4 +1,4 @@
-"""training/roles.py: splits that keep members apart, how many members serve, and --nonmembers."""
+"""files/roles.py: splits that keep members apart, how many members serve, and --nonmembers."""
 
 import shutil
 
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
-from data import FOLDERS, ROLES, Images, load_images
-from training.roles import (
+from command.errors import UserError
+from files.images import FOLDERS, ROLES, Images, load_images
+from files.roles import (
     LEAST,
     OUTSIDE_TEST,
     half_width,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from cli import write_json
+from command.whole_files import write_json
 from studies import seeds
 from studies.seeds import ASR, COMBINED, LOSS, PICTURES, Estimate
 

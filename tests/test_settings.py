@@ -5,7 +5,11 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from cli import UserError, parse, write_json
+from command.errors import UserError
+from command.flags import parse
+from command.whole_files import write_json
+from run.precheck import stored
+from run.resolve import resolve
 from settings import (
     ABOVE_ZERO,
     EMBEDDED,
@@ -18,8 +22,6 @@ from settings import (
     Settings,
     most_members,
 )
-from training.precheck import stored
-from training.resolve import resolve
 
 
 def flags(*argv):

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import evaluate
-import roc
 import train
-from cli import UserError
-from evaluation import audit_tasks, lira, shadows
-from evaluation.target import prepare, read_run
+from attacks import audit_tasks, lira, roc, shadows
+from attacks.target import prepare, read_run
+from command.errors import UserError
 from settings import Settings
 
 

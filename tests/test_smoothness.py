@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import train
 from attacker import PROXIES, attacker_step
-from base_files import load_base
 from diffusion import squared_error
+from files.bases import load_base
 from lora import inject
 from objectives import METHODS, adaptation_loss, mi_gain, objective
 from settings import EMBEDDED

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr
 
-from cli import UserError
+from command.errors import UserError
+from run.resolve import resolve
 from settings import Settings
 from studies import smoothness
 from studies.correlation import Correlation, correlation, direction, higher, pooled
 from studies.smoothness import ROWS, Study
-from training.resolve import resolve
 
 # ---- correlation ----
 

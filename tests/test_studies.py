@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import audit
-from cli import UserError, read_json, write_json
-from evaluation.lira import HEADLINE
-from evaluation.tables import cell
+from attacks.lira import HEADLINE
+from command.errors import UserError
+from command.whole_files import read_json, write_json
+from report.tables import cell
+from run.resolve import resolve
 from settings import METHODS, Settings
 from studies import as_released, defences, runs, seeds
 from studies.defences import Study
-from training.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

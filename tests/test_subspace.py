@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from adapters import lora_files, lora_writing
-from base_files import load_base
-from cli import UserError
-from defences import directions, subspace
-from defences.dp import PrivateLearner
+from command.errors import UserError
+from files import lora_files, lora_writing
+from files.bases import load_base
+from methods import directions, subspace
+from methods.dp import PrivateLearner
+from run.folder import RunFolder
+from run.prepare import assemble
+from run.processes import Processes
+from run.resolve import resolve
 from settings import DIRECTIONS, EMBEDDED, Settings
-from training.processes import Processes
-from training.resolve import resolve
-from training.run import assemble
-from training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

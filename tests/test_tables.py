@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import roc
-from evaluation import comparisons, tables
+from attacks import comparisons, roc
+from report import tables
 
 
 def record(name="runs/lora @400", shift=2.0, nonmembers=200, shadows=0, quality=True):

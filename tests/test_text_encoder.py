@@ -11,16 +11,17 @@ import audit
 import evaluate
 import lora
 import train
-from adapters import files, lora_files, text_encoder
-from base_files import load_base
+from attacks.examination import Examination, Measured
+from attacks.target import read_run
 from diffusion import encode_captions, squared_error
-from evaluation.examination import Examination, Measured
-from evaluation.target import read_run
+from files import adapters as files
+from files import lora_files, text_encoder
+from files.bases import load_base
+from run.learner import Learner
+from run.prepare import Batch, prepare
+from run.processes import Processes
+from run.resolve import resolve
 from settings import Settings
-from training.learner import Learner
-from training.processes import Processes
-from training.resolve import resolve
-from training.run import Batch, prepare
 
 FLAGS = {"members": 20, "batch_size": 4, "target": "attention", "rank": 2, "alpha": 4.0}
 FLAGS |= {"lr": 0.05, "attacker_lr": 0.01, "proxy": "pooled", "lam": 1.0, "norms_every": 10**9}
@@ -203,9 +204,7 @@ def test_evaluation_sees_the_captions_through_it(run, monkeypatch):
     """An adapter is asked with its own embeddings, whole and cut, the base with the base's."""
     examination = Examination(read_run(run), evaluate.Settings(pictures=0), None)
     asked, plain = [], examination.subject
-    monkeypatch.setattr(
-        "evaluation.examination.query", lambda _, subject, *__: asked.append(subject)
-    )
+    monkeypatch.setattr("attacks.examination.query", lambda _, subject, *__: asked.append(subject))
     for measure in (examination.measure_base, examination.measure_adapter):
         with pytest.raises(TypeError):  # nothing was answered
             measure(read_run(run))

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from cli import one_line_errors, parse
+from command.errors import one_line_errors
+from command.flags import parse
+from run import advice
+from run.learner import Batches, Learner
+from run.resolve import resolve
 from settings import METHODS
-from training import advice
-from training.learner import Batches, Learner
-from training.resolve import resolve
 
 ROOT = Path(train.__file__).parent
 SMALL = [

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli import UserError, write_json
-from evaluation.decisions import Decisions
-from evaluation.lira import HEADLINE
+from attacks.decisions import Decisions
+from attacks.lira import HEADLINE
+from command.errors import UserError
+from command.whole_files import write_json
 from studies import claims, verdicts
 from studies.claims import Part, Results
 from studies.seeds import Estimate

@@ -1,4 +1,4 @@
-"""adapters/whole.py: full fine-tuning, saved as a UNet folder; the base is there again after it."""
+"""files/whole.py: full fine-tuning, saved as a UNet folder; the base is there again after it."""
 
 import copy
 import json
@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import lora
 import train
-from adapters import files, whole
-from base_files import load_base
-from cli import UserError
+from attacks import single as attacks
+from command.errors import UserError
 from diffusion import squared_error
-from evaluation import attacks
+from files import adapters as files
+from files import whole
+from files.bases import load_base
+from run.learner import Learner
+from run.prepare import prepare
+from run.processes import Processes
+from run.resolve import resolve
 from settings import FULL_LR, Settings
-from training.learner import Learner
-from training.processes import Processes
-from training.resolve import resolve
-from training.run import prepare
 
 FLAGS = {"target": "full", "members": 20, "batch_size": 4, "steps": 3, "save_every": 2}
 FLAGS |= {"lr": 0.001, "attacker_lr": 0.01, "proxy": "pooled", "lam": 1.0, "samples": 0}

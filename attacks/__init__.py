@@ -1,0 +1,1 @@
+"""Scores on one model, shadow models, statistics, and the quality of pictures."""

@@ -1,0 +1,158 @@
+"""Which images an audit is about, and which of its adapters trains on what.
+
+    plan = deal(images, settings, adapters, pool, canaries, out)   # complementary random halves
+
+audit.py deals halves of a pool; attacks/shadows.py makes a plan of its own.  Tested in
+tests/test_audit.py.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from command.errors import UserError
+from diffusion import GRID_SEED, TIMESTEPS
+from files.images import PARTS, ROLES, Images, near_duplicates, parts
+from settings import FREE, LOOKS, Settings
+
+DRAWS = 2  # noises per timestep; the prediction itself is kept for the first
+SIMA = (100,)  # timesteps of SimA beside 0
+HELD_OUT = 100  # images for the held-out loss
+OUTSIDE = 4  # times as many non-members as an adapter's attacker takes, where there are so many
+LEAST_POOL = 10  # images, so that every role has one
+
+
+@dataclass
+class Plan:
+    """Which images an audit is about, and how its adapters are trained."""
+
+    settings: Settings  # complete, with `steps`; an adapter adds its index to the seed
+    out: str
+    images: list[int]  # positions in the data: first the pool, then those outside
+    pool: int
+    roles: list[dict[str, list[int]]]  # per adapter: role -> positions in `images`
+    held_out: list[int]  # positions in `images` of those that the held-out loss is measured on
+    canaries: list[int]  # positions in the pool
+    names: list[str]  # of `images`
+    captions: list[str]  # of `images`; those of canaries permuted
+    digest: str  # of the images as loaded
+    steps: list[int] | None = None  # at which an adapter is asked; None: see `due`
+    pictures: int = 0  # drawn of each adapter at each of these steps
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    @property
+    def trained(self) -> dict:
+        """The settings that decide what an adapter becomes."""
+        return {k: v for k, v in asdict(self.settings).items() if k not in {*FREE, *LOOKS}}
+
+    def key(self, index: int) -> str:
+        """All that the answers of an adapter depend on, as a hash."""
+        asked = [TIMESTEPS, DRAWS, SIMA, GRID_SEED, self.due()]
+        facts = [self.trained, asked, self.digest, self.pool, self.held_out, self.canaries]
+        drawn = [self.pictures] if self.pictures else []
+        ways = ["mirrored as well"] if self.settings.flip else []
+        return digest_of([*facts, index, self.roles[index], *drawn, *ways])
+
+    def drawn(self, index: int) -> list[int]:
+        """Positions of the held-out images from whose captions an adapter draws its pictures: the
+        next ones for the next adapter.
+        """
+        first = index * self.pictures
+        return [self.held_out[i % len(self.held_out)] for i in range(first, first + self.pictures)]
+
+    def members(self) -> np.ndarray:
+        """(N, pool): which adapter trains on which image."""
+        member = np.zeros((len(self), self.pool), bool)
+        for row, roles in zip(member, self.roles, strict=True):
+            for part in PARTS:
+                row[roles[f"member_{part}"]] = True
+        return member
+
+    def folder(self, index: int) -> Path:
+        """Where an adapter and its answers are."""
+        return Path(self.out) / "adapters" / f"{index:02d}"
+
+    def due(self) -> list[int]:
+        """The steps at which an adapter is asked, trained to the last of them: `steps`, or every
+        --save-every and the last.
+
+        Without the flag an eighth, a quarter, half and the whole: leakage grows early, and asking
+        should not cost more than training.
+        """
+        if self.steps:
+            return self.steps
+        steps, every = self.settings.steps, self.settings.save_every
+        if every:
+            return sorted({*range(every, steps + 1, every), steps})
+        return sorted({max(1, steps // part) for part in (8, 4, 2, 1)})
+
+
+def deal(
+    images: Images, settings: Settings, adapters: int, pool: int, canaries: int, out: str
+) -> Plan:
+    """A pool, non-members for the method's attacker and held-out images, all at random; adapter
+    2k + 1 trains on the half of the pool that 2k does not.
+
+    Each adapter's attacker gets other non-members: any one set of them is harder or easier than the
+    pool by chance, and a defence that trains against it goes by that.  Copies of other images are
+    left out.  Raises UserError if there are too few images.
+    """
+    first = near_duplicates(images.pixels)
+    kept = [i for i, f in enumerate(first) if i == f]
+    aux, val, _ = parts(pool // 2)
+    taken = aux + 2 * val
+    needed = pool + taken
+    if len(kept) < needed + 2:
+        raise UserError(
+            f"a pool of {pool} needs at least {needed + 2} distinct images and there are "
+            f"{len(kept)}: lower --pool or add images"
+        )
+    rng = np.random.default_rng(settings.seed)
+    most = needed + HELD_OUT + (OUTSIDE - 1) * taken
+    chosen = rng.permutation(kept)[:most].tolist()
+    held_out = list(range(len(chosen)))[needed : needed + HELD_OUT]
+    outside = sorted(set(range(pool, len(chosen))) - set(held_out))
+    wrong = sorted(rng.permutation(pool)[:canaries].tolist())
+    captions = [images.captions[i] for i in chosen]
+    for here, there in zip(wrong, np.roll(wrong, 1), strict=True):
+        captions[here] = images.captions[chosen[there]]
+    names = [images.names[i] for i in chosen]
+    digest = hash_of(Images(names, captions, images.pixels[chosen]))
+    roles = []
+    for index in range(adapters):
+        others = np.random.default_rng([settings.seed, index, 1]).permutation(outside).tolist()
+        dealt = cut_up(half(settings.seed, pool, index)) | {
+            "nonmember_aux": sorted(others[:aux]),
+            "nonmember_val": sorted(others[aux:taken]),
+            "nonmember_test": held_out,
+        }
+        roles.append({role: dealt.get(role, []) for role in ROLES})
+    return Plan(settings, out, chosen, pool, roles, held_out, wrong, names, captions, digest)
+
+
+def half(seed: int, pool: int, index: int) -> list[int]:
+    """Positions of the members of an adapter, in random order; 2k + 1 has what 2k has not."""
+    order = np.random.default_rng([seed, index // 2]).permutation(pool).tolist()
+    return order[: pool // 2] if index % 2 == 0 else order[pool // 2 :]
+
+
+def cut_up(members: list[int]) -> dict[str, list[int]]:
+    """The roles of an adapter's members, as files/roles.py has them."""
+    aux, val, _ = parts(len(members))
+    cut = members[:aux], members[aux : aux + val], members[aux + val :]
+    return {f"member_{part}": sorted(c) for part, c in zip(PARTS, cut, strict=True)}
+
+
+def hash_of(images: Images) -> str:
+    """SHA-256 of pictures and captions."""
+    return hashlib.sha256("".join(images.hashes()).encode()).hexdigest()
+
+
+def digest_of(facts: list) -> str:
+    """SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,212 @@
+"""Membership-inference attacks on a latent diffusion model: one score per image, higher = member.
+
+Each function states its formula and its paper.  Attacks that leave a hyper-parameter open return
+one column per candidate, (N, candidates); `evaluate.py` picks the column on images that the
+attacker knows, never on test images.  All draws of noise come from one fixed stream: the same for
+members and non-members, for the adapted and the base model.  The functions of tensors alone can be
+read without the rest; those that take `base` query its UNet without gradient.  Attacks that are
+trained are in proxies.py and classifiers.py.  Tested in tests/test_attacks.py against models whose
+answers can be written down, and in tests/test_leaks.py on an over-fitted adapter.
+"""
+
+import numpy as np
+import torch
+
+from command import progress
+from diffusion import (
+    GRID_BATCH,
+    GRID_SEED,
+    TIMESTEPS,
+    Base,
+    at_once,
+    squared_error,
+)
+from lora import PerImage
+
+GRADIENT_BATCH = 16  # pictures in one forward with gradient
+AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA
+WALK = (60, 80, 100, 120, 140)  # candidates of SecMI; the authors take 140 for latent models
+
+
+# --------------------------------------------------------------------------------------------------
+# Queries
+
+
+@torch.no_grad()
+def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
+    """eps(z_t, t, tau(y)), (N, C, h, w), of an epsilon- or v-prediction UNet."""
+    parts, batch = [], at_once(base, GRID_BATCH)
+    for i in range(0, len(noisy_latents), batch):
+        z, c = noisy_latents[i : i + batch], text[i : i + batch]
+        at = torch.full((len(z),), t, device=base.device)
+        out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
+        a = base.abar[t]
+        parts.append(
+            a.sqrt() * out + (1 - a).sqrt() * z if base.prediction == "v_prediction" else out
+        )
+    return torch.cat(parts)
+
+
+def _l4(x: torch.Tensor) -> np.ndarray:
+    """L4 norm per image of (N, C, h, w)."""
+    return x.flatten(1).norm(p=4, dim=1).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Attacks on the loss
+
+
+def loss_attack(grid: torch.Tensor) -> np.ndarray:
+    """Minus the mean loss over the grid (N, T, K) (Matsumoto et al. 2023): members are fitted
+    better.
+    """
+    return -grid.mean((1, 2)).numpy()
+
+
+def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray:
+    """Mean over the grid of log L_base - log L_adapted at the same (t, eps), both (N, T, K).
+
+    The base model is public, so the attacker knows how hard an image is without the adapter (cf.
+    Watson et al. 2022).
+    """
+    return (base_grid.log() - grid.log()).mean((1, 2)).numpy()
+
+
+def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
+    """Fluctuation around the image: mean over crops of (L(crop x) - L(x)) / L(x), (N,) (PFAMI, Fu
+    et al. 2023).
+
+    losses (N, T) of the image.  crop_losses (M, N): crop m at timestep m modulo T; all crops at all
+    timesteps tell no more.  A member sits in a local minimum of the loss, its crops lie higher.
+    """
+    own = torch.stack([losses[:, m % losses.shape[1]] for m in range(len(crop_losses))])
+    return ((crop_losses - own) / own).mean(0).numpy()
+
+
+def clid(
+    losses: torch.Tensor, cut_losses: torch.Tensor, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)
+):
+    """alpha S(mean_i L(c*_i) - L(c)) + (1 - alpha) S(-L(c)) per alpha, (N, len(alphas)) (CLiD, Zhai
+    et al. 2024).
+
+    losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones
+    c*_i: a model that was fitted on the pair misses the caption more.  S takes away the median of
+    the images `known` to the attacker and divides by their interquartile range.
+    """
+
+    def robust(x):
+        low, middle, high = x[known].quantile(torch.tensor([0.25, 0.5, 0.75], dtype=x.dtype))
+        return (x - middle) / (high - low).clamp_min(1e-12)
+
+    gap, fit = robust((cut_losses.mean(0) - losses).mean(1)), robust(-losses.mean(1))
+    return torch.stack([a * gap + (1 - a) * fit for a in alphas], dim=1).numpy()
+
+
+def rediffuse(averaged: torch.Tensor, timesteps, abar, prediction: str) -> np.ndarray:
+    """Minus the L2 distance of z_0 to the mean of several denoised copies of it, (N, T) (ReDiffuse,
+    Li et al. 2024).
+
+    A copy is z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps_k, denoised in one DDIM step; its error is
+    sqrt((1 - abar) / abar) (eps_k - f), or sqrt(1 - abar) (v_k - f) of a v-prediction model.
+    averaged (N, T, C, h, w) is the mean over k of what stands in the last parentheses.  The authors
+    step from t = 200 or so in strides of 100; here t decides alone, and is a column.
+    """
+    a = abar[list(timesteps)].to(averaged)
+    scale = (1 - a).sqrt() if prediction == "v_prediction" else ((1 - a) / a).sqrt()
+    return -(averaged.flatten(2).norm(dim=2) * scale).numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Attacks on the predicted noise
+
+
+def secmi(base: Base, latents, text, timesteps=WALK, stride: int = 10, clean=None) -> np.ndarray:
+    """SecMI-stat (Duan et al. 2023): minus the squared distance between z_t and its DDIM step
+    forward and back, (N, T).
+
+    z_t is reached from z_0 by deterministic DDIM inversion in strides.  The step forward is the
+    walk's own next one, so a single walk answers for every t, which must be multiples of `stride`.
+    """
+
+    def move(z, eps, start, end):
+        a, b = base.abar[start], base.abar[end]
+        return b.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+
+    z, columns = latents, {}
+    eps = predict_noise(base, latents, 0, text) if clean is None else clean
+    for t in progress.over(range(0, max(timesteps) + 1, stride), "SecMI"):
+        ahead = move(z, eps, t, t + stride)
+        eps = predict_noise(base, ahead, t + stride, text)
+        back = move(ahead, eps, t + stride, t)
+        columns[t] = -(back - z).square().flatten(1).sum(1).cpu().numpy()
+        z = ahead
+    return np.stack([columns[t] for t in timesteps], axis=1)
+
+
+def pia(base: Base, latents, text, timesteps=AHEAD, clean=None, normalised=False) -> np.ndarray:
+    """Minus the L4 norm of eps_0 - eps(sqrt(abar) z_0 + sqrt(1 - abar) eps_0, t), (N, T) (PIA, Kong
+    et al. 2024).
+
+    eps_0 = eps(z_0, 0) may be handed over as `clean`; `normalised` rescales it to the mean size of
+    Gaussian noise (PIAN).
+    """
+    eps = predict_noise(base, latents, 0, text) if clean is None else clean
+    if normalised:
+        eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
+    columns = []
+    for t in progress.over(timesteps, "PIA"):
+        a = base.abar[t]
+        columns.append(
+            -_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text))
+        )
+    return np.stack(columns, axis=1)
+
+
+def sima(base: Base, latents, text, timesteps=AHEAD, clean=None) -> np.ndarray:
+    """Minus the L4 norm of the noise predicted on the CLEAN latent, eps(z_0, t), (N, 1 + T) (SimA,
+    Rao et al. 2025).
+    """
+    eps = predict_noise(base, latents, 0, text) if clean is None else clean
+    columns = [-_l4(eps)]
+    for t in progress.over(timesteps, "SimA"):
+        columns.append(-_l4(predict_noise(base, latents, t, text)))
+    return np.stack(columns, axis=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# White box and black box
+
+
+def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
+    """log L2 norm per adapter tensor of the gradient of an image's mean loss over a few timesteps,
+    (N, tensors) (GSA1, Pang et al. 2023); one backward pass serves several images.
+    """
+    timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
+    noise = torch.randn(
+        (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
+    )
+    noise, draws = noise.to(base.device), len(timesteps)
+    rows, batch = [], at_once(base, GRADIENT_BATCH)
+    with PerImage(adapter.factors()) as per_image:
+        for i in progress.over(range(0, len(latents), batch), "gradients"):
+            z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
+            images = len(z) // draws
+            loss = squared_error(
+                base, z, c, timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
+            ).mean((1, 2, 3))
+            every = per_image.gradients(loss.sum() / draws, images)
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in every], dim=1)
+            rows.append(norms.clamp_min(1e-12).log().cpu())
+    return torch.cat(rows).double().numpy()
+
+
+def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """Minus the least cosine distance of an image (N, F) to those generated from its caption (N, K,
+    F).
+
+    The paper's black-box attack (after Pang & Wang 2023): only captions go in and only pictures
+    come out.
+    """
+    real = real / np.linalg.norm(real, axis=-1, keepdims=True)
+    generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
+    return (generated * real[:, None]).sum(-1).max(1) - 1

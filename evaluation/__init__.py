@@ -1,3 +1,0 @@
-"""What one adapter leaks and how good its pictures are: targets, queries, attacks, shadows,
-quality, figures, tables.
-"""

@@ -1,0 +1,375 @@
+"""Loading a frozen base model: a pipeline folder, a hub name, or one .safetensors checkpoint;
+pickles are never read.
+
+Every fault of a base that a user can have is one sentence, said before anything is written: the
+folder is looked over, each part must find all its tensors in its file, no weight may be absurd, and
+one small picture goes through all the parts.  Held by tests/test_base_files.py.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from warnings import catch_warnings
+
+import numpy as np
+import torch
+
+from command import progress
+from command.errors import UserError, shown
+from command.whole_files import read_json
+from diffusion import (
+    ALL_TIMESTEPS,
+    Base,
+    encode_captions,
+    encode_images,
+    resolve_device,
+    resolve_dtype,
+    squared_error,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe")
+PARTS = {  # with weights: the class, and the name of the files before any variant and number
+    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
+    "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
+    "text_encoder": ("CLIPTextModel", "model"),
+}
+CONFIGS = dict.fromkeys(PARTS, "config.json") | {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+LARGEST = torch.finfo(torch.float32).max ** 0.5  # the square of more is infinite: 1.8e19
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+@progress.stage("loading the base model")
+def load_base(
+    model: str, device: str = "cpu", dtype: str = "float32", size: int | None = None
+) -> Base:
+    """Load and freeze a pipeline for pictures of `size` px (None: what its UNet was made for).
+
+    Raises UserError for a missing or unusable one; pickled weights are never read.
+    """
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    for log in (logging, transformers_logging):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    device = resolve_device(device)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
+    dtype, name = resolve_dtype(dtype, str(device)), shown(model)
+    if os.path.isfile(model):
+        pipeline = _single_file(Path(model), DTYPES[dtype])
+    else:
+        pipeline = _folder(_find(model), DTYPES[dtype])
+    for part in PARTS:
+        _check_weights(name, part, getattr(pipeline, part))
+    abar, prediction = _noise(name, pipeline.scheduler)
+    _fit_tokenizer(name, pipeline)
+    takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != has:
+        what = f"{takes} channels for latents of {has}: is it an inpainting model?"
+        raise UserError(f"{name} takes {what}")
+    size = _size(name, pipeline, size)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if device == "cpu":  # convolutions are a tenth faster so
+        pipeline.unet.to(memory_format=torch.channels_last)
+    device = torch.device(device)
+    base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
+    _try_out(base)
+    return base
+
+
+# --------------------------------------------------------------------------------------------------
+# Where it is
+
+
+def _find(model: str) -> Path:
+    """The pipeline's folder: `model` itself, or where the hub's files of that name are kept."""
+    from diffusers import StableDiffusionPipeline
+
+    where = shown(os.path.abspath(model))
+    if os.path.isdir(model):
+        return Path(model)
+    if os.path.lexists(model):
+        raise UserError(f"{where} is neither a folder nor a file that can be read")
+    if not HUB_NAME.fullmatch(model):
+        raise UserError(
+            f"there is no {where}: --model takes a pipeline folder, a .safetensors file or a hub "
+            "name (owner/name)"
+        )
+    nowhere = f"there is no folder {where}, and {model} cannot be had from the hub"
+    with _one_sentence(nowhere), catch_warnings(action="ignore"):
+        # the kind first, so that no other model is downloaded
+        _check_kind(model, StableDiffusionPipeline.load_config(model))
+        options = {"use_safetensors": True, **UNUSED}
+        try:
+            return Path(StableDiffusionPipeline.download(model, **options))
+        except OSError:  # as where all weights are in half precision
+            return Path(StableDiffusionPipeline.download(model, variant="fp16", **options))
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Around one call of a library: whatever it raises is "`what`: the reason" in one line.
+
+    A damaged file makes diffusers and transformers raise anything, AttributeError included.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = shown(" ".join(str(error).split()))[:400]
+        if not isinstance(error, OSError | ValueError | RuntimeError):  # the text alone says little
+            reason = f"{type(error).__name__} {reason}"
+        raise UserError(f"{what}: {reason}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder
+
+
+def _folder(folder: Path, dtype: torch.dtype):
+    """The pipeline in a folder; raises UserError unless it is Stable Diffusion 1.x or 2.x in
+    safetensors.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    _check_configs(folder)
+    parts = {part: _load_part(folder, part, dtype) for part in PARTS}
+    with _one_sentence(f"cannot load the tokenizer and scheduler of {shown(folder)}"):
+        return StableDiffusionPipeline.from_pretrained(
+            folder, **parts, **UNUSED, local_files_only=True
+        )
+
+
+def _check_configs(folder: Path) -> None:
+    """Raises UserError unless the folder describes a pipeline that can be adapted, all parts
+    present.
+    """
+    name, index = shown(folder), folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{name} is not a StableDiffusionPipeline folder: it has no {index.name}")
+    index = _read_config(index)
+    _check_kind(name, index)
+    for part, config in CONFIGS.items():
+        if not (folder / part).is_dir():
+            raise UserError(f"{name} is not whole: it has no folder {part}")
+        (_check_sizes if part in PARTS else _read_config)(folder / part / config)
+        kind = index.get(part)
+        if not (isinstance(kind, list) and len(kind) == 2 and all(kind)):
+            raise UserError(f"{name}/model_index.json does not say of which class its {part} is")
+        if part in PARTS and kind[1] != (only := PARTS[part][0]):
+            raise UserError(f"the {part} of {name} is a {shown(kind[1])}: only {only} can be used")
+    tokenizer = folder / "tokenizer"
+    names = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    if not any(all((tokenizer / file).is_file() for file in files) for files in names):
+        # transformers would make an empty one, to which all captions are alike
+        raise UserError(f"{shown(tokenizer)} holds no vocabulary (vocab.json and merges.txt)")
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"there is no file {shown(path)}")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{shown(path)} is not a config: it holds no JSON object")
+    return config
+
+
+def _check_sizes(path: Path) -> None:
+    """Parts are built before their files are read: a million layers or channels would take hours or
+    all memory.
+    """
+    for key, value in _read_config(path).items():
+        most = 100 if "layers" in key else 10**6  # Stable Diffusion 2: 23 layers, 49,408 tokens
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, int) and n > most for n in numbers):
+            raise UserError(f"{shown(path)}: {shown(key)} is above {most:,}")
+
+
+def _check_kind(name: str, index: dict) -> None:
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(
+            f"{name} is a {shown(kind)}: only a StableDiffusionPipeline (1.x or 2.x) can be adapted"
+        )
+
+
+def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A part with weights, all of them from its file: the libraries fill what is missing at
+    random, and only say so in a log.
+    """
+    import diffusers
+    import transformers
+
+    kind, stem = PARTS[part]
+    library = transformers if part == "text_encoder" else diffusers
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    if library is transformers:  # else its error leaves the tensor to the log; diffusers names it
+        options["ignore_mismatched_sizes"] = True
+    variant, where = _variant(folder / part, stem), f"the {part} of {shown(folder)}"
+    with _one_sentence(f"cannot load {where} from safetensors"):
+        module, info = getattr(library, kind).from_pretrained(
+            folder / part, dtype=dtype, variant=variant, **options
+        )
+    if info["missing_keys"]:
+        missing = min(info["missing_keys"])
+        raise UserError(f"{where} is not whole: its file lacks {shown(missing)}")
+    for key, found, wanted in info["mismatched_keys"]:
+        raise UserError(
+            f"{where} is not what its config says: {key} is {tuple(found)}, not {tuple(wanted)}"
+        )
+    return module
+
+
+def _variant(folder: Path, stem: str) -> str | None:
+    """None where the weights have their plain name, else the variant that there is instead, as of
+    `model.fp16.safetensors`.
+    """
+    name = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+    matches = [name.fullmatch(file.name) for file in folder.glob("*.safetensors")]
+    variants = {match[1] for match in matches if match}
+    if None in variants or not variants:
+        return None
+    return "fp16" if "fp16" in variants else min(variants)
+
+
+# --------------------------------------------------------------------------------------------------
+# A single file
+
+
+def _single_file(path: Path, dtype: torch.dtype):
+    """A single .safetensors checkpoint, by diffusers' own loader; its configs come from a folder of
+    the same name beside it (any pipeline folder of that architecture, weights not needed), else
+    from the hub.
+    """
+    from diffusers import StableDiffusionPipeline
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        reason = shown(" ".join(str(error).split()))[:400]
+        raise UserError(
+            f"{shown(path)} is not a whole safetensors file ({reason}); pickles are not read"
+        ) from None
+    beside, config = path.with_suffix(""), {}
+    where = f"(no configs in {shown(beside)}/, so they are asked of the hub)"
+    if (beside / "model_index.json").is_file():
+        _check_configs(beside)
+        config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
+    with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
+        try:
+            return StableDiffusionPipeline.from_single_file(
+                str(path), dtype=dtype, **UNUSED, **config
+            )
+        except NotImplementedError:  # of PyTorch, when a tensor without a value is moved
+            lack = "it lacks tensors of its unet or vae"
+            raise UserError(f"{shown(path)} is not whole: {lack}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Whether it can be used
+
+
+def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
+    """Freeze a part; raises UserError unless each of its tensors is there and sensible."""
+    module.requires_grad_(False).eval()
+    for key, tensor in module.state_dict().items():
+        if tensor.is_meta:  # so a single file's text encoder lacks one
+            raise UserError(f"the {part} of {name} is not whole: its file lacks {key}")
+        low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+        if not (low > -LARGEST and high < LARGEST):  # NaN is neither
+            raise UserError(
+                f"the {part} of {name} is damaged: {key} holds NaN, infinite or absurdly large "
+                f"numbers (as {str(tensor.dtype).removeprefix('torch.')})"
+            )
+
+
+def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
+    """abar (T,) float32 and what the model predicts; raises UserError unless they can be trained
+    and sampled with.
+    """
+    from diffusers import DDIMScheduler
+
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if abar is None:
+        kind = type(scheduler).__name__
+        raise UserError(f"{name} has a {kind}: only models with a schedule of betas can be adapted")
+    prediction = scheduler.config.get("prediction_type")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{name} predicts '{shown(prediction)}'; only epsilon and v_prediction models can be "
+            "adapted"
+        )
+    if len(abar) <= max(ALL_TIMESTEPS):
+        raise UserError(f"{name} has {len(abar)} timesteps; at least 1,000 are needed")
+    if not ((abar >= 0) & (abar <= 1)).all():  # NaN is neither; 0 is zero terminal SNR
+        raise UserError(f"the betas of {name} are damaged: their signal level leaves 0..1")
+    with _one_sentence(f"{name} cannot be sampled by DDIM"):
+        DDIMScheduler.from_config(scheduler.config).set_timesteps(2)
+    return abar.float(), prediction
+
+
+def _fit_tokenizer(name: str, pipeline) -> None:
+    """Cut captions at what the text encoder takes; raises UserError if it lacks words of the
+    tokenizer.
+    """
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder.config
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= encoder.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name} has a token {highest}, its text encoder only "
+            f"{encoder.vocab_size}: they do not belong together"
+        )
+    most = encoder.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+
+
+def _size(name: str, pipeline, size: int | None) -> int:
+    """Pixels of a side: `size`, or what the UNet's config says, one number or two equal ones."""
+    factor = pipeline.vae_scale_factor
+    if not size:
+        side = pipeline.unet.config.sample_size
+        if isinstance(side, list | tuple) and len(side) == 2 and side[0] == side[1]:
+            side = side[0]
+        if type(side) is not int or not 0 < side <= 1024:
+            raise UserError(
+                f"the UNet of {name} is not for square pictures of a known size (its sample_size "
+                f"is {shown(side)}): give --size"
+            )
+        size = side * factor
+    multiple = max(8, factor)  # diffusers samples multiples of 8 only
+    if size % multiple:
+        raise UserError(f"the picture size {size} is not a multiple of {multiple}")
+    return size
+
+
+@torch.no_grad()
+def _try_out(base: Base) -> None:
+    """One small black picture and an empty caption through every part; raises UserError if they do
+    not fit together.
+    """
+    side = 8 * base.pipeline.vae_scale_factor
+    with _one_sentence(f"the parts of {shown(base.name)} do not work together"):
+        latents = encode_images(base, np.zeros((1, side, side, 3), np.uint8))
+        text, zero = encode_captions(base, [""]), torch.zeros(1, dtype=torch.long)
+        error = squared_error(base, latents, text, zero.to(base.device), torch.zeros_like(latents))
+        picture = base.pipeline.vae.decode(latents.to(base.pipeline.vae.dtype)).sample
+        if error.shape != latents.shape or picture.shape != (1, 3, side, side):
+            raise ValueError("what they return has another shape than what they were given")
+        if not (error.isfinite().all() and picture.isfinite().all()):
+            raise ValueError(f"their numbers are not finite in {base.unet.dtype}")

@@ -1,0 +1,331 @@
+"""Folders of captioned images, in the forms people have them: which files, with which captions.
+
+    found = find(Path("my_folder"))
+    found.images    # [(file, caption or None), ...]
+    found.left      # what is not used, by reason
+
+A folder is one of these, recognised in this order:
+
+    metadata.jsonl or metadata.csv with `file_name` and `text`    Hugging Face imagefolder
+    name.png, with name.txt or name.caption beside it or not      kohya, as the paper's authors used
+    no image, but a sub-folder `train` in one of the two forms    Hugging Face imagefolder
+    no image, but sub-folders `10_name` in one of the two         kohya; each image is read once
+
+Everything that is opened is first known to be a regular file of bounded size: a pipe would block
+for ever, and a link to /dev/zero has no end.
+"""
+
+import csv
+import functools
+import io
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from command.errors import UserError, shown
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+if ".avif" in Image.registered_extensions():  # Pillow 11.3 or later
+    SUFFIXES.add(".avif")
+CAPTIONS = {".txt", ".caption"}
+METADATA = ("metadata.jsonl", "metadata.csv")
+REPEATS = re.compile(r"\d+_.+")  # kohya: the images of `10_cat` are seen ten times per pass
+
+CHARACTERS = 10_000  # of a caption; the text encoders here read 77 tokens at most
+METADATA_BYTES = 50_000_000  # half a million rows; takes a few seconds
+IMAGE_BYTES = 500_000_000  # more than any image that Pillow would decode
+
+
+@dataclass
+class Found:
+    """The images of a folder with the captions they bring, and what was not used, by reason."""
+
+    images: list[tuple[Path, str | None]] = field(default_factory=list)
+    left: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, other: "Found") -> None:
+        """What another folder holds, beside what is here."""
+        self.images += other.images
+        for reason, files in other.left.items():
+            self.left[reason] += files
+
+    def unused(self, folder: Path) -> str:
+        """What is left out, in one line; names are relative to `folder`."""
+        parts = []
+        for reason, files in self.left.items():
+            names = [shown(file.relative_to(folder).as_posix()) for file in files[:3]]
+            names += ["..."] if len(files) > 3 else []
+            parts.append(f"{reason} ({len(files)}: {', '.join(names)})")
+        return "; ".join(parts)
+
+
+def find(folder: Path) -> Found:
+    """The images of `folder`, sorted by file; None where an image brings no caption.
+
+    Raises UserError if it holds none or if one of its files cannot be used, OSError if the system
+    refuses.  Test: tests/test_folders.py.
+    """
+    found = Found()
+    if not _gather(folder, found):
+        inner = [f for f in found.left["sub-folders"] if f.name == "train"]
+        repeats = [] if inner else [f for f in found.left["sub-folders"] if REPEATS.match(f.name)]
+        for sub in inner or repeats:
+            _gather(sub, found)
+            found.left["sub-folders"].remove(sub)
+        if repeats:
+            found.left["repeats, as each image is read once"] = repeats
+    found.left = {reason: files for reason, files in found.left.items() if files}
+    if not found.images:
+        unused = f"; not used: {found.unused(folder)}" if found.left else ""
+        raise UserError(
+            f"{shown(folder)} holds no images: put png, jpg, webp, bmp, gif or tif files directly "
+            f"into it, or give another folder{unused}"
+        )
+    for file, _ in found.images:
+        _check_file(file, IMAGE_BYTES)
+    return found
+
+
+def caption(text: str, where: str) -> str:
+    """`text` on one line; raises UserError, starting with `where`, if it is no usable caption."""
+    if len(text) > CHARACTERS:
+        raise UserError(
+            f"{where} has a caption of {len(text):,} characters: shorten it to "
+            f"{CHARACTERS:,} at most"
+        )
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where} has a caption with half a character (a lone surrogate): mend it")
+    return " ".join(text.split())
+
+
+# ------------------------------------------------------------------------------------------------
+# Which files
+
+
+def _gather(folder: Path, found: Found) -> bool:
+    """Add the images directly in `folder`, or those its metadata lists; False if there are none."""
+    entries = _entries(folder)
+    names = {f.name for f in entries}
+    metadata = next((folder / name for name in METADATA if name in names), None)
+    if metadata:
+        images = _listed(metadata)
+        used = {metadata} | {file for file, _ in images}
+        above = {parent for file in used for parent in file.parents}
+        entries = [f for f in entries if f not in above]
+        inside = {file.parent for file, _ in images} - {folder}
+        entries += sorted(f for sub in inside for f in _entries(sub) if _is_image(f))
+        beside = f"captions that {metadata.name} stands for"
+    else:
+        # not is_file(): a dangling link is to be complained of, not passed over
+        files = [f for f in entries if _is_image(f) and not f.is_dir()]
+        captions = [f for f in entries if f.suffix.lower() in CAPTIONS]
+        images, used = _beside(files, captions)
+        beside = "captions without an image"
+    found.images += sorted(images, key=lambda pair: pair[0])
+    for f in entries:
+        if f in used:
+            continue
+        if f.is_dir():
+            found.left["sub-folders"].append(f)
+        elif _is_image(f):
+            found.left[f"images that {metadata.name} does not list"].append(f)
+        elif f.suffix.lower() in CAPTIONS:
+            found.left[beside].append(f)
+        else:
+            found.left["files that are neither images it can read nor captions"].append(f)
+    return bool(images)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What stands in a folder, sorted, hidden files excepted."""
+    return sorted(f for f in folder.iterdir() if f.name[0] != ".")
+
+
+def _is_image(file: Path) -> bool:
+    """By the end of its name."""
+    return file.suffix.lower() in SUFFIXES
+
+
+def _beside(
+    files: list[Path], captions: list[Path]
+) -> tuple[list[tuple[Path, str | None]], set[Path]]:
+    """Each image with the text of the caption file of its name, if any; and the files used."""
+    by_stem = defaultdict(list)
+    for f in captions:
+        by_stem[_normal(f.stem)].append(f)
+    images, used = [], set(files)
+    for file in files:
+        texts = by_stem.get(_normal(file.stem), [])
+        if len(texts) > 1:
+            names = " and ".join(shown(f.name) for f in texts[:2])
+            raise UserError(f"{shown(file)} has two captions, {names}: keep one of them")
+        text = None
+        if texts:
+            used.add(texts[0])
+            where = shown(texts[0])
+            # the mark in front and up to four bytes a character
+            text = caption(_read(texts[0], 3 + 4 * CHARACTERS), where)
+            if not text:
+                raise UserError(
+                    f"{where} is empty: write the caption into it, or delete it and give --caption"
+                )
+        images.append((file, text))
+    return images, used
+
+
+# ------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def _listed(metadata: Path) -> list[tuple[Path, str]]:
+    """(image file, caption) of every row of metadata.jsonl or metadata.csv."""
+    rows = _json_rows if metadata.suffix == ".jsonl" else _csv_rows
+    listing = functools.cache(lambda folder: {_normal(f.name): f for f in folder.iterdir()})
+    found, lines = [], {}
+    for line, row in rows(metadata):
+        where = f"{shown(metadata)} line {line}"
+        file, text = _row(row, metadata.parent, where, listing)
+        if file in lines:
+            raise UserError(
+                f"{where} names {file.name!r} again, line {lines[file]} did already: "
+                "keep one caption for each image"
+            )
+        lines[file] = line
+        found.append((file, text))
+    if not found:
+        raise UserError(f"{shown(metadata)} lists no images: write a row for each, or delete it")
+    return found
+
+
+def _row(row: dict, folder: Path, where: str, listing: Callable) -> tuple[Path, str]:
+    """The image file and the caption of one row."""
+    for column in ("file_name", "text"):
+        if column not in row:
+            raise UserError(f"{where} has no {column}: the columns needed are file_name and text")
+    name, text = row["file_name"], row["text"]
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{where} has no usable file_name: write the image's path relative to {shown(folder)}"
+        )
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise UserError(
+            f"{where} has an empty caption for {name!r}: write one under text, or remove the row"
+        )
+    if not isinstance(text, str):
+        kind = "a list of captions" if isinstance(text, list) else "a caption that is not text"
+        raise UserError(f"{where} has {kind} for {name!r}: write one string under text")
+    return _inside(folder, name, where, listing), caption(text, where)
+
+
+def _inside(folder: Path, name: str, where: str, listing: Callable) -> Path:
+    """The file `name` of `folder`, whichever Unicode normal form the two are written in."""
+    # compared as written, not resolved: the Hugging Face cache is made of links that lead elsewhere
+    path = Path(os.path.normpath(name))
+    for root in (os.path.abspath(folder), os.path.realpath(folder)):
+        if path.is_relative_to(root):
+            path = path.relative_to(root)
+    if path.is_absolute() or path.parts[:1] == ("..",):
+        raise UserError(
+            f"{where} names {name!r} outside its folder: move the image into {shown(folder)}"
+        )
+    file = folder
+    for part in path.parts:
+        if not os.path.lexists(file / part):
+            part = listing(file).get(_normal(part), part) if file.is_dir() else part
+        file = file / part
+    if not os.path.lexists(file) or (file.is_symlink() and not file.exists()):
+        raise UserError(
+            f"{where} names {name!r}, which does not exist: add the image, or remove the row"
+        )
+    return file
+
+
+def _json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
+    def once(pairs: Iterable[tuple]) -> dict:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            raise UserError(f"{where} names a column twice: keep one of them")
+        return row
+
+    # splitlines() would also split at U+2028
+    for line, text in enumerate(_read(metadata, METADATA_BYTES).split("\n"), 1):
+        where = f"{shown(metadata)} line {line}"
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text, object_pairs_hook=once)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{where} is not a JSON object: write {{"file_name": ..., "text": ...}}'
+            )
+        yield line, row
+
+
+def _csv_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
+    # strict: a quote left open would otherwise swallow the rows below it
+    reader = csv.DictReader(io.StringIO(_read(metadata, METADATA_BYTES)), strict=True)
+    try:
+        for column in ("file_name", "text"):
+            if (reader.fieldnames or []).count(column) != 1:
+                raise UserError(
+                    f"{shown(metadata)} lacks a column or has it twice: its first line must name "
+                    "file_name and text once, separated by commas"
+                )
+        for row in reader:
+            fewer = any(value is None for value in row.values())
+            if fewer or None in row:
+                raise UserError(
+                    f"{shown(metadata)} line {reader.line_num} has {'fewer' if fewer else 'more'} "
+                    "fields than the first line names: put captions with commas in double quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(
+            f"{shown(metadata)} line {reader.line_num + 1} is not CSV ({error}): mend that line"
+        ) from error
+
+
+def _normal(name: str) -> str:
+    """One spelling for names that look the same: macOS takes accents apart, others do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _check_file(file: Path, limit: int) -> None:
+    """Raises UserError unless `file`, links followed, is regular and has at most `limit` bytes."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise UserError(f"cannot read {shown(file)}: it is {kind}, not a file; remove it")
+    if status.st_size > limit:
+        raise UserError(
+            f"{shown(file)} is too large ({status.st_size:,} bytes; {limit:,} at most): "
+            "make it smaller or remove it"
+        )
+
+
+def _read(file: Path, limit: int) -> str:
+    """The text of a file of at most `limit` bytes."""
+    _check_file(file, limit)
+    with open(file, "rb") as opened:
+        content = opened.read(limit)  # files of /proc have no size and may have no end
+    try:
+        text = content.decode("utf-8-sig")  # -sig: without the mark that Windows editors put first
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{shown(file)} is not UTF-8 (byte {error.start}): save it as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,334 @@
+"""Images with captions, and who among them is a member.
+
+    images = load_images("twemoji", size=48)            # the embedded private set
+    images = load_images("my_folder", 512, "a photo")   # or your own
+    images = load_images("my_folder", 512, nonmembers="openmoji")   # and others' as non-members
+
+A folder holds captioned images in one of the forms of files/folders.py, or the paper's four
+sub-folders D^m_aux, D^m_te, D^nm_aux, D^nm_te, each in one of these forms; the split is then taken
+from them.  Else files/roles.py deals it.
+"""
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from command import progress
+from command.errors import UserError, shown
+from files import folders
+from settings import EMBEDDED_SETS
+
+SIDES = ("member", "nonmember")
+PARTS = ("aux", "val", "test")
+ROLES = (*(f"{side}_{part}" for side in SIDES for part in PARTS), "fresh")
+# the paper's folder -> the roles it is cut into; members first, so that they win over copies
+FOLDERS = {
+    "D^m_aux": ("member_aux", "member_val"),
+    "D^m_te": ("member_test",),
+    "D^nm_aux": ("nonmember_aux", "nonmember_val"),
+    "D^nm_te": ("nonmember_test",),
+}
+OUTSIDE = "nonmembers/"  # before the names of the images of --nonmembers
+# whatever the suffix says, Pillow tries no other decoder
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
+FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
+PIXELS = (8, 20_000)  # a side outside is taken for a mistake
+
+# Two images are near-duplicates if their thumbnails, in 0..1, differ by less in mean square: grey
+# ones of 16 x 16, also relative to the variance of the flatter, and coloured ones of 4 x 4.  Above
+# JPEG at quality 75 and scaling to a half at 48 pixels, below any two of the embedded set.
+NEAR_GREY, NEAR_RELATIVE, NEAR_COLOUR = 1.2e-3, 0.1, 8e-4
+ROUNDING = 1e-5  # added to the grey bound: less than one grey level, for images without contrast
+BLOCK = 512  # images compared with all before them at a time
+
+
+@dataclass
+class Images:
+    """N captioned images, in the order of their names."""
+
+    names: list[str]  # file names, relative to the folder
+    captions: list[str]
+    pixels: np.ndarray  # (N, size, size, 3) uint8 RGB
+    # indices per sub-folder (keys of FOLDERS) if the folder comes split
+    folders: dict[str, list[int]] | None = None
+    private: int | None = None  # with --nonmembers: so many are one's own, those behind are not
+
+    def hashes(self) -> list[str]:
+        """Per image the SHA-256 of its pixels, at the size loaded, and its caption, not its name.
+
+        Test: tests/test_data.py::test_hashes.
+        """
+        return [
+            hashlib.sha256(p.tobytes() + c.encode("utf-8", "surrogatepass")).hexdigest()
+            for p, c in zip(self.pixels, self.captions, strict=True)
+        ]
+
+
+def load_images(
+    data: str, size: int, caption: str | None = None, nonmembers: str | None = None
+) -> Images:
+    """The set `data`: one of EMBEDDED_SETS, or a folder, as squares of `size` pixels; behind it the
+    set `nonmembers`, if there is one, whose names begin with OUTSIDE.
+
+    `caption` is given to images that have none of their own.  Prints one line if anything in the
+    folder is not used, or if `caption` stands for some images only.
+    Raises UserError for a folder, image or caption that cannot be used.  Test: tests/test_data.py.
+    """
+    images = _load(data, size, caption)
+    if nonmembers is None:
+        return images
+    if images.folders:
+        raise UserError(
+            f"{shown(data)} comes split, with non-members of its own: leave --nonmembers out"
+        )
+    others = _load(nonmembers, size, caption)
+    names = [OUTSIDE + name for name in others.names]
+    if set(names) & set(images.names):
+        raise UserError(f"{shown(data)} has a sub-folder nonmembers: rename it")
+    pixels = np.concatenate([images.pixels, others.pixels])
+    captions = images.captions + others.captions
+    return Images(images.names + names, captions, pixels, private=len(images.names))
+
+
+def _load(data: str, size: int, caption: str | None) -> Images:
+    if data in EMBEDDED_SETS:
+        from embedded import emojis
+
+        with progress.stage(f"reading images of {data}"):
+            return Images(*getattr(emojis, data)(size))
+    folder = Path(data)
+    try:
+        return _load_folder(folder, size, caption)
+    except OSError as error:
+        where, why = error.filename or folder, error.strerror or error
+        raise UserError(
+            f"cannot read {shown(where)} ({why}): check that it exists and is yours to read"
+        ) from error
+
+
+def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
+    if not folder.exists():
+        raise UserError(
+            f'there is no folder {shown(folder)}: give a folder of images, or "twemoji" for the '
+            "embedded set"
+        )
+    if not folder.is_dir():
+        raise UserError(f"{shown(folder)} is a file: give the folder that holds the images")
+    if caption is not None:
+        caption = folders.caption(caption, "--caption")
+        if not caption:
+            raise UserError("--caption is empty: give the words that describe the images")
+    found, indices = _find(folder)
+    files = [file for file, _ in found.images]
+    captions, notes = _captions(found.images, caption)
+    if found.left:
+        notes.append(f"not used: {found.unused(folder)}")
+    if notes:
+        print("; ".join([f"images read from {shown(folder)}: {len(files)}", *notes]))
+    try:
+        pixels = np.empty((len(files), size, size, 3), np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise UserError(
+            f"{len(files)} images of {size}x{size} pixels do not fit in memory: "
+            "take fewer or smaller ones"
+        ) from error
+    for i in progress.over(range(len(files)), "reading images"):
+        pixels[i] = _square(files[i], size)
+    return Images(
+        names=[file.relative_to(folder).as_posix() for file in files],
+        captions=captions,
+        pixels=pixels,
+        folders=indices,
+    )
+
+
+def _find(folder: Path) -> tuple[folders.Found, dict[str, list[int]] | None]:
+    """What a folder holds, and the indices of its images per folder of the paper, if any."""
+    present = [name for name in FOLDERS if (folder / name).is_dir()]
+    if not present:
+        return folders.find(folder), None
+    if len(present) < len(FOLDERS):
+        missing = ", ".join(name for name in FOLDERS if name not in present)
+        raise UserError(
+            f"{shown(folder)} has {', '.join(present)} but not {missing}: add them, or rename the "
+            "others"
+        )
+    found, indices = folders.Found(), {}
+    for name in FOLDERS:
+        start = len(found.images)
+        found.add(folders.find(folder / name))
+        indices[name] = list(range(start, len(found.images)))
+    beside = [f for f in folder.iterdir() if f.name not in FOLDERS and f.name[0] != "."]
+    if beside:
+        found.left["what stands beside the four folders"] = sorted(beside)
+    return found, indices
+
+
+def _captions(
+    images: list[tuple[Path, str | None]], caption: str | None
+) -> tuple[list[str], list[str]]:
+    """Every image's caption, `caption` where it has none; and a note if it was not for all."""
+    bare = [file for file, text in images if text is None]
+    if caption is None:
+        if bare:
+            raise UserError(
+                f"{len(bare)} of {len(images)} images have no caption, the first is "
+                f"{shown(bare[0])}: write {shown(bare[0].stem)}.txt beside it, or give "
+                "--caption for all"
+            )
+        return [text for _, text in images], []
+    notes = [f"--caption is for {len(bare)} of them"] if len(bare) < len(images) else []
+    return [caption if text is None else text for _, text in images], notes
+
+
+def _square(file: Path, size: int) -> np.ndarray:
+    """An image file as (size, size, 3) uint8: upright, on white, its central square, Lanczos.
+
+    Raises UserError for a file that cannot be used, OSError if the system refuses it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+        with image:
+            image = _upright(image, shown(file))
+            # fit() scales only what the crop needs: a strip of 8 x 20,000 scaled whole would fill
+            # the memory
+            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{shown(file)} is too large to decode safely: scale it down or remove it"
+        ) from error
+    except (UserError, MemoryError):
+        raise
+    # a broken file makes Pillow raise anything: SyntaxError, struct.error, IndexError, ...
+    except Exception as error:
+        # open() was refused; the decoders name no file
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise UserError(
+            f"{shown(file)} is not a readable image (corrupt, cut short or empty): replace it"
+        ) from error
+
+
+def _upright(image: Image.Image, where: str) -> Image.Image:
+    """The first frame in RGB, turned as its EXIF says, on white, its values in 0..255."""
+    if min(image.size) < PIXELS[0] or max(image.size) > PIXELS[1]:
+        raise UserError(
+            f"{where} is {image.width}x{image.height} pixels: remove it or scale it to sides of "
+            f"{PIXELS[0]} to {PIXELS[1]:,}"
+        )
+    if image.mode in ("I", "F"):  # 32-bit TIFF; nothing says which value is white
+        raise UserError(f"{where} has 32 bits per channel: save it with 8 or 16")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    if image.mode != mode:  # convert() would copy
+        image = image.convert(mode)
+    return image if mode == "RGB" else _on_white(image)
+
+
+def _on_white(image: Image.Image, rows: int = 1000) -> Image.Image:
+    """An RGBA image over white as RGB, some rows at a time: whole copies would take a gigabyte."""
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        ground = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(ground, strip).convert("RGB"), (0, top))
+    return result
+
+
+def near_duplicates(pixels: np.ndarray) -> list[int]:
+    """For each image of `pixels` (N, H, W, 3) the index of the first image that it repeats.
+
+    Copies that were re-encoded or rescaled count, see NEAR_GREY.  The first of each group stands
+    for itself.  Time and memory: 5,000 images take some seconds and 0.1 GB.
+    Test: tests/test_data.py::test_near_duplicates_against_all_pairs.
+    """
+    grey, colour = _thumbnails(pixels)
+    variance = grey.var(1)
+    first: list[int] = []
+    for start in range(0, len(pixels), BLOCK):
+        block, before = slice(start, start + BLOCK), slice(0, start + BLOCK)
+        flatter = np.minimum(variance[block, None], variance[None, before])
+        near = _distances(grey[block], grey[before]) < ROUNDING + np.minimum(
+            NEAR_GREY, NEAR_RELATIVE * flatter
+        )
+        near &= _distances(colour[block], colour[before]) < NEAR_COLOUR
+        for i, row in enumerate(near, start):
+            repeated = (int(j) for j in np.flatnonzero(row[:i]) if first[j] == j)
+            first.append(next(repeated, i))
+    return first
+
+
+def _thumbnails(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grey (N, 256) and coloured (N, 48) thumbnails around zero, each the mean of its area."""
+    boxes = [Image.fromarray(p).resize((16, 16), Image.Resampling.BOX) for p in pixels]
+    small = np.stack([np.asarray(box) for box in boxes]).astype(np.float32) / 255 - 0.5
+    grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
+    colour = small.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4))
+    return grey.reshape(len(small), -1), colour.reshape(len(small), -1)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared difference of every row of `a` (M, D) and of `b` (N, D), (M, N)."""
+    return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T) / a.shape[1]
+
+
+def distinct(images: Images, order: list[int]) -> list[int]:
+    """Those of `order`, sorted, that repeat none before them in it; a line says what is left out.
+
+    So the order says which of two near-duplicates keeps its role.
+    """
+    first = near_duplicates(images.pixels[order])
+    copies = [(order[i], order[f]) for i, f in enumerate(first) if i != f]
+    if copies:
+        copy, original = (images.names[i] for i in copies[0])
+        print(
+            f"left out {len(copies)} of {len(order)} images, copies of others; the first: "
+            f"{shown(copy)} = {shown(original)}"
+        )
+    return sorted(set(order) - {copy for copy, _ in copies})
+
+
+def parts(members: int) -> tuple[int, int, int]:
+    """(auxiliary, validation, test) members out of `members`: half, and of the rest a fifth."""
+    aux = members // 2
+    val = round((members - aux) / 5)
+    return aux, val, members - aux - val
+
+
+def split_as_it_comes(images: Images, seed: int) -> dict[str, list[int]]:
+    """The roles in a folder that comes split: its sub-folders, of each aux one a random tenth set
+    aside for validation; of near-duplicates the member.
+
+    Raises UserError if one of them holds too few.  Test: tests/test_roles.py.
+    """
+    kept = set(distinct(images, [i for part in FOLDERS for i in images.folders[part]]))
+    rng, roles = np.random.default_rng(seed), {"fresh": []}
+    for part, names in FOLDERS.items():
+        pool = sorted(set(images.folders[part]) & kept)
+        val = max(1, round(len(pool) / 10)) if len(names) == 2 else 0
+        if len(pool) < val + 2:
+            raise UserError(
+                f"{part} holds {len(pool)} distinct images but needs {len(names) + 1}: add "
+                "some (--members cannot help, the folder comes split)"
+            )
+        roles |= deal(pool, dict(zip(names, (len(pool) - val, val), strict=False)), rng)
+    return {role: roles[role] for role in ROLES}
+
+
+def deal(pool: list[int], sizes: dict[str, int], rng: np.random.Generator) -> dict[str, list[int]]:
+    """Shuffle `pool` and cut it into consecutive pieces of the given sizes, each then sorted; the
+    last takes all that is left.
+    """
+    cuts = np.cumsum(list(sizes.values()))[:-1]
+    return {
+        role: sorted(cut.tolist())
+        for role, cut in zip(sizes, np.split(rng.permutation(pool), cuts), strict=True)
+    }

@@ -1,0 +1,191 @@
+"""Which image of a run plays which part: members, non-members, and how many of each.
+
+    roles = split(images, seed=0, members=None)     # {"member_aux": [3, 17, ...], ...}
+    say(roles, nonmembers=None)                     # one line, and a note if they are too few
+
+Held by tests/test_roles.py.
+"""
+
+import math
+
+import numpy as np
+
+from command.errors import UserError, shown
+from files.images import ROLES, Images, deal, distinct, parts, split_as_it_comes
+
+LEAST = 5  # members, so that every role has an image
+OUTSIDE_TEST = 250  # test non-members taken of --nonmembers, at most
+SCORED = 200  # test non-members that evaluate.py scores
+WITHIN = 0.1  # of the AUC: half the width of its interval at chance that a figure should have
+
+
+def split(
+    images: Images, seed: int, members: int | None, preset: str = "default", most: int = 100
+) -> dict[str, list[int]]:
+    """Disjoint random roles: {role: sorted indices into `images`} for every role of ROLES.
+
+        default    half of `members` in member_aux, a fifth of the rest in member_val, what is left
+                   in member_test; nonmember_aux = member_aux, nonmember_val = 2 member_val; of what
+                   is left then a fifth is fresh, the rest nonmember_test.  `members` None: as many
+                   as leave no fewer test non-members than test members, `most` at most
+        pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233, a tenth of each aux set
+                   aside for validation, what is left is fresh (of the paper's 833 images none)
+
+    With --nonmembers the members are of one's own images (None: all, `most` at most) and the other
+    ones fresh; the non-members are of that set, OUTSIDE_TEST of them for the test at most.
+    A folder that comes split keeps its sub-folders; `members` and `preset` then do nothing.
+    Of near-duplicates only the first gets a role, so that no member is also a non-member (with
+    --nonmembers, one's own), and a line is printed that says so.
+    Raises UserError if there are too few images.
+    """
+    if images.folders:
+        return split_as_it_comes(images, seed)
+    kept, rng = distinct(images, list(range(len(images.names)))), np.random.default_rng(seed)
+    if images.private is not None:
+        own, others = ([i for i in kept if (i < images.private) == mine] for mine in (True, False))
+        members = min(len(own), most) if members is None else members
+        sizes = _sizes_beside(len(own), len(others), members)
+        roles = deal(own, sizes[0], rng) | deal(others, sizes[1], rng)
+    else:
+        if members is None and preset == "default":
+            members = most_members(len(kept), most)
+        roles = deal(kept, _sizes(len(kept), members, preset), rng)
+    return {role: roles[role] for role in ROLES}
+
+
+def most_members(total: int, most: int) -> int:
+    """Members of `total` distinct images: as many as leave no fewer test non-members than test
+    members, LEAST at least and `most` at most.  About 10 of 22.
+    """
+    for members in range(min(most, total), LEAST, -1):
+        sizes = _default_sizes(total, members)
+        if sizes["nonmember_test"] >= sizes["member_test"]:
+            return members
+    return LEAST
+
+
+def _default_sizes(total: int, members: int) -> dict[str, int]:
+    """Images per role; below 0 in the end where `total` does not reach."""
+    aux, val, test = parts(members)
+    left = total - members - aux - 2 * val
+    fresh = round(left / 5)
+    return dict(zip(ROLES, (aux, val, test, aux, 2 * val, left - fresh, fresh), strict=True))
+
+
+def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
+    """Number of images per role, for a set of `total` distinct images; raises UserError."""
+    if preset == "default":
+        _require_least(members)
+        aux, val, _ = parts(members)
+        needed, sizes = members + aux + 2 * val + 2, _default_sizes(total, members)
+        others = "or take others as non-members with --nonmembers"
+        remedy = f"add images, {'lower --members, ' if members > LEAST else ''}{others}"
+    elif preset == "pokemon":
+        needed, remedy = 833, "add images, or take the default preset and choose --members"
+        sizes = dict(zip(ROLES, (180, 20, 200, 180, 20, 233, total - needed), strict=True))
+    else:
+        raise UserError(
+            f'there is no preset "{preset}": take "default" (with --members) or "pokemon"'
+        )
+    if total < needed:
+        raise UserError(
+            f"the split needs at least {needed} distinct images and there are {total}: {remedy}"
+        )
+    return sizes
+
+
+def _sizes_beside(own: int, others: int, members: int) -> tuple[dict, dict]:
+    """With --nonmembers, the sizes of the roles of `own` distinct images and of `others`."""
+    if members > own or own < LEAST:
+        raise UserError(
+            f"there are {own} distinct images for {max(members, LEAST)} members: add images"
+            + (" or lower --members" if own >= LEAST else "")
+        )
+    _require_least(members)
+    aux, val, test = parts(members)
+    left = others - aux - 2 * val
+    if left < 2:
+        raise UserError(
+            f"{members} members need at least {aux + 2 * val + 2} non-members, and --nonmembers "
+            f"holds {others} distinct images that are not among the members': add some or lower "
+            "--members"
+        )
+    mine = {"member_aux": aux, "member_val": val, "member_test": test, "fresh": 0}
+    taken = min(left, OUTSIDE_TEST)
+    theirs = {"nonmember_aux": aux, "nonmember_val": 2 * val, "nonmember_test": taken, "": 0}
+    return mine, theirs
+
+
+def _require_least(members: int) -> None:
+    if members < LEAST:
+        raise UserError(
+            f"--members is {members}: {LEAST} is the least that gives every role an image"
+        )
+
+
+def only_dealt(images: Images, roles: dict[str, list[int]]) -> tuple[Images, dict]:
+    """Without the images of --nonmembers that have no role: they need not be encoded."""
+    dealt = {i for index in roles.values() for i in index}
+    kept = [i for i in range(len(images.names)) if i < images.private or i in dealt]
+    position = {i: k for k, i in enumerate(kept)}
+    names, captions = ([given[i] for i in kept] for given in (images.names, images.captions))
+    fewer = Images(names, captions, images.pixels[kept], private=images.private)
+    return fewer, {role: [position[i] for i in index] for role, index in roles.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run says of them
+
+
+def say(roles: dict[str, list[int]], nonmembers: str | None) -> None:
+    """Print who plays which part, and what is to be known of it."""
+    print(f"images:   {line(roles)}", flush=True)
+    if nonmembers:
+        print(
+            f"note: the non-members are of {shown(nonmembers)}: where they differ in kind from the "
+            "members, attacks find the kind and not the membership (evaluate.py says whether)"
+        )
+    if note := shortage(roles):
+        print(note)
+
+
+def line(roles: dict[str, list[int]]) -> str:
+    """`18 members (9 aux, 2 val, 7 test), 20 non-members (9 aux, 4 val, 7 test), 2 fresh`."""
+    told = []
+    for side in ("member", "nonmember"):
+        sizes = {part: len(roles[f"{side}_{part}"]) for part in ("aux", "val", "test")}
+        name = side.replace("nonm", "non-m")
+        each = ", ".join(f"{size} {part}" for part, size in sizes.items())
+        told.append(f"{sum(sizes.values())} {name}s ({each})")
+    return ", ".join([*told, f"{len(roles['fresh'])} fresh"])
+
+
+def half_width(members: int, nonmembers: int) -> float:
+    """Of the 95 % interval of an AUC of so many test images, at chance: 1.96 times the deviation of
+    the rank sum statistic, sqrt((m + n + 1) / (12 m n)).
+    """
+    return 1.96 * math.sqrt((members + nonmembers + 1) / (12 * members * nonmembers))
+
+
+def missing(members: int, nonmembers: int) -> tuple[int, int]:
+    """How many (members, non-members) to test more for an interval of +- WITHIN: of the smaller
+    side as many as help, else of both.
+    """
+    m, n = members, nonmembers
+    while half_width(m, n) > WITHIN:
+        m, n = m + (m <= n), n + (n <= m)
+    return m - members, n - nonmembers
+
+
+def shortage(roles: dict[str, list[int]]) -> str | None:
+    """A note if the test images are too few for an interval of +- WITHIN, else None."""
+    m, n = (len(roles[f"{side}_test"]) for side in ("member", "nonmember"))
+    more, others = missing(m, min(n, SCORED))
+    if not more and not others:
+        return None
+    width = half_width(m, min(n, SCORED))
+    lacking = [f"{k} test {name}" for k, name in ((more, "members"), (others, "non-members")) if k]
+    return (
+        f"note: {m} test members and {n} test non-members give an AUC to within {width:.2f}; "
+        f"for {WITHIN:g}, {' and '.join(lacking)} are missing"
+    )

@@ -1,0 +1,158 @@
+"""What a glance at names and numbers can refuse, before anything heavy is imported or loaded."""
+
+import os
+import re
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+
+from command.errors import UserError, shown, this_command
+from command.flags import checked
+from command.whole_files import read_json
+from run import lock
+from run.resolve import out_folder, resolve
+from settings import EMBEDDED_SETS, FREE, Settings
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
+ALONE = {"WORLD_SIZE": "1", "RANK": "0"}  # what the environment says without a launcher
+
+
+def precheck(settings: Settings) -> tuple[Settings, dict | None]:
+    """The settings complete, with --resume those of the run, and the summary of a finished run.
+
+    Raises UserError as `resolve` and `stored` do, for a model, images or adapter that are not
+    there, and for a run that another number of processes has begun.
+    """
+    summary = None
+    if settings.resume:
+        settings, summary = stored(settings)
+    settings = resolve(settings)
+    if summary is None:
+        _require_paths(settings)
+        if settings.resume:
+            _require_processes(Path(settings.out) / "config.json")
+    return settings, summary
+
+
+def glance(settings: Settings) -> None:
+    """What the command line asks before the heavy imports: `precheck`, and that nobody else trains
+    into the folder just now.
+    """
+    checked, summary = precheck(settings)
+    if summary is None and writes(checked):
+        lock.require_free(Path(checked.out))
+
+
+def writes(settings: Settings) -> bool:
+    """Whether this process is the one that writes the run folder."""
+    return launched()[1] == 0 and not settings.dry_run
+
+
+def launched() -> tuple[int, int]:
+    """(number of processes, rank of this one) as a launcher says in the environment, or (1, 0).
+
+    Raises UserError where it does not say numbers.
+    """
+    named = {name: os.environ.get(name, default) for name, default in ALONE.items()}
+    for name, value in named.items():
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(f"{name} in the environment is {value!r}, not a number: unset it")
+    return int(named["WORLD_SIZE"]), int(named["RANK"])
+
+
+def _require_paths(s: Settings) -> None:
+    path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
+    if path and not os.path.exists(s.model):
+        raise UserError(
+            f"there is no base model {shown(s.model)}: give a StableDiffusionPipeline folder, "
+            "a .safetensors checkpoint or a hub name"
+        )
+    if s.data not in EMBEDDED_SETS and not os.path.exists(s.data):
+        raise UserError(
+            f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
+            "embedded set"
+        )
+    if s.nonmembers not in (None, *EMBEDDED_SETS) and not os.path.exists(s.nonmembers):
+        raise UserError(
+            f"there is no folder {shown(s.nonmembers)}: give --nonmembers a folder of images that "
+            "are not among the private ones, or openmoji"
+        )
+    if s.public not in (None, "none", *EMBEDDED_SETS) and not os.path.exists(s.public):
+        raise UserError(
+            f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
+        )
+    if s.subspace not in (None, "public") and not os.path.isfile(s.subspace):
+        raise UserError(
+            f"there is no file {shown(s.subspace)}: python -m methods.directions makes directions"
+        )
+    if s.init and not os.path.exists(s.init):
+        raise UserError(f"there is no adapter file {shown(s.init)}: --init names one to start from")
+
+
+def _require_processes(config: Path) -> None:
+    """The data order of a run is that of its whole batch, which grows with the processes."""
+    if not config.exists():
+        return
+    begun, now = read_json(config).get("processes", 1), launched()[0]
+    if begun != now:
+        raise UserError(
+            f"{config.parent} was begun by {begun} processes and cannot be continued by {now}: "
+            f"start {begun} (accelerate launch --num_processes {begun}), or take another --out"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The settings of a run that goes on
+
+
+def stored(settings: Settings) -> tuple[Settings, dict | None]:
+    """For --resume: the settings of the run in --out, and its summary if it is finished.
+
+    A flag given that says something else is refused, save those in FREE.  Raises UserError.
+    """
+    out = out_folder(settings)
+    path = out / "config.json"
+    if not path.exists():
+        return settings, None
+    known, summary = _read_run(path)
+    for f in fields(Settings):
+        given = getattr(settings, f.name)
+        if f.name in known and f.name not in FREE and given not in (f.default, known[f.name]):
+            flag = "--" + f.name.replace("_", "-")
+            raise UserError(
+                f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
+            )
+    free = {name: getattr(settings, name) for name in FREE} | {"out": str(out)}
+    return replace(Settings(**known), **free), summary
+
+
+def _read_run(path: Path) -> tuple[dict, dict | None]:
+    """(settings, summary) of a config.json; raises UserError if it is not a whole one."""
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+            raise UserError("it holds no settings")
+        summary = config.get("summary")
+        if not isinstance(summary, dict | None):
+            raise UserError("its summary is not an object")
+        return checked(Settings, config["settings"], path), summary
+    except UserError as error:
+        raise UserError(
+            f"{path} is not a run's config ({error}): it cannot be continued, take another --out"
+        ) from None
+
+
+def going_on(settings: Settings) -> str:
+    """The command that goes on with a run: --resume with the flags that its folder does not keep,
+    or the same command again where there is no folder yet.
+    """
+    out, count = out_folder(settings), launched()[0]
+    launcher = f"accelerate launch --num_processes {count}" if count > 1 else "python"
+    if settings.dry_run or not (out / "config.json").exists():
+        return this_command(launcher)
+    words = ["train.py", "--out", str(out)]
+    for f in fields(Settings):
+        value = getattr(settings, f.name)
+        if f.name in FREE and f.name not in ("out", "resume", "dry_run") and value != f.default:
+            words += ["--" + f.name.replace("_", "-"), str(value)]
+    return f"{launcher} {shlex.join([*words, '--resume'])}"

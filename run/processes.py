@@ -1,0 +1,162 @@
+"""One batch, cut over processes and micro-batches, with exactly the gradient it has in one piece.
+
+Started by `accelerate launch train.py ...` or `torchrun`, every process draws the same whole batch
+and takes its own part; adapter and attacker stay the same everywhere.  An objective J such as the
+ratio (Eq. 10) is no mean over images, so the mean of the parts' gradients is not its gradient.  But
+J is a function of the error maps e alone, hence
+
+    dJ / d(A, B) = sum over parts of (de_part / d(A, B))^T  dJ / de_part
+
+The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each
+part's slice of dJ/de is pulled back through the UNet.  Micro-batches cost one more forward without
+gradient, since dJ/de wants all of e first; means over images (LoRA, MP) could be spared it, which
+was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather, reduce
+from torch import distributed
+from torch.nn import Parameter
+
+from command.errors import UserError
+from run.precheck import launched
+
+Forward = Callable[[slice], torch.Tensor]  # error maps e (b, C, h, w) of a part of the batch
+
+
+class Processes:
+    """The processes of a run: one, unless a launcher says otherwise in the environment."""
+
+    def __init__(self, device: str = "cpu"):
+        (self.count, _), self.rank, self.device = launched(), 0, device
+        if self.count > 1:
+            try:
+                group = PartialState(cpu=device == "cpu")
+            except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
+                raise UserError(
+                    f"WORLD_SIZE is {self.count} but no launcher has set the rest ({error}): "
+                    "unset it, or start with accelerate launch or torchrun"
+                ) from None
+            self.count, self.rank = group.num_processes, group.process_index
+            self.device = str(group.device)
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.main and precision != "no":
+            print(f"note: accelerate's mixed precision {precision} is not used; --dtype is")
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def parts(self, total: int, size: int) -> list[slice]:
+        """This process's share of `total` images, in micro-batches of `size`."""
+        share = total // self.count
+        start, end = self.rank * share, (self.rank + 1) * share
+        return [slice(i, min(i + size, end)) for i in range(start, end, size)]
+
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """The shares of all processes, joined along the first axis in the order of `parts`."""
+        if self.count == 1:
+            return mine
+        return gather(mine.contiguous())
+
+    def sum(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Sums over processes, in one exchange."""
+        if self.count == 1:
+            return tensors
+        flat = reduce(torch.cat([t.flatten() for t in tensors]), "sum")
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+    def same(self, module: torch.nn.Module) -> None:
+        """Give every process the first one's weights; rounding on several GPUs would drift
+        apart.
+        """
+        if self.count > 1:
+            with torch.no_grad():
+                broadcast(list(module.state_dict().values()))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is raised in any process."""
+        raised = self.sum([torch.tensor([float(flag)], device=self.device)])[0]
+        return bool(raised)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.count > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+class WholeBatch:
+    """The error maps of a whole batch as a leaf, and gradients of any function of them.
+
+    batch = WholeBatch(forward, parts, parameters, processes)
+    value = objective(batch.error, ...)            # any scalar function of e (B, C, h, w)
+    grads = batch.gradients(value, last=True)      # d value / d parameters, over all parts
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        parts: list[slice],
+        parameters: list[Parameter],
+        processes: Processes,
+    ):
+        self.forward, self.parts, self.parameters, self.processes = (
+            forward,
+            parts,
+            parameters,
+            processes,
+        )
+        if len(parts) == 1:
+            self.mine = forward(parts[0])  # with its graph: the only forward there is
+        else:
+            with torch.no_grad():
+                self.mine = torch.cat([forward(part) for part in parts])
+        self.error = processes.gather(self.mine.detach()).requires_grad_()
+
+    def gradients(self, value: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
+        """d value / d parameters; `last` frees the graph."""
+        slope = torch.autograd.grad(value, self.error, retain_graph=not last)[
+            0
+        ]  # dJ/de (B, C, h, w)
+        slopes = [slope[part] for part in self.parts]
+        if len(self.parts) == 1:
+            return self.processes.sum(
+                pull_back(self.mine, slopes[0], self.parameters, keep_graph=not last)
+            )
+        pulled = (
+            pull_back(self.forward(p), s, self.parameters)
+            for p, s in zip(self.parts, slopes, strict=True)
+        )
+        return self.processes.sum(total(pulled))
+
+
+def pull_back(
+    error, slope, parameters: list[Parameter], keep_graph: bool = False
+) -> list[torch.Tensor]:
+    """(de / d parameters)^T slope.
+
+    A mean over a latent has slopes near 1e-5, which half precision rounds to nothing on its way
+    through the UNet: the largest is scaled to about 1 by a power of two, which changes no digit,
+    and the gradients are scaled back.
+    """
+    scale = 2.0 ** -torch.frexp(slope.abs().max().float())[1].item()
+    grads = torch.autograd.grad(error, parameters, slope * scale, retain_graph=keep_graph)
+    return [g / scale for g in grads]
+
+
+def total(lists) -> list[torch.Tensor]:
+    """The sum of lists of tensors, entry by entry."""
+    result = None
+    for tensors in lists:
+        result = (
+            list(tensors)
+            if result is None
+            else [a.add_(b) for a, b in zip(result, tensors, strict=True)]
+        )
+    return result

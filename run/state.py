@@ -1,0 +1,167 @@
+"""Training state on disk, so that a run killed at any moment goes on to the same numbers, bit for
+bit.
+
+    save(folder, step, tensors, facts, keep=2)     # folder/step-000120.safetensors
+    step, tensors, facts = load(folder)            # the newest that is whole, or None
+
+One safetensors file per step: tensors by name, everything else as JSON in its header; no pickle is
+written or read. The file is written aside, flushed to the disk and renamed, so a file of that name
+is always whole. Held by tests/test_checkpoint.py, which kills a run twenty times.
+"""
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from command.errors import UserError
+from command.whole_files import write_whole
+
+LACKING = (KeyError, ValueError, TypeError, RuntimeError)  # what a wrong state makes its reader do
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
+    """Write the state of `step` whole, then delete all but the newest `keep` files; returns the
+    file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    facts = {"step": step, "checksum": checksum(tensors)} | facts
+    content = serialize(tensors, {"format": "pt", "state": json.dumps(facts)})
+    path = write_whole(folder / f"step-{step:06d}.safetensors", content)
+    for old in files(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes: a disk that flips a bit does not change a run."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def files(folder: Path) -> list[Path]:
+    """The state files of a folder, oldest first; raises UserError if it is a file itself."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file where training states go: remove it")
+    found = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdecimal())
+    return sorted(found, key=lambda path: int(path.stem[5:]))
+
+
+def load(
+    folder: Path, take: Callable[[dict[str, torch.Tensor], dict], object] = lambda *_: None
+) -> tuple[int, dict[str, torch.Tensor], dict] | None:
+    """(step, tensors, facts) of the newest state that is whole, None if there is no state at all.
+
+    `take(tensors, facts)` takes it up and raises one of LACKING if it lacks something.  What is
+    damaged or lacking is passed over, aloud, for the state before it.
+    Raises UserError if none is left.
+    """
+    for path in reversed(files(folder)):
+        try:
+            step, tensors, facts = _read(path)
+            take(tensors, facts)
+            return step, tensors, facts
+        except (SafetensorError, *LACKING, OSError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            print(f"note: {path} is damaged ({reason}); trying the state before it")
+    if files(folder):
+        raise UserError(f"no training state in {folder} is whole: begin again in another folder")
+    return None
+
+
+def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {})["state"])
+        tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are not an object")
+    step, stated = facts.pop("step"), facts.pop("checksum", None)
+    if stated not in (None, checksum(tensors)):  # states of before had none
+        raise ValueError("its checksum does not fit")
+    if type(step) is not int:
+        raise ValueError(f"its step is {step!r}")
+    return step, tensors, facts
+
+
+def clear(folder: Path) -> None:
+    """Delete the state of a finished run, its teachers', and what a killed one left aside."""
+    for path in folder.glob("teacher-*"):
+        clear(path)
+    for path in [*files(folder), *folder.glob("step-*.tmp")]:
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimisers as flat dictionaries of tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{"<parameter index>.<name>": tensor}: moments and step counts of an Adam-like optimiser."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, slots in state.items() for name, value in slots.items()}
+
+
+def moments(name: str, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `optimizer_tensors` of an Adam over `parameters` has after a step, with "<name>/" before
+    each; of the values only dtypes and shapes count.
+    """
+    slots = {"step": torch.tensor(0.0), "exp_avg": None, "exp_avg_sq": None}
+    return {
+        f"{name}/{i}.{slot}": parameter if value is None else value
+        for i, parameter in enumerate(parameters)
+        for slot, value in slots.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse; learning rate and the like stay as the optimiser was made."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value.shape == parameter.shape:  # a step then goes through memory as before
+                slots[name] = torch.empty_like(parameter.detach()).copy_(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Being asked to stop
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one
+    acts at once.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

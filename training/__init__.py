@@ -1,1 +1,0 @@
-"""What a long run needs: its folder, its state for --resume, its processes."""

@@ -38,11 +38,11 @@ VARIANTS = (
 def build(args, method: str, proxy: str, adapted: bool = True, members: str = "drawn"):
     """(run, learner) on random latents; without our adapter if not `adapted`."""
     import torch
+    from run.learner import Learner
 
     import lora
-    from diffusion import Encoded, encode_captions, resolve_dtype
-    from files.bases import load_base
-    from run.learner import Learner
+    from diffusion import Encoded, encode_captions
+    from files.bases import load_base, resolve_dtype
     from run.prepare import Run
     from run.processes import Processes
     from run.resolve import resolve

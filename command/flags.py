@@ -193,7 +193,7 @@ def checked(settings: type, values: dict, path: Path) -> dict:
             found[name] = _checked_value(fields[name], value, f"{path}: {key}")
         elif key not in retired:
             raise UserError(f"{path}: there is no flag {key}")
-        elif value != retired[key]:
+        elif retired[key] is not ... and value != retired[key]:
             raise UserError(f"{path}: {key} {value} is of an older version; there is no such flag")
     return found
 

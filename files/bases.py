@@ -19,15 +19,7 @@ import torch
 from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import (
-    ALL_TIMESTEPS,
-    Base,
-    encode_captions,
-    encode_images,
-    resolve_device,
-    resolve_dtype,
-    squared_error,
-)
+from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe")
@@ -373,3 +365,28 @@ def _try_out(base: Base) -> None:
             raise ValueError("what they return has another shape than what they were given")
         if not (error.isfinite().all() and picture.isfinite().all()):
             raise ValueError(f"their numbers are not finite in {base.unet.dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Where it runs
+
+
+def resolve_device(device: str, before: str | None = None) -> str:
+    """ "auto" as the name of a device that is here: `before` if it is, else cuda, mps or cpu."""
+    if device != "auto":
+        return device
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["cpu"] = True
+    order = [*([before] if before else []), *here]
+    return next(name for name in order if here.get(name.split(":")[0]))
+
+
+def resolve_dtype(dtype: str | None, device: str) -> str:
+    """ "auto" (or None) as the name of a dtype: half precision on a GPU, bfloat16 where it has it,
+    and float32 elsewhere.
+    """
+    if dtype not in ("auto", None):
+        return dtype
+    if not resolve_device(device).startswith("cuda") or not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lora
-from diffusion import Base, Encoded, embed_captions
+from diffusion import Base, Encoded, encode_captions
 from files import lora_files
 
 MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -105,4 +105,4 @@ def seen(base: Base, data: Encoded, adapter: lora.Adapter) -> Encoded:
     """
     if not isinstance(adapter, TwoLoRA):
         return data
-    return replace(data, text=embed_captions(base, data.captions))
+    return replace(data, text=encode_captions(base, data.captions))

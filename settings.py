@@ -312,8 +312,8 @@ class Settings:
         """
         return 2 * self.lam if self.released("half") else self.lam
 
-    # Flags that are gone, each with the value at which it changed nothing.
-    RETIRED: ClassVar[dict] = {"attacker_every": 1}
+    # flags of earlier versions: (the last commit that had it, the values that changed nothing)
+    RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)}
 
 
 # may change on --resume

@@ -33,7 +33,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings, __doc__)
     with one_line_errors(partial(going_on, SETTINGS)):
         glance(SETTINGS)
-        progress.speak(main=launched()[1] == 0)
+        progress.start(main=launched()[1] == 0)
         with progress.stage("loading the libraries"):
             import_module("run.watch")
 

@@ -47,7 +47,7 @@ class Flags:
 
 if __name__ == "__main__":
     FLAGS = parse(Flags, __doc__, positional="data")
-    progress.speak()
+    progress.start()
 
 import torch
 

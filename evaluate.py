@@ -107,7 +107,7 @@ import torch
 from attacks import audit_plan, audit_tasks, quality, shadows, workers
 from attacks.examination import Examination, Measured
 from attacks.target import Target, kind, read_adapter, read_run, sources
-from diffusion import resolve_device
+from files.bases import resolve_device
 from report import figures, plots, tables
 from report import page as report
 from run import card

@@ -47,7 +47,8 @@ from dataclasses import replace
 import torch
 
 from attacker import attacker_step
-from diffusion import Base, Encoded, resolve_device, resolve_dtype
+from diffusion import Base, Encoded
+from files.bases import resolve_device, resolve_dtype
 from lora import Adapter, remove
 from methods.distill import Student, Teachers
 from methods.dp import PrivateLearner, guarantee

@@ -51,8 +51,8 @@ if __name__ == "__main__":
 
 import torch
 
-from diffusion import encode, resolve_dtype
-from files.bases import load_base
+from diffusion import encode
+from files.bases import load_base, resolve_dtype
 from files.images import ROLES, load_images
 from methods import subspace
 from run.folder import git_commit

@@ -9,7 +9,6 @@ from command.flags import option
 from run import released
 
 EMBEDDED = str(Path(__file__).parent / "base")
-EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
 METHODS = ("lora", *ATTACKED, "distill", "subspace", "dp")
 DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")

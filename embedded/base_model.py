@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from embedded import emojis
+from files import emojis
 
 LATENT_CHANNELS = 6
 MAX_TOKENS = 16  # longest emoji name: 14 tokens with both ends

@@ -38,9 +38,9 @@ def main(settings: Settings) -> None:
     """
     import torch
 
-    from embedded import emojis
     from embedded.train_unet import train_unet
     from embedded.train_vae import psnr, train_vae
+    from files import emojis
     from files.bases import load_base
 
     torch.set_num_threads(settings.threads)
@@ -99,9 +99,9 @@ def show(settings: Settings, captions: list[str]) -> None:
     import torch
 
     from diffusion import encode_captions, sample
-    from embedded import emojis
     from embedded.train_unet import learned
     from embedded.train_vae import reconstruct
+    from files import emojis
     from files.bases import load_base
     from report import plots
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from command import progress
 from command.errors import UserError, one_line_errors
 from command.flags import option, parse
+from files import EMBEDDED_SETS
 from run.resolve import resolve
-from settings import EMBEDDED, EMBEDDED_SETS, TABLES, Settings
+from settings import EMBEDDED, TABLES, Settings
 
 WHERE = "what and where"
 

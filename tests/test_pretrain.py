@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from command.errors import UserError
-from embedded import emojis, pretrain, stage, train_unet, train_vae
+from embedded import pretrain, stage, train_unet, train_vae
+from files import emojis
 from files.bases import load_base
 from settings import EMBEDDED
 

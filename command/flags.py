@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from command.errors import UserError, reason, shown
-from command.whole_files import read_json
+from command.whole_files import MOST_BYTES, read_json, read_text
 
 GROUPS = (
     "what and where",
@@ -196,13 +196,11 @@ def _typed(value) -> str:
 
 def _read_config(settings: type, path: Path) -> dict:
     """{field: value} of a run's config.json or of a TOML file."""
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise UserError(f"cannot read {path}: it is not a file")
-        if path.suffix == ".toml":
-            return checked(settings, tomllib.loads(path.read_text(encoding="utf-8")), path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+    if path.suffix == ".toml":
+        try:
+            return checked(settings, tomllib.loads(read_text(path, MOST_BYTES)), path)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path}: {reason(error)}") from None
     config = read_json(path)
     found = config.get("settings") if isinstance(config, dict) else None
     if not isinstance(found, dict):

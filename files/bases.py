@@ -193,8 +193,6 @@ def _check_configs(folder: Path) -> None:
 
 
 def _read_config(path: Path) -> dict:
-    if not path.is_file():  # a pipe may never end
-        raise UserError(f"there is no file {shown(path)}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{shown(path)} is not a config: it holds no JSON object")

@@ -29,7 +29,7 @@ from torch import nn
 import lora
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from files.tensors import LARGEST, LONGEST_NAME, MOST_HEADER, finite, opened, refusal
+from files.tensors import LARGEST, LONGEST_NAME, finite, opened, refusal
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 KOHYA_NAME = "kohya_lora_weights.safetensors"
@@ -271,7 +271,7 @@ def _config(path: Path, prefix: str, header: dict[str, str]) -> dict:
     """peft's settings: from the header, where diffusers writes them, or peft's own file."""
     if prefix == "base_model.model.":
         beside = path.with_name(PEFT_CONFIG)
-        if not beside.is_file() or beside.stat().st_size > MOST_HEADER:
+        if not beside.exists():
             raise refusal(path, f"needs peft's {PEFT_CONFIG} beside it, which states its alpha")
         config, where = read_json(beside), PEFT_CONFIG
     else:

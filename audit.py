@@ -53,7 +53,7 @@ class Audit(Settings):
 if __name__ == "__main__":
     # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Audit, __doc__, positional="audits")
-    progress.speak()
+    progress.start()
     with one_line_errors(this_command), progress.stage("loading the libraries"):
         import_module("attacks.audit_tasks")
 

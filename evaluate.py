@@ -98,7 +98,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings, __doc__, positional="runs")
     with one_line_errors(this_command):
         check(SETTINGS)
-        progress.speak()
+        progress.start()
         with progress.stage("loading the libraries"):
             import_module("attacks.examination")
 

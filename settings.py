@@ -8,7 +8,6 @@ from typing import ClassVar
 from command.flags import option
 
 EMBEDDED = str(Path(__file__).parent / "base")
-EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
 METHODS = ("lora", *ATTACKED, "distill", "dp")
 DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
@@ -258,13 +257,30 @@ class Settings:
         passes = (FAST if is_embedded(self.model) else PAPER)["epochs"]
         return -(-passes // 2) if self.method == "distill" else passes
 
-    # Flags that are gone, each with the values at which it changed nothing; ... stands for any.
-    RETIRED: ClassVar[dict] = {
-        "attacker_every": 1, "attacker_members": "drawn", "as_released": None, "subspace": None,
-        "ema": 0.0, "dropout": 0.0, "caption_dropout": 0.0, "weight_decay": 0.01, "delta": 1e-5,
-        "split": "default", "image_clip": 0.1, "noise_multiplier": None, "draws": 1,
-        "epochs": ..., "keep": ..., "threads": ..., "format": ..., "sample_every": ...,
-    }  # fmt: skip
+    # Flags of earlier versions: the last commit that had each, and the values at which it changed
+    # nothing; ... stands for any.
+    RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)} | {
+        flag: ("0db7ef9", *neutral)
+        for flag, neutral in {
+            "attacker_members": ("drawn",),
+            "as_released": (None,),
+            "subspace": (None,),
+            "ema": (0.0,),
+            "dropout": (0.0,),
+            "caption_dropout": (0.0,),
+            "weight_decay": (0.01,),
+            "delta": (1e-5,),
+            "split": ("default",),
+            "image_clip": (...,),
+            "noise_multiplier": (None,),
+            "draws": (...,),
+            "epochs": (...,),
+            "keep": (...,),
+            "threads": (...,),
+            "format": (...,),
+            "sample_every": (...,),
+        }.items()
+    }
 
 
 # may change on --resume

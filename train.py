@@ -97,7 +97,7 @@ def main() -> None:
     """The command."""
     settings = parse(Settings, __doc__)
     with one_line_errors(partial(going_on, settings)):
-        progress.speak(main=launched()[1] == 0)
+        progress.start(main=launched()[1] == 0)
         train(settings)
 
 

@@ -162,12 +162,12 @@ def check(folder: Path, dtype: str, size: int) -> None:
     half the size.
     """
     import torch
+    from run.learner import Learner
     from step import peak_gib
 
     import lora
     from diffusion import Encoded, encode_captions, encode_images
     from files.bases import load_base
-    from run.learner import Learner
     from run.prepare import Run
     from run.processes import Processes
     from run.resolve import resolve

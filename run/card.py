@@ -13,8 +13,9 @@ from pathlib import Path
 from algorithm import Run
 from command.errors import UserError, shown
 from command.whole_files import read_json, write_whole
+from files import EMBEDDED_SETS
 from run import advice
-from settings import EMBEDDED, EMBEDDED_SETS, Settings
+from settings import EMBEDDED, Settings
 
 NAME = "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"

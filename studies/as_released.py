@@ -13,10 +13,11 @@ docs/paper-and-code.md says what the differences are.
 from dataclasses import dataclass
 from pathlib import Path
 
+from run.released import NAMES
+
 from command import progress
 from command.errors import UserError, one_line_errors
 from command.flags import option, parse
-from run.released import NAMES
 from studies import settings
 
 # name -> flags; the name is a folder.  The pooled attacker has no dropout: that switch has rows of
@@ -38,7 +39,7 @@ class Study(settings.Study):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
-    progress.speak()
+    progress.start()
 
 import evaluate
 from command.whole_files import write_whole

@@ -46,7 +46,7 @@ class Study(Settings):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
-    progress.speak()
+    progress.start()
 
 import contextlib
 import io

@@ -1,5 +1,6 @@
 """The model card: the hub's own reader takes it, nothing private is in it, edits stay."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 import train
+from attacks.lira import HEADLINE
+from command.whole_files import read_json
 from files import lora_files
 from files.bases import load_base
 from run import card
 from settings import Settings
 
+DOCS = Path(train.__file__).parent / "docs"
 RECORD = {
     "verdict": "This adapter gives away a little.",
     "images": {"member_test": 40, "nonmember_test": 200},
@@ -124,3 +128,42 @@ def test_the_base_is_named_as_the_hub_names_it(tmp_path, index, name):
     (folder / "model_index.json").write_text(index)
     assert card.base_name(str(folder)) == name
     assert card.base_name("owner/other") == "owner/other"
+
+
+# the audit that a figure of a sentence is from, and its step
+AUDITS = {
+    "lora": [("audit-lora", 50), ("audit-lora", 400)],
+    "smp": [("audit-smp", 50), ("audit-smp", 400)],
+    "mp": [("audit-mp", 400)],
+    "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],
+    "dp": [("screen/dp", 100)],
+}
+
+
+def test_what_was_audited_is_said_as_the_records_say_it():
+    """A sentence for every method that was audited, word for word in docs/defences.md, with the
+    figures of its audits in their order.
+    """
+    page = " ".join((DOCS / "defences.md").read_text().split())
+    assert set(card.AUDITED) == set(AUDITS)
+    for method, sentence in card.AUDITED.items():
+        assert sentence in page, method
+        said = re.findall(r"\d?\.\d\d", sentence)
+        for figure, (audit, step) in zip(said, AUDITS[method], strict=False):
+            record = read_json(DOCS / "records" / audit / "audit.json")
+            found = record["steps"][str(step)]["attacks"][HEADLINE]["auc"]
+            assert float(figure) == pytest.approx(found, abs=0.00501), (method, audit)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, True),
+        ({"method": "smp-detached"}, False),
+        ({"target": "full"}, False),
+        ({"model": "runwayml/stable-diffusion-v1-5"}, False),
+    ],
+)
+def test_audits_are_said_of_the_embedded_model_alone(changed, said):
+    """Another model leaks otherwise, and so do a whole UNet and a method that was not audited."""
+    assert bool(card.audited(Settings(**{"method": "lora"} | changed))) == said

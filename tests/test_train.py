@@ -16,7 +16,6 @@ from command.errors import one_line_errors
 from command.flags import parse
 from run.learner import Batches, Learner
 from run.resolve import resolve
-from settings import METHODS
 
 ROOT = Path(train.__file__).parent
 SMALL = [

@@ -1,5 +1,5 @@
-"""The figures of one evaluated adapter: ROC, scores, leakage over the timestep, and what it
-copied.  What two of them choose to show, `spread` and `closest`, is tested in tests/test_report.py.
+"""The figures of one evaluated adapter: ROC, scores, and leakage over the timestep; and which
+pictures are shown, `spread` and `closest`.  Tested in tests/test_report.py.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from report import plots
 
 
 def evaluation(examination, found, control, method: str, folder: Path) -> None:
-    """The four figures of one evaluated adapter, from its images (`examination`) and from what was
+    """The three figures of one evaluated adapter, from its images (`examination`) and from what was
     measured of it (`found`) and of the base model (`control`).
     """
     data, colour = examination.data, plots.COLOURS.get(method, plots.OTHER)
@@ -24,8 +24,6 @@ def evaluation(examination, found, control, method: str, folder: Path) -> None:
     plots.write(score_histograms(models, name), folder / "scores.png")
     areas = [model.record["auc_by_timestep"] for model in (control, found)]
     plots.write(leakage_by_timestep(*areas, colour), folder / "timesteps.png")
-    if found.pictures is not None:
-        nearest_pictures(examination, found, folder / "nearest.png")
 
 
 def roc_curves(pairs: dict[str, tuple], headline: str, colour: str):
@@ -97,36 +95,6 @@ def closest(real: dict, made: torch.Tensor, count: int = 10) -> tuple[np.ndarray
     near = {name: quality.nearest(features, made) for name, features in real.items()}
     order = np.argsort(near["members"][0], kind="stable")[:count]
     return order, {name: (far[order].clip(0), at[order]) for name, (far, at) in near.items()}
-
-
-def nearest_pictures(examination, found, path: Path, columns: int = 10) -> None:
-    """The generated pictures closest to a member by their features, under the captions that they
-    were drawn from, above that member and above the nearest held-out picture; under both the
-    distance and the picture's own caption.
-    """
-    order, near = closest(examination.real, found.features, columns)
-    data, members = examination.data, examination.data.members()
-    (distances, index), (distances_held_out, held_out) = near["members"], near["held_out"]
-    index = [members[i] for i in index]
-    rows = {
-        "drawn": list(found.pictures[order]),
-        "nearest member": list(data.pixels[index]),
-        "nearest held out": list(examination.held_out[held_out]),
-    }
-    captions = [data.captions[i] for i in index]
-    captions_held_out = [examination.held_out_captions[i] for i in held_out]
-    below = {
-        "nearest member": _below(distances, captions),
-        "nearest held out": _below(distances_held_out, captions_held_out),
-    }
-    title = "The pictures closest to a member: cosine distance of features, 0 is a copy"
-    above = [data.captions[i] for i in np.resize(members, len(found.pictures))[order]]
-    plots.write(plots.picture_rows(rows, above, below, title=title), path)
-
-
-def _below(distances: np.ndarray, captions: list[str]) -> list[str]:
-    """What stands under pictures."""
-    return [f"{d:.3f}  {text}" for d, text in zip(distances, captions, strict=True)]
 
 
 def spread(members: list[int], count: int, columns: int) -> tuple[np.ndarray, np.ndarray]:

@@ -182,6 +182,8 @@ def checked(settings: type, values: dict, path: Path) -> dict:
     {key: value} holds flags there once were; such a key is dropped if it has that value, which
     changed nothing.  Raises UserError naming the file and the key.
     """
+    if hasattr(settings, "adopted"):  # a static method: the settings of another command, translated
+        values = settings.adopted(values, path)
     fields = {f.name: f for f in dataclasses.fields(settings)}
     names = {alias: f.name for f in fields.values() for alias in (f.name, *f.metadata["aliases"])}
     retired, found = getattr(settings, "RETIRED", {}), {}

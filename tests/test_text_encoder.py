@@ -7,10 +7,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import audit
 import evaluate
 import lora
 import train
+from attacks import audit_tasks
 from attacks.examination import Examination, Measured
 from attacks.target import read_run
 from diffusion import encode_captions, squared_error
@@ -225,11 +225,11 @@ def test_an_audit_asks_through_it(tiny_base, image_folder, monkeypatch):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
     shown, nothing = [], np.zeros((4, 1, 1))
     monkeypatch.setattr(
-        audit.audit_tasks, "predict", lambda base, z, text: (shown.append(text), [nothing] * 2)[1]
+        audit_tasks, "predict", lambda base, z, text: (shown.append(text), [nothing] * 2)[1]
     )
-    monkeypatch.setattr(audit.audit_tasks.attacks, "sima", lambda *_: nothing[:, 0])
+    monkeypatch.setattr(audit_tasks.single, "sima", lambda *_: nothing[:, 0])
     plan = type("Plan", (), {"pool": 4, "held_out": [5, 6], "settings": run.settings})()
-    audit.audit_tasks.ask(run.base, run.data, plan, run.adapter, last=False)
+    audit_tasks.ask(run.base, run.data, plan, run.adapter, last=False)
     torch.testing.assert_close(shown[0], encode_captions(run.base, run.data.captions[:4]))
     assert (shown[0] - run.data.text[:4]).abs().max() > 1e-3
     assert text_encoder.seen(run.base, run.data, run.adapter.unet) is run.data

@@ -91,7 +91,7 @@ class Audit(Method):
 
 
 def complete(s: Audit) -> Audit:
-    """The flags left out filled in, without heavy imports; raises UserError for what cannot work."""
+    """The flags left out filled in; raises UserError for what cannot work, before heavy imports."""
     if s.adapters < 4 or s.adapters % 2:
         raise UserError(f"--adapters must be an even number of 4 or more, not {s.adapters}")
     if s.pool < MIN_POOL or s.pool % 2:
@@ -121,8 +121,7 @@ def make_plan(s: Audit):
     Raises UserError for images or a base that cannot be used.
     """
     from attacks import audit_plan
-    from diffusion import resolve_device, resolve_dtype
-    from files.bases import load_base
+    from files.bases import load_base, resolve_device, resolve_dtype
     from files.images import load_images
 
     device = resolve_device(s.device)
@@ -200,7 +199,7 @@ def main() -> None:
     """The command."""
     settings = parse(Audit, __doc__, positional="audits")
     with one_line_errors(this_command):
-        progress.speak()
+        progress.start()
         audit(settings)
 
 

@@ -48,27 +48,6 @@ class Base:
         return self.unet.config.in_channels, side, side
 
 
-def resolve_device(device: str, before: str | None = None) -> str:
-    """ "auto" as the name of a device that is here: `before` if it is, else cuda, mps or cpu."""
-    if device != "auto":
-        return device
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    here["cpu"] = True
-    order = [*([before] if before else []), *here]
-    return next(name for name in order if here.get(name.split(":")[0]))
-
-
-def resolve_dtype(dtype: str | None, device: str) -> str:
-    """ "auto" (or None) as the name of a dtype: half precision on a GPU, bfloat16 where it has it,
-    and float32 elsewhere.
-    """
-    if dtype not in ("auto", None):
-        return dtype
-    if not resolve_device(device).startswith("cuda") or not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-
-
 # --------------------------------------------------------------------------------------------------
 # Images as the base sees them
 

@@ -9,7 +9,6 @@ from command.flags import option
 from run import released
 
 EMBEDDED = str(Path(__file__).parent / "base")
-EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of embedded/emojis.py
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
 METHODS = ("lora", *ATTACKED, "distill", "subspace", "dp")
 DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
@@ -312,8 +311,8 @@ class Settings:
         """
         return 2 * self.lam if self.released("half") else self.lam
 
-    # Flags that are gone, each with the value at which it changed nothing.
-    RETIRED: ClassVar[dict] = {"attacker_every": 1}
+    # flags of earlier versions: (the last commit that had it, the values that changed nothing)
+    RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)}
 
 
 # may change on --resume

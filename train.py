@@ -33,7 +33,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings, __doc__)
     with one_line_errors(partial(going_on, SETTINGS)):
         glance(SETTINGS)
-        progress.speak(main=launched()[1] == 0)
+        progress.start(main=launched()[1] == 0)
         with progress.stage("loading the libraries"):
             import_module("run.watch")
 
@@ -47,7 +47,8 @@ from dataclasses import replace
 import torch
 
 from attacker import attacker_step
-from diffusion import Base, Encoded, resolve_device, resolve_dtype
+from diffusion import Base, Encoded
+from files.bases import resolve_device, resolve_dtype
 from lora import Adapter, remove
 from methods.distill import Student, Teachers
 from methods.dp import PrivateLearner, guarantee

@@ -40,8 +40,8 @@ def build(args, method: str, proxy: str, adapted: bool = True, members: str = "d
     import torch
 
     import lora
-    from diffusion import Encoded, encode_captions, resolve_dtype
-    from files.bases import load_base
+    from diffusion import Encoded, encode_captions
+    from files.bases import load_base, resolve_dtype
     from run.learner import Learner
     from run.prepare import Run
     from run.processes import Processes

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from command.errors import UserError, shown
 from command.whole_files import read_json, write_whole
+from files import EMBEDDED_SETS
 from run import advice
 from run.prepare import Run
-from settings import EMBEDDED, EMBEDDED_SETS, Settings
+from settings import EMBEDDED, Settings
 
 NAME = "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"

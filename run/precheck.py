@@ -9,9 +9,10 @@ from pathlib import Path
 from command.errors import UserError, shown, this_command
 from command.flags import checked
 from command.whole_files import read_json
+from files import EMBEDDED_SETS
 from run import lock
 from run.resolve import out_folder, resolve
-from settings import EMBEDDED_SETS, FREE, Settings
+from settings import FREE, Settings
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
 ALONE = {"WORLD_SIZE": "1", "RANK": "0"}  # what the environment says without a launcher

@@ -8,9 +8,10 @@ import hashlib
 from pathlib import Path
 
 from command.errors import UserError
+from files import EMBEDDED_SETS
 from files.bases import load_base
 from files.images import load_images
-from settings import EMBEDDED_SETS, Settings
+from settings import Settings
 from studies import image_folder
 
 

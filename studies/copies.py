@@ -28,7 +28,7 @@ class Study(Audit):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__)
-    progress.speak()
+    progress.start()
 
 import numpy as np
 from PIL import Image

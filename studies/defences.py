@@ -70,7 +70,7 @@ class Study(Audit):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
-    progress.speak()
+    progress.start()
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -57,7 +57,7 @@ class Study(settings.Study):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="tables")
-    progress.speak()
+    progress.start()
 
 import evaluate
 from command.whole_files import write_whole

@@ -20,7 +20,7 @@ import torch
 from attacks import workers
 from command import progress
 from command.errors import UserError
-from diffusion import resolve_device
+from files.bases import resolve_device
 from run.precheck import precheck
 from run.resolve import resolve
 from settings import Settings, is_embedded, most_members

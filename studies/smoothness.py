@@ -46,7 +46,7 @@ class Study(Settings):
 
 if __name__ == "__main__":
     SETTINGS = parse(Study, __doc__, positional="rows")
-    progress.speak()
+    progress.start()
 
 import contextlib
 import io
@@ -55,7 +55,7 @@ import numpy as np
 
 from attacks import workers
 from command.whole_files import read_json, write_json, write_whole
-from diffusion import resolve_device
+from files.bases import resolve_device
 from report import plots
 from run import lock
 from run.folder import RunFolder, provenance

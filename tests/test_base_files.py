@@ -574,7 +574,9 @@ def test_refuses_a_single_file_that_is_no_safetensors(tmp_path, content):
     """Pickles, empty and cut files by their content, whatever the name says."""
     for name in ("model.ckpt", "model.safetensors"):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, f"{name} is not a whole safetensors file", "pickles are not read")
+        refused(
+            tmp_path / name, f"{name} is not a readable safetensors file", "pickles are not read"
+        )
 
 
 def test_refuses_a_single_file_of_something_else(tiny_base, tmp_path):

@@ -319,7 +319,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(data.Image, "open", refuse)
-    message(tmp_path, "x", "cannot read", "gone.png", "Permission denied", "yours to read")
+    message(tmp_path, "x", "cannot read", "gone.png", "Permission denied", "may be read")
 
 
 def test_unreadable_caption(tmp_path):

@@ -185,7 +185,7 @@ def test_files_that_do_not_fit_are_refused(run, tiny_base, tmp_path):
     before, name = {k: v.clone() for k, v in unet.state_dict().items()}, "conv_in.weight"
     cases = {
         "lacks conv_in.weight": {k: v for k, v in good.items() if k != name},
-        "has not, extra": good | {"extra": torch.zeros(1)},
+        "does not have, extra": good | {"extra": torch.zeros(1)},
         "conv_in.weight is": good | {name: torch.zeros(2, 2)},
         "NaN": good | {name: good[name] * torch.nan},
     }

@@ -17,7 +17,7 @@ from diffusion import ALL_TIMESTEPS, draw_noise, loss_grid
 from files import adapters as files
 from files.images import Images
 from objectives import Terms, adaptation_loss, mi_gain, objective
-from run import advice, card, pictures
+from run import card, pictures
 from run.folder import MetricsLog, git_commit, provenance, tensorboard
 from run.learner import Batches, Learner
 from run.precheck import going_on
@@ -262,8 +262,8 @@ def finish(run: Run, learner: Learner, seconds: float, promised=None) -> dict:
     )
     if promised:
         print(f"promise:  {promised}")
-    if s.method in advice.AUDITED and s.target != "full" and not s.as_released:
-        print(f"audited:  {advice.sentence(s.method)}")
+    if sentence := card.audited(s):
+        print(f"audited:  {sentence}")
     following = shlex.join(["python", "evaluate.py", str(folder)])
     print(f"files:    {folder}/  ({seconds:.0f} s); next: {following}")
     return summary

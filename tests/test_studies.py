@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import audit
+import train
 from attacks.lira import HEADLINE
 from command.errors import UserError
 from command.whole_files import read_json, write_json
@@ -36,13 +36,13 @@ def test_rows_join_the_table(small, in_thread, monkeypatch, capsys):
     assert [line.split()[1] for line in table[2:]] == ["distill"] * 2
     # no LoRA to compare with
     assert against[2:] == [f"| distill | {at} | - | - | - | not measured |" for at in (1, 2)]
-    trained, honest = [], audit.train_adapter
+    trained, honest = [], train.train_adapter
 
     def seen(base, data, s):
         trained.append(s.method)
         return honest(base, data, s)
 
-    monkeypatch.setattr(audit, "train_adapter", seen)
+    monkeypatch.setattr(train, "train_adapter", seen)
     both = defences.study(Study(rows=["lora", "distill"], **small))
     assert trained == ["lora"] * 4 and set(table) < set(both.splitlines())
     for part in both.split("\n\n"):

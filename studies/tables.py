@@ -15,7 +15,7 @@ from attacks.lira import THRESHOLD
 from command.errors import UserError, one_line_errors
 from command.flags import option, parse
 from command.whole_files import read_json, write_whole
-from report.tables import cell
+from report.tables import cell, rounded
 from studies import as_released, defences, paper, records, smoothness, verdicts
 from studies.grid import WHERE
 from studies.paper_tables import TABLES as PAPER
@@ -85,9 +85,13 @@ def tables(s: Tables) -> list[Path]:
 def pages() -> dict[Path, str]:
     """{file: what it should hold} of every document with tables and of every long table."""
     found = {path: filled(path.read_text(), path.name) for path in sorted(DOCS.glob("*.md"))}
-    found[KEPT / "screen" / "table.md"] = defences.table(screen())
-    found[KEPT / "defences" / "table.md"] = defences.table(sixteen())
-    found[KEPT / "defences-1" / "table.md"] = defences.table(second_pool())
+    for folder, audits in (
+        ("screen", screen()),
+        ("defences", sixteen()),
+        ("defences-1", second_pool()),
+    ):
+        text = f"{defences.table(audits)}\n{shadow_attacks(audits)}"
+        found[KEPT / folder / "table.md"] = text
     whole = [paper.page(name, TWEMOJI) for name in PAPER]
     found[KEPT / "smoothness" / "table.md"] = smoothness.table(smoothness.read(KEPT / "smoothness"))
     found[KEPT / "as-released" / "table.md"] = as_released.table(KEPT / "as-released")
@@ -133,6 +137,17 @@ def sixteen() -> dict[str, dict]:
 def second_pool() -> dict[str, dict]:
     """Every row of sixteen adapters on other images, with other seeds."""
     return records.read_audits(KEPT / "defences-1")
+
+
+def shadow_attacks(audits: dict[str, dict]) -> str:
+    """The AUC of every attack at every step."""
+    steps = {f"{name}, {at}": a["steps"][at] for name, a in audits.items() for at in a["steps"]}
+    names = list(next(iter(steps.values()))["attacks"])
+    lines = [["AUC: method, step", *names]]
+    for title, step in steps.items():
+        found = [step["attacks"].get(name) for name in names]
+        lines.append([title, *(rounded(attack["auc"]) if attack else "-" for attack in found)])
+    return records.markdown(lines)
 
 
 def frontier() -> str:

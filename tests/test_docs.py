@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from studies.tables import narrow
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "base" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "docs" / "records").glob("*.md"))
@@ -73,3 +75,14 @@ def test_flags_of_the_pages_are_flags(page):
             field = re.escape(flag.replace("-", "_"))
             known = re.search(rf'^    {field}: |"--{re.escape(flag)}"', code, re.M)
             assert known or f'aliases=("{flag}"' in code, (flag, section[:60])
+
+
+def test_a_narrow_table_is_the_long_one_without_columns():
+    """By hand: a column, the note and zeros before the point go; a ten keeps its zero."""
+    long = (
+        "| a | b | c |\n| --- | --- | --- |\n| 0.97 [-0.10, 1.0] | x |  |\n| 10.5 | y | 0.0 % |\n"
+    )
+    short = "| a | c |\n| --- | --- |\n| .97 [-.10, 1.0] |  |\n| 10.5 | .0 % |\n"
+    assert narrow(f"{long}\nBrackets are 0.95 intervals.\n", "b") == short
+    with pytest.raises(ValueError):
+        narrow(long, "d")

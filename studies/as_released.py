@@ -96,7 +96,7 @@ def main() -> None:
     """The command."""
     settings = parse(Study, __doc__, positional="rows")
     with one_line_errors():
-        progress.speak()
+        progress.start()
         study(settings)
 
 

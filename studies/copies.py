@@ -121,7 +121,7 @@ def main() -> None:
     """The command."""
     settings = parse(Study, __doc__)
     with one_line_errors():
-        progress.speak()
+        progress.start()
         study(settings)
 
 

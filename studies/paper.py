@@ -195,7 +195,7 @@ def main() -> None:
     """The command."""
     settings = parse(Study, __doc__, positional="tables")
     with one_line_errors():
-        progress.speak()
+        progress.start()
         study(settings)
 
 

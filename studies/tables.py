@@ -160,7 +160,7 @@ def frontier() -> str:
         lines.append([title, *line[1:], cell(again["attacks"][HEADLINE]) if again else "-"])
     six = screen()
     line = defences.row("dp", "100", six["dp"], six)
-    lines.append(["dp, 100 steps (six adapters)", *line[1:], "-"])
+    lines.append(["earlier dp, 100 steps (six adapters)", *line[1:], "-"])
     return records.markdown(lines)
 
 

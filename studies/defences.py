@@ -14,9 +14,7 @@ from pathlib import Path
 
 from attacks.lira import HEADLINE, THRESHOLD
 from audit import Audit
-from command import progress
-from command.errors import one_line_errors
-from command.flags import option, parse
+from command.flags import option
 from command.whole_files import write_whole
 from report.tables import cell, rounded
 from settings import ATTACKED
@@ -166,13 +164,5 @@ def uses(s: dict) -> str:
     return ", ".join(name for name, there in needed.items() if there) or "-"
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Study, __doc__, positional="rows")
-    with one_line_errors():
-        progress.speak()
-        study(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Study, study, __doc__, "rows")

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from attacks import workers
 from command import progress
-from command.errors import UserError
-from command.flags import option
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
 from run.precheck import precheck
 from run.resolve import resolve
 from settings import Settings
@@ -69,6 +69,14 @@ class GridRun(NamedTuple):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.settings.out)
+
+
+def command(flags: type, run: Callable, doc: str, positional: str | None = None) -> None:
+    """Run a study with the flags of the command line; `doc` is its --help."""
+    settings = parse(flags, doc, positional)
+    with one_line_errors():
+        progress.speak()
+        run(settings)
 
 
 def chosen(names: list[str] | None, there: dict, what: str = "row") -> list[str]:

@@ -53,7 +53,7 @@ class Audit(Settings):
 if __name__ == "__main__":
     # before the heavy imports, so that --help and a mistyped flag are answered at once
     SETTINGS = parse(Audit, __doc__, positional="audits")
-    progress.speak()
+    progress.start()
     with one_line_errors(this_command), progress.stage("loading the libraries"):
         import_module("attacks.audit_tasks")
 
@@ -63,8 +63,7 @@ import torch
 from attacks import audit_plan, audit_tasks, lira, quality, workers
 from attacks.decisions import Decisions
 from command.whole_files import write_json
-from diffusion import resolve_device, resolve_dtype
-from files.bases import load_base
+from files.bases import load_base, resolve_device, resolve_dtype
 from files.images import load_images
 from report import audit_page as audit_report
 from run import lock

@@ -98,7 +98,7 @@ if __name__ == "__main__":
     SETTINGS = parse(Settings, __doc__, positional="runs")
     with one_line_errors(this_command):
         check(SETTINGS)
-        progress.speak()
+        progress.start()
         with progress.stage("loading the libraries"):
             import_module("attacks.examination")
 
@@ -107,7 +107,7 @@ import torch
 from attacks import audit_plan, audit_tasks, quality, shadows, workers
 from attacks.examination import Examination, Measured
 from attacks.target import Target, kind, read_adapter, read_run, sources
-from diffusion import resolve_device
+from files.bases import resolve_device
 from report import figures, plots, tables
 from report import page as report
 from run import card

@@ -11,6 +11,7 @@ import settings
 from command.errors import UserError
 from command.flags import checked
 from command.whole_files import read_json
+from files import EMBEDDED_SETS
 
 NUMBERS = {  # lowest and highest
     "test_nonmembers": (0, 10**7),
@@ -90,7 +91,7 @@ def check_places(model: str, data: str) -> None:
         raise UserError(
             f"there is no base model {model}: name it, or where it lies now, with --model"
         )
-    if data not in settings.EMBEDDED_SETS and not os.path.isdir(data):
+    if data not in EMBEDDED_SETS and not os.path.isdir(data):
         raise UserError(
             f"there is no folder {data}: name that of the images, or where it lies now, with --data"
         )
@@ -127,7 +128,7 @@ def check_run(folder: Path, s) -> None:
     others = s.nonmembers or known["nonmembers"]
     if s.nonmembers is not None and known["nonmembers"] is None:
         raise UserError(f"{folder} was trained without --nonmembers: leave it out")
-    if others not in (None, *settings.EMBEDDED_SETS) and not os.path.isdir(others):
+    if others not in (None, *EMBEDDED_SETS) and not os.path.isdir(others):
         raise UserError(
             f"there is no folder {others} of the non-members: name where it lies now with "
             "--nonmembers"

@@ -21,8 +21,9 @@ from attacks import quality
 from attacks.store import Store
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import GRID_SEED, Base, Encoded, encode, encode_captions, encode_images
+from diffusion import GRID_SEED, Base, Encoded, encode_captions, encode_images
 from files.bases import load_base
+from files.encode import encode
 from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 from files.lora_files import PEFT_CONFIG
 from run.folder import RunFolder
@@ -243,8 +244,9 @@ def kind(target: Target) -> str:
     """All that was decided about an adapter but its seed; what is only looked at on the way decides
     nothing, nor does a flag that a run does not know, at the value it has left out.
     """
-    flags = {f.name: f.default for f in fields(Settings)} | Settings.RETIRED
-    chosen = flags | target.config
+    flags = {f.name: f.default for f in fields(Settings)}
+    retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
+    chosen = flags | retired | target.config
     for name in ("seed", *FREE, *LOOKS):
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")

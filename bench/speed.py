@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def training(args, method: str = "smp", proxy: str = "pooled", extra: tuple = ()):
     """A run of Algorithm 1 on eight random images, four of them members."""
     import torch
-    from algorithm import Run
 
     import lora
+    from algorithm import Run
     from diffusion import Encoded, encode_captions
     from files.bases import load_base
     from run.resolve import resolve
@@ -59,7 +59,6 @@ def training(args, method: str = "smp", proxy: str = "pooled", extra: tuple = ()
 def steps(args, method: str, proxy: str = "pooled", released: bool = False) -> Callable:
     """A step of Algorithm 1."""
     from algorithm import algorithm_1
-
     from studies.as_released import Forward
 
     run = training(args, method, proxy, (Forward,) if released else ())

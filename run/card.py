@@ -10,11 +10,12 @@ import json
 import re
 from pathlib import Path
 
+from algorithm import Run
 from command.errors import UserError, shown
 from command.whole_files import read_json, write_whole
+from files import EMBEDDED_SETS
 from run import advice
-from run.prepare import Run
-from settings import EMBEDDED, EMBEDDED_SETS, Settings
+from settings import EMBEDDED, Settings
 
 NAME = "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
@@ -22,12 +23,11 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TAGS = ("lora", "text-to-image", "diffusers", "stable-diffusion", "membership-inference")
 # of the settings
 ALWAYS = ("rank", "alpha", "target", "lr", "schedule", "batch_size", "seed", "dtype")
-CHANGED = ("accumulate", "weight_decay", "ema", "dropout", "caption_dropout", "flip", "normalise")
-CHANGED += ("stop", "subspace", "as_released")  # told where they are not the default
+CHANGED = ("accumulate", "flip", "normalise", "stop")  # told where they are not the default
 OF_METHOD = {
-    "attacked": ("lam", "proxy", "attacker_lr", "attacker_members"),
+    "attacked": ("lam", "proxy", "attacker_lr"),
     "distill": ("teachers", "teacher_steps"),
-    "dp": ("image_clip", "noise_multiplier", "draws"),
+    "dp": ("epsilon",),
 }
 NOT_YET = "Not evaluated yet: `python evaluate.py RUN` measures what this adapter gives away."
 
@@ -61,7 +61,7 @@ def text(run: Run, step: int, summary: dict, promised=None) -> str:
         "## Load it",
         "\n".join(loading(model, whole)),
         "## How it was made",
-        f"Trained on {len(data.members())} images, {step} steps of {run.batch}. Images by role:",
+        f"Trained on {len(data.members())} images, {step} steps of {run.size}. Images by role:",
         table("role", "images", {role: len(index) for role, index in data.roles.items()}),
         table("setting", "value", {"method": s.method} | settings_of(s)),
         "## What it learned and what it gives away",
@@ -157,8 +157,6 @@ def settings_of(s: Settings) -> dict[str, object]:
     names += [name for name in CHANGED if getattr(s, name) != getattr(Settings, name)]
     names = [n for n in names if not (s.target == "full" and n in ("rank", "alpha"))]
     found = {f"--{name.replace('_', '-')}": getattr(s, name) for name in names}
-    if s.subspace not in (None, "public"):
-        found["--subspace"] = "a file"
     return {flag: "by default" if value is None else value for flag, value in found.items()}
 
 

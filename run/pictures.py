@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from algorithm import Run
 from command import progress
-from diffusion import embed_captions, sample
+from diffusion import encode_captions, sample
 from report import plots
-from run.prepare import Run
 
 FEW, FEW_STEPS = 2, 10  # on the way: columns of either kind, DDIM steps
 STEPS = 25  # DDIM steps of the last grid
@@ -96,9 +96,10 @@ def sample_grid(run: Run, step: int, few: int | None = None) -> None:
 def draw(run: Run, shown: Columns, steps: int) -> np.ndarray:
     """Pictures uint8 (K, H, W, 3) of the model as it stands."""
     captions = [run.data.captions[i] for i in shown.index] + shown.prompts
-    text, empty = embed_captions(run.base, captions), embed_captions(run.base, [""])
-    with run.folded():
-        return sample(run.base, text, empty, shown.noise.to(run.base.device), steps)
+    text, empty = encode_captions(run.base, captions), encode_captions(run.base, [""])
+    noise = shown.noise.to(run.base.device)
+    with progress.stage("pictures", len(text)) as bar, run.adapter.folded():
+        return sample(run.base, text, empty, noise, steps, done=bar.advance)
 
 
 def training_curves(metrics: list[dict], method: str, path: Path) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from algorithm import Batch
 
+from algorithm import Batch
 from command.flags import option
 from command.whole_files import write_whole
 from diffusion import draw_noise, prediction_target

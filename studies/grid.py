@@ -75,7 +75,7 @@ def command(flags: type, run: Callable, doc: str, positional: str | None = None)
     """Run a study with the flags of the command line; `doc` is its --help."""
     settings = parse(flags, doc, positional)
     with one_line_errors():
-        progress.speak()
+        progress.start()
         run(settings)
 
 
@@ -96,7 +96,7 @@ def seeds(s: Study) -> range:
 
 def processes(s: Study) -> int:
     """How many runs go on at a time; raises UserError for fewer than one."""
-    from diffusion import resolve_device
+    from files.bases import resolve_device
 
     if s.jobs is not None and s.jobs < 1:
         raise UserError(f"--jobs must be 1 or more, not {s.jobs}")

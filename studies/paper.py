@@ -23,7 +23,7 @@ from pathlib import Path
 from command.errors import UserError
 from command.flags import option
 from command.whole_files import write_whole
-from settings import EMBEDDED_SETS
+from files import EMBEDDED_SETS
 from studies import grid, records
 from studies.grid import WHERE, EvaluatedStudy, GridRun
 from studies.paper_tables import DATA, ONE_CAPTION, PAPER, RUNS, TABLES, Change, Table

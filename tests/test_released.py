@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from algorithm import Run, algorithm_1
-from methods.assembly import assemble
 from torch.nn import functional as F
 
+from algorithm import Run, algorithm_1
 from attacker import MEMBER, NONMEMBER
 from diffusion import draw_noise, squared_error
+from methods.assembly import assemble
 from run import prepare
 from run.processes import Processes
 from run.resolve import resolve

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run.learner import Batches, Learner
 from safetensors.torch import load_file
 
 import evaluate
@@ -15,7 +16,6 @@ import train
 from command.errors import one_line_errors
 from command.flags import parse
 from run import advice
-from run.learner import Batches, Learner
 from run.resolve import resolve
 from settings import METHODS
 

@@ -217,6 +217,8 @@ def checked(settings: type, values: dict, path: Path) -> dict:
     had it, the values at which it changed nothing ...)}.  Such a key is dropped if it has one of
     these values, and is an error otherwise.
     """
+    if hasattr(settings, "adopted"):  # a static method: the settings of another command, translated
+        values = settings.adopted(values, path)
     fields = {f.name: f for f in dataclasses.fields(settings)}
     names = {alias: f.name for f in fields.values() for alias in (f.name, *f.metadata["aliases"])}
     retired, found = getattr(settings, "RETIRED", {}), {}

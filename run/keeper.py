@@ -38,8 +38,7 @@ class Keeper:
 
     def __init__(self, run: Run, processes: Processes):
         self.run, self.processes, self.settings = run, processes, run.settings
-        self.folder = run.folder = RunFolder(run.settings.out)
-        run.drawn = {}  # what the base draws for the grids, once it has
+        self.folder = RunFolder(run.settings.out)
         self.started, self.before = time.time(), 0.0  # seconds of the processes before this one
         self.saved = time.monotonic()  # when the last state was written
         self.caught: list[int] = []  # signals that ask the run to stop

@@ -15,7 +15,7 @@ from command.errors import UserError
 from diffusion import ALL_TIMESTEPS, DRAWS, TIMESTEPS, loss_grid
 from files import adapters
 from objectives import Terms, adaptation_loss, mi_gain, objective
-from run import advice, card, pictures
+from run import card, pictures
 from run.folder import RunFolder, git_commit
 from run.precheck import going_on
 from settings import Settings
@@ -208,7 +208,7 @@ def say(run: Run, folder: RunFolder, step: int, summary: dict, promise) -> None:
     )
     if promise:
         print(f"promise:  {promise}")
-    if s.method in advice.AUDITED and s.target != "full":
-        print(f"audited:  {advice.sentence(s.method)}")
+    if sentence := card.audited(s):
+        print(f"audited:  {sentence}")
     following = shlex.join(["python", "evaluate.py", str(folder)])
     print(f"files:    {folder}/  ({summary['seconds']:.0f} s); next: {following}")

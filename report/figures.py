@@ -13,11 +13,11 @@ from report import plots
 
 
 def evaluation(examination, found, control, method: str, folder: Path) -> None:
-    """The four figures of one evaluated adapter, from the `Examination` of its images and the
-    `Measured` of it and of the base model, see examination.py.
+    """The four figures of one evaluated adapter, from the `Examination` of its images, its
+    `Model` and that of the base, see attacks/model.py.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    subject = examination.subject
+    subject = examination
     colour = plots.COLOURS.get(method, plots.OTHER)
     headline = found.record["headline"]["attack"]
     roc_curves(subject, found, folder / "roc.png", colour)
@@ -149,7 +149,7 @@ def nearest_pictures(examination, found, path: Path, columns: int = 10) -> None:
     distance and the picture's own caption.
     """
     order, near = closest(examination.real, found.features, columns)
-    subject, data = examination.subject, examination.subject.data
+    subject, data = examination, examination.data
     members = data.members()
     drawn_from = np.resize(members, len(found.pictures))[order]
     nearest = [members[i] for i in near["members"][1]]
@@ -189,7 +189,7 @@ def side_by_side(examination, runs: dict[str, np.ndarray], path: Path, columns: 
 
     Captions stand above.  Images are spread over the members, the same for every call.
     """
-    data = examination.subject.data
+    data = examination.data
     chosen, members = spread(data.members(), len(next(iter(runs.values()))), columns)
     rows = {"private image": data.pixels[members]}
     rows |= {n: p[chosen] for n, p in ({"base": examination.control.pictures} | runs).items()}

@@ -33,11 +33,11 @@ FORMULA = tuple("=+-@＝＋－＠")  # what a spreadsheet takes for the beginnin
 def write(examination, adapted, base, record: dict, folder: Path) -> None:
     """report.html and exposure.csv of one evaluated adapter, each written whole into `folder`.
 
-    `adapted` and `base` are the `Measured` of it and of the base model, see examination.py;
+    `adapted` and `base` are its `Model` and that of the base, see attacks/model.py;
     `record` is what eval.json holds, with its sentence `verdict`.  The figures lie in
     folder/figures.
     """
-    data, headline = examination.subject.data, record["adapted"]["headline"]["attack"]
+    data, headline = examination.data, record["adapted"]["headline"]["attack"]
     texts = {
         "exposure.csv": exposure(data, adapted.scores, headline),
         "report.html": page(examination, adapted, base, record, folder),
@@ -126,7 +126,7 @@ def guarded(text: str) -> str:
 
 def page(examination, adapted, base, record: dict, folder: Path) -> str:
     """report.html; arguments as for `write`."""
-    data = examination.subject.data
+    data = examination.data
     loader = FileSystemLoader(Path(__file__).parent)
     rules = {"autoescape": True, "undefined": StrictUndefined}  # names and captions are untrusted
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **rules)
@@ -254,7 +254,7 @@ def nearest(examination, adapted, base) -> dict | None:
     """
     if adapted.features is None:
         return None
-    data, held_out = examination.subject.data, examination.subject.held_out
+    data, held_out = examination.data, examination.held_out
     order, near = figures.closest(examination.real, adapted.features, CLOSEST)
     members = data.members()
     rows = [
@@ -262,7 +262,7 @@ def nearest(examination, adapted, base) -> dict | None:
             "generated": thumbnail(adapted.pictures[k]),
             "member": pictured(data, members[i]) | {"distance": f"{d:.3f}"},
             "held_out": {"image": thumbnail(held_out[j]), "distance": f"{e:.3f}"}
-            | {"caption": examination.subject.held_out_captions[j]},
+            | {"caption": examination.held_out_captions[j]},
         }
         for k, d, i, e, j in zip(order, *near["members"], *near["held_out"], strict=True)
     ]

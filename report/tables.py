@@ -70,12 +70,9 @@ def print_attacks(title: str, record: dict) -> None:
         cells = [cell(found), *(cell(found, f"tpr_at_{p}_fpr") for p in rates)]
         line = "".join(f"{c:19}" for c in cells)
         print(f"{name:24}{line}{cell(base['attacks'].get(name))}")
-    for label, key in (("headline", "headline"), ("maximum", "worst")):
-        chosen = adapted[key]
-        why = "chosen on known images" if key == "headline" else "highest on the test images"
-        print(f"{label:24}{cell(chosen):17}  {chosen['attack']}, {why}")
-    worst = adapted["worst"]
-    print(f"{'  without any leak':24}{worst['null']:.2f} is reached by 5 % (permuted labels)")
+    chosen = adapted["headline"]
+    print(f"{'headline':24}{cell(chosen):17}  {chosen['attack']}, chosen on known images")
+    print(f"{'  without any leak':24}{adapted['null']:.2f} is reached by 5 % (permuted labels)")
     low = [n for n, f in adapted["attacks"].items() if f["auc_interval"][1] < 0.5]
     if low:
         say(f"note: over-corrected for {', '.join(low)}: AUC below 0.5 gives members away too")
@@ -171,24 +168,26 @@ def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict]) 
     groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
     for group in groups.values():
         members = [records[i] for i in group.values()]
-        worst = comparisons.pooled_worst([test_scores[i] for i in group.values()])
-        losses = [r["adapted"]["held_out_loss"] for r in members]
         names = [called[i] for i in group.values()]
+        chosen = [r["adapted"]["headline"]["attack"] for r in members]
+        pairs = [test_scores[i][name] for i, name in zip(group.values(), chosen, strict=True)]
+        headline = {"attacks": chosen} | comparisons.pooled(pairs)
+        losses = [r["adapted"]["held_out_loss"] for r in members]
         entry = (
             {"runs": names, "seeds": list(group)}
             | {k: members[0][k] for k in ("method", "lam")}
-            | {"worst": worst}
+            | {"headline": headline}
         )
         entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
         qualities = [r["adapted"].get("quality") for r in members]
         if all(qualities):
             entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
-        text = f"{', '.join(names)}: worst case {cell(worst)} by {worst['attack']}, "
+        text = f"{', '.join(names)}: headline {cell(headline)}, "
         text += f"held-out loss {np.mean(losses):.4f}"
         for real in ("members", "held_out") if "quality" in entry else ():
             distance = entry["quality"][f"frechet_{real}"]
             text += f", Frechet distance {distance:.0f} ({real.replace('_', ' ')})"
-        say(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
+        say(f"{text} (headline of each: {', '.join(f'{a:.2f}' for a in headline['auc_by_seed'])})")
         if first is None:
             # named by one seed's known images, so not by the figures it is compared at
             first, name = group, members[0]["adapted"]["headline"]["attack"]

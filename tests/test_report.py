@@ -33,7 +33,7 @@ ORDINARY = {3: ("d.png", "a word")}
 
 
 def measured(rng, member, leak: float, pictures: np.ndarray | None, seed: int):
-    """A `Measured` whose members score `leak` higher, three attacks; the third knows no aux."""
+    """A model whose members score `leak` higher, three attacks; the third knows no aux."""
     scores = {n: rng.normal(size=len(member)) + leak * member for n in ("loss", "SimA", "black")}
     scores["black"][: SIZES["member"][0]] = NAN
     generator = torch.Generator().manual_seed(seed)
@@ -69,18 +69,18 @@ def made_up(pictures: int | None = 8, names: dict = ORDINARY, size: int = 16):
     held_out = rng.integers(0, 256, (9, size, size, 3), np.uint8)
     real = {"members": torch.rand(30, 6), "held_out": torch.rand(9, 6)} if pictures else {}
     said = [f"held out {i}" for i in range(9)]
-    subject = SimpleNamespace(data=data, held_out=held_out, held_out_captions=said)
-    return SimpleNamespace(subject=subject, real=real), adapted, base, record
+    images = SimpleNamespace(data=data, real=real, held_out=held_out, held_out_captions=said)
+    return images, adapted, base, record
 
 
 def leakage(data, scores) -> dict:
-    """A record as attacks/examination.py makes it, as far as the report reads it."""
+    """A record as attacks/model.py makes it, as far as the report reads it."""
     found = {n: roc.summary(*data.pair(s, "test"), 0.0) for n, s in scores.items()}
     headline = {"attack": "SimA"} | found["SimA"]
     return {
         "attacks": found,
         "headline": headline,
-        "worst": headline,
+        "null": 0.6,
         "auc_by_timestep": {"50": 0.6, "500": 0.7},
     }
 
@@ -174,7 +174,7 @@ def test_the_most_exposed_come_first():
 def test_exposure_table(written):
     """Read back: every image with a role once, members first, most exposed first, rates, blanks."""
     folder, examination, adapted = written
-    data = examination.subject.data
+    data = examination.data
     with open(folder / "exposure.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["name", "caption", "side", "part", "SimA", "loss", "black"]
@@ -248,7 +248,7 @@ def test_what_the_list_is_held_against(written):
     images; the rest is said to be in the table.
     """
     folder, examination, adapted = written
-    data, score = examination.subject.data, adapted.scores["SimA"]
+    data, score = examination.data, adapted.scores["SimA"]
     others = np.sort(data.pair(score, "test")[1])
     caught = score > others[-2]  # one of 20 may be above
     text = " ".join("".join(read(folder).texts).split())
@@ -349,7 +349,7 @@ def test_nearest_figure_has_three_rows(written, tmp_path, monkeypatch):
     figures.nearest_pictures(examination, adapted, path, columns=3)
     assert path.stat().st_size > 0
     drawn, member, held_out = (row[0] for row in kept["rows"].values())
-    subject, data = examination.subject, examination.subject.data
+    subject, data = examination, examination.data
     far, index = quality.nearest(examination.real["members"], adapted.features)
     best = far.argmin()
     np.testing.assert_array_equal(drawn, adapted.pictures[best])

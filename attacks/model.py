@@ -28,14 +28,7 @@ from attacks.store import Store
 from attacks.target import Target, adapter_digest
 from command import progress
 from command.errors import UserError
-from diffusion import (
-    ALL_TIMESTEPS,
-    DRAWS,
-    TIMESTEPS,
-    Encoded,
-    encode_captions,
-    loss_grid,
-)
+from diffusion import ALL_TIMESTEPS, DRAWS, TIMESTEPS, Encoded, encode_captions, loss_grid
 from files import adapters as files
 from files import text_encoder
 
@@ -179,9 +172,11 @@ class Model:
             self.record = leakage(data, self.scores, self.paper["figures"])
         areas = [roc.auc(*data.pair(-column, "test")) for column in self.grid["by_timestep"].T]
         self.record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
-        for key in ("held_out_loss", "quality"):
-            if key in self.paper:
-                self.record[key] = self.paper[key]
+        self.record["held_out_loss"] = self.paper["held_out_loss"]
+        if s.pictures:
+            copies = {n: quality.nearest(x, self.features)[0].mean() for n, x in e.real.items()}
+            near = {f"nearest_{name}": float(distance) for name, distance in copies.items()}
+            self.record["quality"] = self.paper["quality"] | near
         return self
 
     def ask_as_shadows(self, plan: Plan) -> dict[str, np.ndarray]:

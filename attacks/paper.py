@@ -11,7 +11,7 @@
 The paper differs in two choices: it takes the epoch of h' that is best on the *test* images, here
 it is the best on validation images; and it compares pictures with the members alone, which rewards
 memorisation, so `real` holds other pictures as well.  The networks h are in attacker.py, the
-statistics in roc.py and quality.py.  What else evaluate.py asks stands in queries.py and single.py.
+statistics in roc.py and quality.py.  What else evaluate.py asks stands in model.py and single.py.
 Tested in tests/test_attacks.py on a planted signal.
 """
 
@@ -61,9 +61,9 @@ def evaluation(
 ) -> dict:
     """What the model leaks, its held-out loss, and the quality of `pictures` of it (0: none).
 
-    `real` are features {name: (N, F)} by `network` of the pictures to compare with.  `keep(name,
-    ask)` may find what `ask` returned before.  Attackers of other `kinds` learn and answer beside
-    the paper's, for later.
+    `real` {name: (N, F)} are features by `network` of the pictures to compare with.  `keep(name,
+    ask)` may return what `ask` returned before.  Attackers of further `kinds` learn beside the
+    paper's, for other attacks.
     """
     asked = keep("grid", lambda: error_maps(base, data, seed, kinds))
     score = one_draw(asked["odds-raw"], seed)  # (N,), higher = member
@@ -83,11 +83,10 @@ def evaluation(
 
 
 def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...]) -> dict:
-    """Everything that is read from error maps, of every image: (N, ...) arrays of `sweep`, and the
-    losses at one draw of every timestep, (N, 8).
+    """What is read from the error maps of every image: the arrays of `sweep`, and "by_timestep"
+    (N, 8), the loss at one draw of every timestep.
     """
-    attackers = train_proxies(base, data.latents, data.text, data.roles, seed, kinds)
-    asked = sweep(base, data.latents, data.text, attackers)
+    asked = sweep(base, data.latents, data.text, train_proxies(base, data, seed, kinds))
     late = loss_grid(base, data.latents, data.text, LATE_TIMESTEPS, draws=1)
     by_timestep = np.concatenate([asked["losses"][:, :, 0], late[:, :, 0].numpy()], axis=1)
     return asked | {"by_timestep": by_timestep}
@@ -98,31 +97,21 @@ def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...]) -> 
 
 
 def train_proxies(
-    base: Base,
-    latents,
-    text,
-    roles: dict[str, list[int]],
-    seed: int,
-    kinds=tuple(RATES),
-    epochs: int = EPOCHS,
+    base: Base, data: Encoded, seed: int, kinds=tuple(RATES), epochs: int = EPOCHS
 ) -> dict[str, nn.Module]:
-    """A fresh attacker h' of each kind, trained on the error maps of the auxiliary images.
-
-    All kinds see the same error maps.
+    """A fresh attacker h' of each kind, trained on the error maps of the auxiliary images; all
+    kinds see the same ones.
     """
     generator = torch.Generator().manual_seed(seed)
     train, valid = (
-        [
-            known_errors(base, latents, text, roles[f"{side}_{part}"], generator)
-            for side in ("member", "nonmember")
-        ]
+        [known_errors(base, data, index, generator) for index in data.sides(part)]
         for part in ("aux", "val")
     )
     state, found = generator.get_state(), {}
     for kind in kinds:
+        generator.set_state(state)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            generator.set_state(state)
             attacker = PROXIES[kind](base.latent_shape).to(base.device).eval()
             optimizer = torch.optim.Adam(attacker.parameters(), lr=RATES[kind])
             found[kind] = fit(attacker, optimizer, train, valid, epochs, generator)
@@ -130,22 +119,22 @@ def train_proxies(
 
 
 @torch.no_grad()
-def known_errors(base: Base, latents, text, index: list[int], generator) -> tuple:
-    """FRESH error maps (FRESH * len(index), C, h, w) of each image and their timesteps."""
+def known_errors(base: Base, data: Encoded, index: list[int], generator) -> tuple:
+    """FRESH error maps (FRESH * len(index), C, h, w) of each image, and their timesteps."""
     index = torch.tensor(index).repeat(FRESH)
     timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator)
     noise = torch.randn((len(index), *base.latent_shape), generator=generator)
     timesteps, noise = timesteps.to(base.device), noise.to(base.device)
     errors = [
-        squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
+        squared_error(base, data.latents[index[i]], data.text[index[i]], timesteps[i], noise[i])
         for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH))
     ]
     return torch.cat(errors), timesteps
 
 
 def fit(attacker, optimizer, train: Errors, valid: Errors, epochs: int, generator):
-    """Ascend on G, Eq. 5, over one of the draws per image and epoch; the attacker of the epoch with
-    the best accuracy on validation images.
+    """Ascend on G (Eq. 5), one draw per image and epoch; returns h' of the epoch with the best
+    accuracy on validation images.
     """
     best, kept = -1.0, copy.deepcopy(attacker.state_dict())
     for epoch in range(epochs):

@@ -89,7 +89,7 @@ def evaluate(s: Settings) -> list[dict]:
         from attacks import quality
         from attacks.examination import examine
         from attacks.model import ASKED, measured
-        from diffusion import resolve_device
+        from files.bases import resolve_device
     s = replace(s, device=resolve_device(s.device))
     if s.threads:
         torch.set_num_threads(s.threads)
@@ -179,7 +179,7 @@ def main() -> None:
     """The command: --help and what cannot work are answered before the heavy imports."""
     settings = parse(Settings, __doc__, positional="runs")
     with one_line_errors(this_command):
-        progress.speak()
+        progress.start()
         evaluate(settings)
 
 

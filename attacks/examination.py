@@ -22,8 +22,9 @@ from attacks import quality
 from attacks.store import Store
 from attacks.target import Target, base_stamp, sources
 from command.errors import UserError, shown
-from diffusion import GRID_SEED, Base, Encoded, encode, encode_images
+from diffusion import GRID_SEED, Base, Encoded, encode_images
 from files.bases import load_base
+from files.encode import encode
 from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 
 SUBSET_SEED = 0  # of the choice of test non-members

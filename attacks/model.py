@@ -28,7 +28,15 @@ from attacks.store import Store
 from attacks.target import Target, adapter_digest
 from command import progress
 from command.errors import UserError
-from diffusion import ALL_TIMESTEPS, DRAWS, TIMESTEPS, Encoded, encode_captions, loss_grid
+from diffusion import (
+    ALL_TIMESTEPS,
+    DRAWS,
+    LATE_TIMESTEPS,
+    TIMESTEPS,
+    Encoded,
+    encode_captions,
+    loss_grid,
+)
 from files import adapters as files
 from files import text_encoder
 
@@ -153,12 +161,12 @@ class Model:
         well.  `s` are the settings of evaluate.py.
         """
         e, data = self.examination, self.data
-        with progress.stage(f"attacks on {self.name}", 1 + len(ATTACKS)) as bar:
-            bar.note = "the paper's"
-            rest = e.network, e.real, s.pictures, s.sampling_steps, KINDS, self.keep
+        forwards = len(data.names) * (len(TIMESTEPS) * DRAWS + len(LATE_TIMESTEPS))
+        with progress.stage(f"{self.name}, the paper's", forwards + s.pictures) as bar:
+            rest = e.network, e.real, s.pictures, s.sampling_steps, KINDS, self.keep, bar.advance
             self.paper = paper.evaluation(self.base, data, e.seed, *rest)
             self.pictures, self.features = map(self.paper.get, ("pictures", "features"))
-            bar.advance()
+        with progress.stage(f"attacks on {self.name}", len(ATTACKS)) as bar:
             if shadows_plan:
                 self.shadow_scores = self.ask_as_shadows(shadows_plan)
             for name, attack in ATTACKS.items():

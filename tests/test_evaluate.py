@@ -18,7 +18,7 @@ from files.images import FOLDERS, PARTS, SIDES
 from report import tables
 from settings import Settings
 
-FILES = ("report.html", "exposure.csv", "figures/roc.png", "figures/nearest.png")
+FILES = ("report.html", "exposure.csv", "figures/roc.png", "figures/scores.png")
 
 
 @pytest.fixture(scope="module")

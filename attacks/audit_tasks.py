@@ -32,7 +32,6 @@ from diffusion import (
     Base,
     Encoded,
     add_noise,
-    encode,
     encode_captions,
     encode_images,
     loss_grid,
@@ -41,6 +40,7 @@ from diffusion import (
 from files import adapters as files
 from files import text_encoder
 from files.bases import load_base
+from files.encode import encode
 from files.images import Images, load_images
 from run.folder import git_commit
 from settings import Settings

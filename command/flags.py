@@ -231,7 +231,7 @@ def checked(settings: type, values: dict, path: Path) -> dict:
             found[field.name] = _checked_value(field, value, f"{path}: {key}")
         elif name not in retired:
             raise UserError(f"{path}: there is no flag {key}{_did_you_mean(name, names)}")
-        elif value not in retired[name][1:]:
+        elif ... not in retired[name] and value not in retired[name][1:]:
             raise UserError(f"{path}: {_gone(f'{_flag(name)} {value}', retired[name])}")
     return found
 

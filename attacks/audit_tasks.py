@@ -9,6 +9,7 @@ holds a key of all that it depends on.  Tested in tests/test_audit.py.
 import contextlib
 import functools
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
     with _lock:
         if finished(plan, index):  # by a worker that died before it could say so
             return
-        torch.set_num_threads(plan.settings.threads or 1)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         base, data = _subject(plan)
         data = replace(data, roles=plan.roles[index])
         folder = plan.folder(index)

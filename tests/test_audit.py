@@ -199,7 +199,7 @@ def test_the_config_of_a_run(tmp_path, capsys):
     found = parsed("--config", config)
     assert (found.method, found.rank, found.pool, found.out) == ("mp", 3, 60, None)
     assert parsed("--config", config, "--pool", 20).pool == 20
-    for name, value in {"stop": "best", "split": "pokemon", "nonmembers": "openmoji"}.items():
+    for name, value in {"stop": "best", "nonmembers": "openmoji"}.items():
         config.write_text(json.dumps({"settings": run | {name: value}}))
         with pytest.raises(SystemExit) as stop:
             parsed("--config", config)

@@ -146,9 +146,12 @@ def print_steps(records: dict[str, dict]) -> None:
 def differences(audits: dict[str, tuple], first: str, other: str) -> list[dict]:
     """Audit `other` minus audit `first` of {name: (record, scores)}, at two steps; also printed.
 
-    Empty for audits of other images or halves.
+    Empty for audits of other images or halves, and for a record without scores.
     """
     (record, scores), (other_record, other_scores) = audits[first], audits[other]
+    if not scores or not other_scores:
+        print(f"{first} or {other} has no scores.npz: not paired")
+        return []
     if any(not np.array_equal(scores[k], other_scores[k]) for k in ("names", "member")):
         print(f"{other} has another pool or more adapters than {first}: not paired")
         return []
@@ -179,11 +182,16 @@ def _step(record: dict, at: str) -> str:
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(record, scores) of a finished audit; raises UserError."""
+    """(record, scores) of a finished audit, of which docs/records/ has only the record; raises
+    UserError.
+    """
     if not (folder / "audit.json").is_file():
         raise UserError(f"{folder} holds no finished audit: run audit.py --out {folder} first")
+    record = read_json(folder / "audit.json")
+    if not (folder / "scores.npz").is_file():
+        return record, {}
     try:
         with np.load(folder / "scores.npz") as scores:
-            return read_json(folder / "audit.json"), dict(scores)
+            return record, dict(scores)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/scores.npz is damaged ({error}): run the audit again") from None

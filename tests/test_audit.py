@@ -509,3 +509,17 @@ def test_compare(audited, tiny_base, image_folder, in_thread, capsys):
     assert (out.parent / "comparison.png").exists()
     with pytest.raises(UserError, match="no finished audit"):
         audit.audit(audit.Audit(audits=[str(out), str(out.parent)]))
+
+
+def test_records_of_before_are_compared(tmp_path, capsys):
+    """Those in docs/records, which have no scores: a line for each step and a picture."""
+    names = ["audit-lora", "audit-smp", "audit-mp"]
+    for name in names:
+        shutil.copytree(ROOT / "docs" / "records" / name, tmp_path / name)
+    found = audit.audit(audit.Audit(audits=[str(tmp_path / name) for name in names]))
+    assert found == {"audits": names, "differences": []}
+    records = {name: json.loads((tmp_path / name / "audit.json").read_text()) for name in names}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not paired" not in line]
+    said = [line.split()[:2] for line in lines if line.startswith("audit-")]
+    assert said == [[name, at] for name, record in records.items() for at in record["steps"]]
+    assert (tmp_path / "comparison.png").stat().st_size > 5000

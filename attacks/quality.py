@@ -87,19 +87,14 @@ def _inception() -> nn.Module:
 def features(network: nn.Module, images: np.ndarray, batch: int = 16) -> torch.Tensor:
     """Features (N, F) of pictures uint8 (N, H, W, 3)."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    starts = progress.over(range(0, len(pixels), batch), "features of pictures")
-    return torch.cat([network(pixels[i : i + batch]) for i in starts])
+    return torch.cat([network(part) for part in pixels.split(batch)])
 
 
-class _Given(nn.Module):
-    """What torchmetrics asks for features, when we have them already."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+def identity(width: int) -> nn.Module:
+    """The network that torchmetrics asks for, where the features (N, width) are there already."""
+    given = nn.Identity()
+    given.num_features = width
+    return given
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
@@ -110,7 +105,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=identity(real.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
@@ -127,7 +122,7 @@ def kernel_distance(
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(50, len(real), len(generated))
-    given = _Given(real.shape[1])
+    given = identity(real.shape[1])
     with warnings.catch_warnings():
         # it "will save all extracted features in buffer", which is a few hundred rows here
         warnings.simplefilter("ignore", UserWarning)
@@ -151,8 +146,8 @@ def nearest(real: torch.Tensor, generated: torch.Tensor) -> tuple[np.ndarray, np
 
 
 def compare(real: dict[str, torch.Tensor], generated: torch.Tensor) -> dict[str, float]:
-    """Frechet distance, KID and distance to the nearest, of features (P, F) to each set (N, F) of
-    `real`.
+    """Frechet distance, KID and mean distance to the nearest of generated pictures' features (P, F)
+    to each set (N, F) of `real`.
     """
     found = {"pictures": len(generated)}
     for name, features in real.items():

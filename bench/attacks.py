@@ -25,10 +25,11 @@ import torch
 
 import lora
 from attacker import PROXIES
-from attacks import proxies, quality
+from attacks import paper, quality
 from attacks import single as attacks
-from attacks.queries import CUTS_AT, PICTURE_STEPS, PICTURES
-from attacks.target import CROPS, CUTS, crop
+from attacks.examination import CROPS, CUTS, crop
+from attacks.model import PICTURE_STEPS, PICTURES
+from attacks.single import CUTS_AT
 from diffusion import TIMESTEPS, Base, encode_captions, encode_images, loss_grid, sample
 from files.bases import load_base
 from run.resolve import resolve
@@ -64,7 +65,7 @@ def subject(base: Base, n: int) -> Subject:
 def proxy(s: Subject, kind: str) -> None:
     """The paper's attacker on every error map of the grid."""
     h = PROXIES[kind](s.base.latent_shape).to(s.base.device).eval()
-    proxies.sweep(*s.given, {kind: h})
+    paper.sweep(*s.given, {kind: h})
 
 
 def pfami(s: Subject) -> None:
@@ -82,8 +83,8 @@ def clid(s: Subject) -> None:
 
 def rediffuse(s: Subject) -> None:
     """The grid's residuals, averaged."""
-    averaged = proxies.sweep(*s.given, {})[1]
-    attacks.rediffuse(averaged, TIMESTEPS, s.base.abar.cpu(), s.base.prediction)
+    drift = paper.sweep(*s.given, {})["drift"]
+    attacks.rediffuse(drift, TIMESTEPS, s.base.abar, s.base.prediction)
 
 
 def black_box(s: Subject) -> None:

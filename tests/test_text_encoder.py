@@ -8,10 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import audit
-import evaluate
 import lora
 import train
-from attacks.examination import Examination, Measured
+from attacks import examination
+from attacks.model import Model
 from attacks.target import read_run
 from diffusion import encode_captions, squared_error
 from files import adapters as files
@@ -202,19 +202,24 @@ def test_resumed_is_uninterrupted(run, tiny_base, image_folder, tmp_path, stoppe
 
 def test_evaluation_sees_the_captions_through_it(run, monkeypatch):
     """An adapter is asked with its own embeddings, whole and cut, the base with the base's."""
-    examination = Examination(read_run(run), evaluate.Settings(pictures=0), None)
-    asked, plain = [], examination.subject
-    monkeypatch.setattr("attacks.examination.query", lambda _, subject, *__: asked.append(subject))
-    for measure in (examination.measure_base, examination.measure_adapter):
-        with pytest.raises(TypeError):  # nothing was answered
-            measure(read_run(run))
-        examination.control = Measured({}, {}, {"losses": None}, None, None)
-    base = load_base(plain.base.name)
-    adapter, _ = files.load(base, run / "adapter")
-    own = encode_captions(base, plain.data.captions)
-    assert asked[0] is plain and torch.equal(plain.data.text, examination.subject.data.text)
-    torch.testing.assert_close(asked[1].data.text, own)
-    assert (asked[1].data.text - plain.data.text).abs().max() > 1e-3
+    images = examination.prepare(read_run(run))
+    plain = images.data.text.clone()
+    adapter, _ = files.load(images.base, run / "adapter")
+    adapted = Model("it", images, adapter, None)
+    own = encode_captions(images.base, images.data.captions)
+    torch.testing.assert_close(adapted.data.text, own)
+    assert (adapted.data.text - plain).abs().max() > 1e-3
+    asked, adapted.keep = [], lambda name, ask: ask()
+    grid = np.zeros((len(plain), 2, 1))
+    monkeypatch.setattr(
+        "attacks.model.loss_grid", lambda _, z, text, *__, **___: (asked.append(text), grid)[1]
+    )
+    assert adapted.cuts.shape == (len(examination.CUTS), len(plain), 2)
+    first = [examination.cut(c, examination.CUTS[0]) for c in images.data.captions]
+    torch.testing.assert_close(asked[0], encode_captions(images.base, first))
+    lora.remove(images.base.unet, adapter)
+    base = Model("the base", images, adapter.untrained(images.base.unet), None)
+    assert torch.equal(base.data.text, plain)
     assert isinstance(adapter, text_encoder.TwoLoRA)
 
 

@@ -67,7 +67,7 @@ def text(run, step: int, summary: dict, promise=None) -> str:
     """
     s = run.settings
     base, whole = base_name(s.model), s.target == "full"
-    processes = RunFolder(s.out).config()["processes"]
+    processes = RunFolder(s.out).config().get("processes", 1)
     named = "the embedded base of smp-lora" if is_embedded(s.model) else base
     header = ModelCardData(
         base_model=base,

@@ -23,11 +23,8 @@ from command.errors import one_line_errors, this_command
 from command.flags import option, parse
 from command.whole_files import write_json
 
-WHERE, ELSEWHERE, LOOKS = (
-    "what and where",
-    "an adapter trained elsewhere",
-    "saving and looking",
-)  # groups of --help
+# groups of --help
+WHERE, ELSEWHERE, LOOKS = "what and where", "an adapter trained elsewhere", "saving and looking"
 
 
 @dataclass
@@ -36,9 +33,7 @@ class Settings:
 
     runs: list[str] | None = option(None, "run folders made by train.py", group=WHERE)
     at: str = option(
-        "last",
-        "which adapter of a run: last, best (lowest held-out loss), or a step that was saved",
-        group=WHERE,
+        "last", "adapter of a run: last, best (lowest held-out loss), or a saved step", group=WHERE
     )
     model: str | None = option(
         None, "base model of --adapter, or where that of the runs lies now", group=WHERE
@@ -52,9 +47,7 @@ class Settings:
     nonmembers: str | None = option(None, "where the --nonmembers of the runs lie now", group=WHERE)
     device: str = option("auto", "as in train.py", group=WHERE)
     adapter: str | None = option(
-        None,
-        "adapter file or folder trained elsewhere (diffusers, peft or kohya form)",
-        group=ELSEWHERE,
+        None, "file or folder of an adapter (diffusers, peft or kohya form)", group=ELSEWHERE
     )
     splits: str | None = option(
         None, "JSON of role -> file names, as splits.json of a run", group=ELSEWHERE
@@ -68,24 +61,15 @@ class Settings:
     pictures: int = option(100, "pictures to generate for quality; 0 skips it", group=LOOKS)
     sampling_steps: int = option(20, "DDIM steps per picture", group=LOOKS)
     features: str = option(
-        "embedded",
-        "network of the Frechet distance and KID",
-        ("embedded", "inception"),
-        group=LOOKS,
+        "embedded", "network of Frechet distance and KID", ("embedded", "inception"), group=LOOKS
     )
     test_nonmembers: int = option(
         200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR"
     )
-    shadow: int = option(
-        0, "adapters to train as each run was, on its candidates, to attack with (LiRA); 0: none"
-    )
-    jobs: int | None = option(
-        None, "of them at a time, a process each (default: cores, or 1 on a GPU)"
-    )
+    shadow: int = option(0, "adapters to train as each run was, to attack it with (LiRA); 0: none")
+    jobs: int | None = option(None, "shadows at a time (default: cores, or 1 on a GPU)")
     dtype: str | None = option(
-        None,
-        "of the base (default: as the run was trained; float32 for --adapter)",
-        ("float32", "bfloat16", "float16"),
+        None, "of the base (default: as trained)", ("float32", "bfloat16", "float16")
     )
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
@@ -105,7 +89,7 @@ def evaluate(s: Settings) -> list[dict]:
         from attacks import quality
         from attacks.examination import examine
         from attacks.model import ASKED, measured
-        from diffusion import resolve_device
+        from files.bases import resolve_device
     s = replace(s, device=resolve_device(s.device))
     if s.threads:
         torch.set_num_threads(s.threads)
@@ -195,7 +179,7 @@ def main() -> None:
     """The command: --help and what cannot work are answered before the heavy imports."""
     settings = parse(Settings, __doc__, positional="runs")
     with one_line_errors(this_command):
-        progress.speak()
+        progress.start()
         evaluate(settings)
 
 

@@ -45,7 +45,7 @@ def logs(score: np.ndarray) -> np.ndarray:
 
 
 def combined_features(model) -> list[np.ndarray]:
-    """What the combined attacker asks of one model (queries.Model), (N, K) each: every attack's
+    """What the combined attacker asks of one model (model.Model), (N, K) each: every attack's
     score, of several candidates all, and the mean log gradient norm.
 
     Proxies are left out, since they have seen the auxiliary images; pictures, since not all images
@@ -76,14 +76,8 @@ def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    n, size = pixels.shape[:2]
-    edge = size // 6
-    thumbs = (
-        pixels[:, : 6 * edge, : 6 * edge]
-        .reshape(n, 6, edge, 6, edge, 3)
-        .mean((2, 4))
-        .reshape(n, -1)
-        / 255
-    )
+    n, edge = len(pixels), pixels.shape[1] // 6
+    blocks = pixels[:, : 6 * edge, : 6 * edge].reshape(n, 6, edge, 6, edge, 3)
+    thumbs = blocks.mean((2, 4)).reshape(n, -1) / 255
     words = TfidfVectorizer(token_pattern=r"\S+").fit_transform(captions).toarray()
     return np.c_[thumbs, words]

@@ -22,8 +22,9 @@ from attacks import quality
 from attacks.store import Store
 from attacks.target import Target, base_stamp, sources
 from command.errors import UserError, shown
-from diffusion import GRID_SEED, Base, Encoded, encode, encode_images
+from diffusion import GRID_SEED, Base, Encoded, encode_images
 from files.bases import load_base
+from files.encode import encode
 from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 
 SUBSET_SEED = 0  # of the choice of test non-members
@@ -125,12 +126,12 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
     Raises UserError.
     """
     source = target.config["data"]
-    if target.splits is None and images.folders is None:
-        raise UserError(
-            f"{source} does not say who is a member: give --splits, or sub-folders "
-            f"{', '.join(FOLDERS)}"
-        )
     if target.splits is None:
+        if images.folders is None:
+            raise UserError(
+                f"{source} does not say who is a member: give --splits, or sub-folders "
+                f"{', '.join(FOLDERS)}"
+            )
         return split_as_it_comes(images, target.config["seed"])
     position = {name: i for i, name in enumerate(images.names)}
     now = position if target.images is None else by_content(target.images, images)
@@ -138,18 +139,12 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
     if missing:
         name, count = shown(missing[0]), f"{len(missing)} images of {target.name}"
         beside = missing[0].startswith(OUTSIDE) and target.config.get("nonmembers")
-        flag = "--nonmembers" if beside else "--data"
-        source = beside or source
+        flag, where = "--nonmembers" if beside else "--data", shown(beside or source)
+        wrong = f"{where} no longer holds {name} ({count} are gone)"
         if missing[0] in position:
-            raise UserError(
-                f"the pixels or the caption of {name} in {shown(source)} are not those that "
-                f"{target.run} was trained on ({count} are not found): put them back, or name the "
-                f"folder that holds them with {flag}"
-            )
-        raise UserError(
-            f"{shown(source)} no longer holds {name} ({count} are gone): put them back, or name "
-            f"the folder that holds them with {flag}"
-        )
+            wrong = f"the pixels or the caption of {name} in {where} are not those that "
+            wrong += f"{target.run} was trained on ({count} are not found)"
+        raise UserError(f"{wrong}: put them back, or name the folder that holds them with {flag}")
     return {role: [now[name] for name in names] for role, names in target.splits.items()}
 
 

@@ -31,6 +31,7 @@ from command.errors import UserError
 from diffusion import (
     ALL_TIMESTEPS,
     DRAWS,
+    LATE_TIMESTEPS,
     TIMESTEPS,
     Encoded,
     encode_captions,
@@ -160,12 +161,12 @@ class Model:
         well.  `s` are the settings of evaluate.py.
         """
         e, data = self.examination, self.data
-        with progress.stage(f"attacks on {self.name}", 1 + len(ATTACKS)) as bar:
-            bar.note = "the paper's"
-            rest = e.network, e.real, s.pictures, s.sampling_steps, KINDS, self.keep
+        forwards = len(data.names) * (len(TIMESTEPS) * DRAWS + len(LATE_TIMESTEPS))
+        with progress.stage(f"{self.name}, the paper's", forwards + s.pictures) as bar:
+            rest = e.network, e.real, s.pictures, s.sampling_steps, KINDS, self.keep, bar.advance
             self.paper = paper.evaluation(self.base, data, e.seed, *rest)
             self.pictures, self.features = map(self.paper.get, ("pictures", "features"))
-            bar.advance()
+        with progress.stage(f"attacks on {self.name}", len(ATTACKS)) as bar:
             if shadows_plan:
                 self.shadow_scores = self.ask_as_shadows(shadows_plan)
             for name, attack in ATTACKS.items():
@@ -179,9 +180,11 @@ class Model:
             self.record = leakage(data, self.scores, self.paper["figures"])
         areas = [roc.auc(*data.pair(-column, "test")) for column in self.grid["by_timestep"].T]
         self.record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
-        for key in ("held_out_loss", "quality"):
-            if key in self.paper:
-                self.record[key] = self.paper[key]
+        self.record["held_out_loss"] = self.paper["held_out_loss"]
+        if s.pictures:
+            copies = {n: quality.nearest(x, self.features)[0].mean() for n, x in e.real.items()}
+            near = {f"nearest_{name}": float(distance) for name, distance in copies.items()}
+            self.record["quality"] = self.paper["quality"] | near
         return self
 
     def ask_as_shadows(self, plan: Plan) -> dict[str, np.ndarray]:

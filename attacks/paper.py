@@ -11,7 +11,7 @@
 The paper differs in two choices: it takes the epoch of h' that is best on the *test* images, here
 it is the best on validation images; and it compares pictures with the members alone, which rewards
 memorisation, so `real` holds other pictures as well.  The networks h are in attacker.py, the
-statistics in roc.py and quality.py.  What else evaluate.py asks stands in queries.py and single.py.
+statistics in roc.py and quality.py.  What else evaluate.py asks stands in model.py and single.py.
 Tested in tests/test_attacks.py on a planted signal.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
+from attacker import MEMBER, PROXIES, ascend, attacker_gain
 from attacks import quality, roc
 from diffusion import (
     DRAWS,
@@ -33,6 +33,7 @@ from diffusion import (
     Encoded,
     at_once,
     encode_captions,
+    ignore,
     loss_grid,
     residuals,
     sample,
@@ -58,14 +59,15 @@ def evaluation(
     steps: int = 20,
     kinds: tuple[str, ...] = ("raw",),
     keep: Callable[[str, Callable[[], dict]], dict] = lambda name, ask: ask(),
+    done: Callable[[float], object] = ignore,
 ) -> dict:
     """What the model leaks, its held-out loss, and the quality of `pictures` of it (0: none).
 
-    `real` are features {name: (N, F)} by `network` of the pictures to compare with.  `keep(name,
-    ask)` may find what `ask` returned before.  Attackers of other `kinds` learn and answer beside
-    the paper's, for later.
+    `real` {name: (N, F)} are features by `network` of the pictures to compare with.  `keep(name,
+    ask)` may return what `ask` returned before.  Attackers of further `kinds` learn beside the
+    paper's, for other attacks.  `done(n)` is told of UNet forwards and pictures.
     """
-    asked = keep("grid", lambda: error_maps(base, data, seed, kinds))
+    asked = keep("grid", lambda: error_maps(base, data, seed, kinds, done))
     score = one_draw(asked["odds-raw"], seed)  # (N,), higher = member
     threshold = roc.best_threshold(*data.pair(score, "val"))
     found = {
@@ -75,20 +77,21 @@ def evaluation(
     }
     if pictures:
         text = data.text[np.resize(data.members(), pictures)]
-        made = keep(f"pictures-{pictures}-{steps}", lambda: {"made": draw(base, text, steps)})
+        made = keep(
+            f"pictures-{pictures}-{steps}", lambda: {"made": draw(base, text, steps, done=done)}
+        )
         features = quality.features(network, made["made"])
         found |= {"pictures": made["made"], "features": features}
         found["quality"] = quality.compare(real, features)  # Frechet distance and KID
     return found
 
 
-def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...]) -> dict:
-    """Everything that is read from error maps, of every image: (N, ...) arrays of `sweep`, and the
-    losses at one draw of every timestep, (N, 8).
+def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...], done=ignore) -> dict:
+    """What is read from the error maps of every image: the arrays of `sweep`, and "by_timestep"
+    (N, 8), the loss at one draw of every timestep.
     """
-    attackers = train_proxies(base, data.latents, data.text, data.roles, seed, kinds)
-    asked = sweep(base, data.latents, data.text, attackers)
-    late = loss_grid(base, data.latents, data.text, LATE_TIMESTEPS, draws=1)
+    asked = sweep(base, data.latents, data.text, train_proxies(base, data, seed, kinds), done)
+    late = loss_grid(base, data.latents, data.text, LATE_TIMESTEPS, 1, done)
     by_timestep = np.concatenate([asked["losses"][:, :, 0], late[:, :, 0].numpy()], axis=1)
     return asked | {"by_timestep": by_timestep}
 
@@ -98,31 +101,21 @@ def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...]) -> 
 
 
 def train_proxies(
-    base: Base,
-    latents,
-    text,
-    roles: dict[str, list[int]],
-    seed: int,
-    kinds=tuple(RATES),
-    epochs: int = EPOCHS,
+    base: Base, data: Encoded, seed: int, kinds=tuple(RATES), epochs: int = EPOCHS
 ) -> dict[str, nn.Module]:
-    """A fresh attacker h' of each kind, trained on the error maps of the auxiliary images.
-
-    All kinds see the same error maps.
+    """A fresh attacker h' of each kind, trained on the error maps of the auxiliary images; all
+    kinds see the same ones.
     """
     generator = torch.Generator().manual_seed(seed)
     train, valid = (
-        [
-            known_errors(base, latents, text, roles[f"{side}_{part}"], generator)
-            for side in ("member", "nonmember")
-        ]
+        [known_errors(base, data, index, generator) for index in data.sides(part)]
         for part in ("aux", "val")
     )
     state, found = generator.get_state(), {}
     for kind in kinds:
+        generator.set_state(state)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            generator.set_state(state)
             attacker = PROXIES[kind](base.latent_shape).to(base.device).eval()
             optimizer = torch.optim.Adam(attacker.parameters(), lr=RATES[kind])
             found[kind] = fit(attacker, optimizer, train, valid, epochs, generator)
@@ -130,22 +123,22 @@ def train_proxies(
 
 
 @torch.no_grad()
-def known_errors(base: Base, latents, text, index: list[int], generator) -> tuple:
-    """FRESH error maps (FRESH * len(index), C, h, w) of each image and their timesteps."""
+def known_errors(base: Base, data: Encoded, index: list[int], generator) -> tuple:
+    """FRESH error maps (FRESH * len(index), C, h, w) of each image, and their timesteps."""
     index = torch.tensor(index).repeat(FRESH)
     timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator)
     noise = torch.randn((len(index), *base.latent_shape), generator=generator)
     timesteps, noise = timesteps.to(base.device), noise.to(base.device)
     errors = [
-        squared_error(base, latents[index[i]], text[index[i]], timesteps[i], noise[i])
+        squared_error(base, data.latents[index[i]], data.text[index[i]], timesteps[i], noise[i])
         for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH))
     ]
     return torch.cat(errors), timesteps
 
 
 def fit(attacker, optimizer, train: Errors, valid: Errors, epochs: int, generator):
-    """Ascend on G, Eq. 5, over one of the draws per image and epoch; the attacker of the epoch with
-    the best accuracy on validation images.
+    """Ascend on G (Eq. 5), one draw per image and epoch; returns h' of the epoch with the best
+    accuracy on validation images.
     """
     best, kept = -1.0, copy.deepcopy(attacker.state_dict())
     for epoch in range(epochs):
@@ -154,10 +147,13 @@ def fit(attacker, optimizer, train: Errors, valid: Errors, epochs: int, generato
             size = len(error) // FRESH
             order = epoch % FRESH * size + torch.randperm(size, generator=generator)
             halves.append([(error[i], timesteps[i]) for i in order.split(BATCH)])
+        attacker.train()
         for member, nonmember in zip(*halves, strict=False):
-            attacker_step(attacker, optimizer, member, nonmember)
+            gain, _ = attacker_gain(attacker(*member), attacker(*nonmember))
+            ascend(optimizer, gain)
+        attacker.eval()
         with torch.no_grad():
-            _, accuracy = attacker_gain(attacker, *valid)
+            _, accuracy = attacker_gain(attacker(*valid[0]), attacker(*valid[1]))
         if accuracy > best:
             best, kept = accuracy, copy.deepcopy(attacker.state_dict())
     attacker.load_state_dict(kept)
@@ -169,7 +165,9 @@ def fit(attacker, optimizer, train: Errors, valid: Errors, epochs: int, generato
 
 
 @torch.no_grad()
-def sweep(base: Base, latents, text, attackers: dict[str, nn.Module]) -> dict[str, np.ndarray]:
+def sweep(
+    base: Base, latents, text, attackers: dict[str, nn.Module], done=ignore
+) -> dict[str, np.ndarray]:
     """One pass over images x timesteps x draws for everything that reads error maps.
 
     "losses" (N, T, K); "odds-<kind>" (N, T, K), what each attacker says of an error map, log h' -
@@ -178,7 +176,7 @@ def sweep(base: Base, latents, text, attackers: dict[str, nn.Module]) -> dict[st
     losses = torch.empty(len(latents), len(TIMESTEPS), DRAWS)
     mean = torch.zeros(len(latents), len(TIMESTEPS), *base.latent_shape)
     odds = {name: torch.empty_like(losses) for name in attackers}
-    for at, j, k, off in residuals(base, latents, text):
+    for at, j, k, off in residuals(base, latents, text, done=done):
         error = off.square()
         losses[at, j, k] = error.mean((1, 2, 3)).cpu()
         mean[at, j] += off.cpu() / DRAWS
@@ -201,8 +199,8 @@ def one_draw(odds: np.ndarray, seed: int) -> np.ndarray:
 # Pictures
 
 
-def draw(base: Base, text: torch.Tensor, steps: int, seed: int = 1) -> np.ndarray:
+def draw(base: Base, text: torch.Tensor, steps: int, seed: int = 1, done=ignore) -> np.ndarray:
     """Pictures (N, H, W, 3) from embedded captions (N, L, D), of the same noise for every model."""
     shape = len(text), *base.latent_shape
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(base.device)
-    return sample(base, text, encode_captions(base, [""]), noise, steps, GUIDANCE)
+    return sample(base, text, encode_captions(base, [""]), noise, steps, GUIDANCE, done)

@@ -61,13 +61,11 @@ def as_trained(target: Target) -> Settings:
     config = RunFolder(target.run).config()
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
     now = {name: target.config.get(name) for name in ("model", "data", "nonmembers")}
-    s = replace(s, **now)
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
-    s = replace(s, accumulate=whole, save_every=None, stop="last", norms_every=10**9)
-    s = replace(
-        s, samples=0, sample_every=None, prompt=None, hessian_every=0, dtype=target.config["dtype"]
-    )
-    return replace(s, track=None, dry_run=False, resume=False)
+    looks = {"samples": 0, "sample_every": None, "prompt": None, "hessian_every": 0, "track": None}
+    looks |= {"norms_every": 10**9, "save_every": None, "stop": "last"}
+    free = {"accumulate": whole, "dtype": target.config["dtype"], "dry_run": False, "resume": False}
+    return replace(s, **now, **looks, **free)
 
 
 def blocks(images: int, members: int, count: int, seed: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ one column per candidate, (N, candidates); the column is chosen on images that t
 never on test images.  All draws of noise come from one fixed stream: the same for members and
 non-members, for the adapted and the base model.
 
-`ATTACKS` at the end says what each of them asks of a model (queries.py).  A further attack is one
+`ATTACKS` at the end says what each of them asks of a model (model.py).  A further attack is one
 function and one line there.  The paper's own attack is in paper.py, attacks by regression are in
 classifiers.py.  Tested in tests/test_attacks.py against models whose answers can be written down,
 and in tests/test_leaks.py on an over-fitted adapter.
@@ -20,7 +20,7 @@ import torch
 from attacks.classifiers import classifier_score, combined
 from command import progress
 from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, at_once, squared_error
-from lora import PerImage
+from methods.per_image import PerImage
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
 AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA
@@ -40,10 +40,9 @@ def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
         z, c = noisy_latents[i : i + batch], text[i : i + batch]
         at = torch.full((len(z),), t, device=base.device)
         out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
-        a = base.abar[t]
-        parts.append(
-            a.sqrt() * out + (1 - a).sqrt() * z if base.prediction == "v_prediction" else out
-        )
+        if base.prediction == "v_prediction":
+            out = base.abar[t].sqrt() * out + (1 - base.abar[t]).sqrt() * z
+        parts.append(out)
     return torch.cat(parts)
 
 
@@ -154,10 +153,8 @@ def pia(base: Base, latents, text, timesteps=AHEAD, clean=None, normalised=False
         eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
     columns = []
     for t in progress.over(timesteps, "PIA"):
-        a = base.abar[t]
-        columns.append(
-            -_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text))
-        )
+        noisy_latents = base.abar[t].sqrt() * latents + (1 - base.abar[t]).sqrt() * eps
+        columns.append(-_l4(eps - predict_noise(base, noisy_latents, t, text)))
     return np.stack(columns, axis=1)
 
 
@@ -181,18 +178,15 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     (N, tensors) (GSA1, Pang et al. 2023); one backward pass serves several images.
     """
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
-    noise = torch.randn(
-        (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
-    )
-    noise, draws = noise.to(base.device), len(timesteps)
-    rows, batch = [], at_once(base, GRADIENT_BATCH)
+    shape, generator = base.latent_shape, torch.Generator().manual_seed(GRID_SEED)
+    noise = torch.randn((len(timesteps), *shape), generator=generator).to(base.device)
+    rows, batch, draws = [], at_once(base, GRADIENT_BATCH), len(timesteps)
     with PerImage(adapter.factors()) as per_image:
         for i in progress.over(range(0, len(latents), batch), "gradients"):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
             images = len(z) // draws
-            loss = squared_error(
-                base, z, c, timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
-            ).mean((1, 2, 3))
+            drawn = timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
+            loss = squared_error(base, z, c, *drawn).mean((1, 2, 3))
             every = per_image.gradients(loss.sum() / draws, images)
             norms = torch.stack([g.flatten(1).norm(dim=1) for g in every], dim=1)
             rows.append(norms.clamp_min(1e-12).log().cpu())
@@ -212,7 +206,7 @@ def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# All attacks by name, and what each of them asks of a model (queries.Model)
+# All attacks by name, and what each of them asks of a model (model.Model)
 
 ATTACKS: dict[str, Callable[[object], np.ndarray | None]] = {
     "loss": lambda m: loss_attack(m.grid["losses"]),

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from command.errors import UserError, shown
 from command.flags import checked
+from files import EMBEDDED_SETS
 from run.folder import RunFolder, read_splits
-from settings import EMBEDDED_SETS, FREE, LOOKS, Settings
+from settings import FREE, LOOKS, Settings
 
 BASE_FILES = (".safetensors", ".json", ".txt")  # weights, configs, and merges of a tokenizer
 PEFT_CONFIG = "adapter_config.json"  # beside an adapter's weights
@@ -157,8 +158,9 @@ def kind(target: Target) -> str:
     """All that was decided about an adapter but its seed; what is only looked at on the way decides
     nothing, nor does a flag that a run does not know, at the value it has left out.
     """
-    flags = {f.name: f.default for f in fields(Settings)} | Settings.RETIRED
-    chosen = flags | target.config
+    flags = {f.name: f.default for f in fields(Settings)}
+    retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
+    chosen = flags | retired | target.config
     for name in ("seed", *FREE, *LOOKS):
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")

@@ -1,12 +1,14 @@
-"""What a command says while it works, by tqdm: on a terminal one line that is rewritten, in a log a
-line now and then.  Until a command calls `speak` nothing is said, as in notebooks and workers.
+"""What a command does while it works, on stderr: on a terminal one line that is rewritten, in a log
+a line every half minute.  Nothing is shown before a command calls `start`.
 
     with progress.stage("loading the base model"):              # a clock
     with progress.stage("encoding images", 370) as bar:         # a bar
         bar.advance(32)
     for t in progress.over(timesteps, "SecMI"):                 # a bar over a loop
 
-Stages within a stage stand behind it, on the same line.  Tested in tests/test_progress.py.
+A stage within another one is shown behind it.  tqdm formats the line.  It cannot draw it: its bars
+stay still where nothing advances, and a log of them is one line without end.
+Tested in tests/test_progress.py.
 """
 
 import atexit
@@ -21,108 +23,122 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from tqdm import TqdmWarning, tqdm
-from tqdm.utils import ObjectWrapper
+from tqdm.utils import ObjectWrapper, disp_len
 
-WIDTH = 79  # columns of a line at most
+from command.errors import shown
+
+COLUMNS = 79  # of a line at most
 TICK, LOG = 0.5, 30.0  # seconds between two lines on a terminal, and in a log
-TOLD = 1.0  # seconds that a stage must have taken for a terminal to keep its line
+KEPT = 1.0  # a terminal keeps the last line of a stage that took so many seconds
 BAR = "{desc:.24} {percentage:3.0f}% [{bar:12}] {n:.0f}/{total:.0f} {elapsed}<{remaining}{postfix}"
 CLOCK = "{desc}, {elapsed}{postfix}"
-tqdm.set_lock(threading.RLock())  # only one process speaks
-# the libraries' bars in a notebook without ipywidgets; nobody here draws them
+# about the libraries' bars in a notebook without ipywidgets, which are switched off
 warnings.filterwarnings("ignore", "IProgress not found", TqdmWarning)
 
 
 @dataclass(eq=False)
 class Stage:
-    """A piece of work: a bar where `total` is known, else a clock."""
+    """A piece of work: a bar if `total` is known, else a clock."""
 
     name: str
     total: float | None
     done: float
-    first: float  # of `done`, what an earlier process did
-    note: str = ""  # behind the bar
+    first: float  # the part of `done` that an earlier process did
+    note: str = ""  # shown behind the bar
     began: float = field(default_factory=time.time)
 
     def advance(self, count: float = 1) -> None:
-        """So much more is done; the next tick shows it."""
+        """Add `count` to what is done."""
         self.done += count
 
 
-class Line(tqdm):
-    """A tqdm bar that is whichever open stage is to be seen; without a stream it is silent."""
-
-    stands = False  # whether it is on the terminal now
+class Line:
+    """The open stages of this process, and their line on `stream`; None shows nothing."""
 
     def __init__(self, stream=None):
-        self.stages: list[Stage] = []  # that are open, outermost first
+        self.stages: list[Stage] = []  # outermost first
+        self.stream = stream
         self.live = stream is not None and stream.isatty()
-        # no smoothing: one slow step foretells nothing; the delay leaves all drawing to `draw`
-        look = {"ascii": ".#", "smoothing": 0, "position": 0, "nrows": 20, "delay": float("inf")}
-        super().__init__(file=stream, disable=stream is None, **look)
+        self.columns = 0  # that it takes on the terminal now
+        self.lock = threading.RLock()
 
-    def draw(self, begins: bool = False, end: str = "") -> None:
-        """Show the first bar, under the name of the outermost stage, and what is open within it;
-        when a stage `begins`, a log has its name.
-        """
-        with self.get_lock():
-            if self.disable or not self.stages:
-                return
-            shown = next((s for s in self.stages if s.total), self.stages[0])
-            within = self.stages[self.stages.index(shown) + 1 :]
-            inner = next((f" {s.done:.0f}/{s.total:.0f}" for s in within if s.total), "")
-            self.desc = printable(self.stages[0].name)
-            self.postfix = printable(within[0].name + inner if within else shown.note)
-            self.total, self.initial, self.start_t = shown.total, shown.first, shown.began
-            self.n = min(shown.done, shown.total or shown.done)
-            self.bar_format = BAR if shown.total else CLOCK
-            self.ncols = max(20, min(WIDTH, shutil.get_terminal_size().columns - 1))
-            if self.live:
-                self.sp(f"{self}{end}")
-                self.stands = not end
-                return
-            with contextlib.suppress(OSError, ValueError):  # whoever read has gone
-                print(self.desc if begins else self, file=self.fp, flush=True)
+    def text(self) -> str:
+        """The first bar, with the name of the outermost stage and the stages within the bar."""
+        bar = next((s for s in self.stages if s.total), self.stages[0])
+        within = self.stages[self.stages.index(bar) + 1 :]
+        inner = next((f" {s.done:.0f}/{s.total:.0f}" for s in within if s.total), "")
+        return tqdm.format_meter(
+            n=min(bar.done, bar.total or bar.done),
+            total=bar.total,
+            initial=bar.first,
+            elapsed=time.time() - bar.began,
+            prefix=shown(self.stages[0].name),
+            postfix=shown(within[0].name + inner if within else bar.note),
+            bar_format=BAR if bar.total else CLOCK,
+            ascii=".#",
+            ncols=max(20, min(COLUMNS, shutil.get_terminal_size().columns - 1)),
+        )
 
-    def tick(self) -> None:
-        """Draw as long as the process speaks; tqdm's own monitor sees only bars that advance."""
-        while not self.disable:
+    def draw(self) -> None:
+        """Rewrite the line of the terminal, or add one to the log."""
+        text, before = self.text(), self.columns
+        if not self.live:
+            self.write(f"{text}\n")
+            return
+        self.columns = disp_len(text)
+        self.write("\r" + text + " " * (before - self.columns))
+
+    def clear(self) -> None:
+        """Take the line off the terminal."""
+        if self.columns:
+            self.write("\r" + " " * self.columns + "\r")
+            self.columns = 0
+
+    def write(self, text: str) -> None:
+        """Write to the stream, if there is one and somebody still reads it."""
+        if self.stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                print(text, end="", file=self.stream, flush=True)
+
+    def repeat(self) -> None:
+        """Draw again and again until `stop`."""
+        while self.stream is not None:
             time.sleep(TICK if self.live else LOG)
-            self.draw()
+            with self.lock:
+                if self.stages:
+                    self.draw()
 
-    def closed(self, stage: Stage) -> None:
-        """A stage and those within it have ended; a terminal keeps the line of a long outer one."""
-        with self.get_lock():
-            if stage not in self.stages:  # a loop that an error has left
-                return
-            del self.stages[self.stages.index(stage) + 1 :]
-            if self.live and self.stages == [stage]:
-                self.clear()
-                if time.time() - stage.began >= TOLD:
-                    self.draw(end="\n")
-            self.stages.pop()
+    def close(self, stage: Stage) -> None:
+        """End a stage, and those within it that an error has left open."""
+        del self.stages[self.stages.index(stage) + 1 :]
+        if self.live and self.stages == [stage]:
+            if time.time() - stage.began >= KEPT:
+                self.draw()
+                self.write("\n")
+                self.columns = 0
+            self.clear()
+        self.stages.pop()
 
 
 class Above(ObjectWrapper):
-    """A stream of the terminal with the line on it: what is printed takes the line away until the
-    next tick.  (tqdm.write is for whole lines, and print writes pieces.)
+    """A stream of the terminal that has the line.  What is printed replaces the line, which returns
+    below it.  (tqdm.write is for whole lines, but print writes pieces.)
     """
 
     def write(self, text: str) -> int:
         """Print."""
-        with tqdm.get_lock():
-            if _line.stands:
-                _line.clear()
-            _line.stands = False
+        with _line.lock:
+            _line.clear()
             return self._wrapped.write(text)
 
 
 _line = Line()
 
 
-def speak(main: bool = True) -> None:
-    """From now on this process says what it does, on stderr; one of several that is not the `main`
-    one says nothing from now on, but for errors.
+def start(main: bool = True) -> None:
+    """Show the progress of this process on stderr from now on.
+
+    With `main` False, for the other processes of a run, silence what this one prints.
     """
     global _line
     if not main:
@@ -132,30 +148,33 @@ def speak(main: bool = True) -> None:
     if _line.live:
         sys.stderr = Above(sys.stderr)
         sys.stdout = Above(sys.stdout) if sys.stdout.isatty() else sys.stdout
-    threading.Thread(target=_line.tick, daemon=True).start()
-    atexit.register(hush)
+    threading.Thread(target=_line.repeat, daemon=True).start()
+    atexit.register(stop)
 
 
-def hush() -> None:
-    """The end of it; streams are as they were."""
+def stop() -> None:
+    """Show nothing any more, and restore stdout and stderr."""
     global _line
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (s._wrapped if isinstance(s, Above) else s for s in streams)
-    _line.close()
+    _line.stream = None
     _line = Line()
 
 
 @contextlib.contextmanager
 def stage(name: str, total: float | None = None, done: float = 0) -> Iterator[Stage]:
-    """Inside, this work is going on; of `total` pieces `done` are behind us already."""
+    """Inside, this work goes on.  Of `total` pieces an earlier process did `done`."""
     line, work = _line, Stage(name, total, done, done)
-    line.stages.append(work)
-    if line.stages == [work]:
-        line.draw(begins=True)
+    with line.lock:
+        line.stages.append(work)
+        if line.stages == [work]:  # a log then has its name alone
+            line.draw() if line.live else line.write(f"{shown(name)}\n")
     try:
         yield work
     finally:
-        line.closed(work)
+        with line.lock:
+            if work in line.stages:
+                line.close(work)
 
 
 def over(items: Collection, name: str) -> Iterator:
@@ -164,8 +183,3 @@ def over(items: Collection, name: str) -> Iterator:
         for item in items:
             yield item
             bar.advance()
-
-
-def printable(text: str) -> str:
-    """One line, without what would move the cursor."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,1 +1,1 @@
-"""The small base model that everything runs on by default: parts, pre-training and images."""
+"""How the small base model in base/ was made: its parts and its pre-training."""

@@ -1,7 +1,7 @@
-"""The four parts of the embedded base model, and the pipeline folder they make together.
+"""The four parts of the embedded base model, and the pipeline folder that they make together.
 
-`python -m embedded.pretrain` trains what is built here.  Sizes are of the embedded model.  Plain
-`StableDiffusionPipeline.from_pretrained` loads the folder.
+`python -m embedded.pretrain` trains them.  `StableDiffusionPipeline.from_pretrained` loads the
+folder.
 """
 
 import json
@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from embedded import emojis
+from files import emojis
 
 LATENT_CHANNELS = 6
 MAX_TOKENS = 16  # longest emoji name: 14 tokens with both ends
@@ -40,11 +40,11 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        mid_block_type="UNetMidBlock2D",  # one ResNet block: what keeps the folder below 20 MB
+        mid_block_type="UNetMidBlock2D",  # one ResNet block, to keep the folder below 20 MB
         block_out_channels=(64, 128, 160),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, whatever diffusers calls it
+        attention_head_dim=4,  # diffusers' name for the number of heads
         norm_num_groups=16,
     )
 
@@ -97,7 +97,7 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
         vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
     )
     tokenizer.save_pretrained(folder)
-    # the slow-tokenizer pair of files is what other tools read
+    # other tools read this pair of files
     (Path(folder) / "vocab.json").write_text(
         json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False)
     )
@@ -136,14 +136,13 @@ def pipeline(
 
 
 def export(made: StableDiffusionPipeline, folder: str | Path, vocabulary: str | Path) -> None:
-    """Write the pipeline in half precision; plain `from_pretrained(folder)` loads it in single.
+    """Write the pipeline in half precision; `from_pretrained(folder)` loads it in single precision.
 
-    `vocabulary` is the folder whose `tokenizer` holds vocab.json and merges.txt, which older tools
-    read.
+    vocab.json and merges.txt, which older tools read, are copied from `vocabulary`/tokenizer.
     """
     folder = Path(folder)
     made.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    # else transformers keeps it in half precision
+    # else transformers loads it in half precision
     _edit(folder / "text_encoder" / "config.json", dtype="float32")
     for part in ("unet", "vae"):
         _edit(folder / part / "config.json", _name_or_path=None)

@@ -4,15 +4,15 @@
     for s in noto fluent-emoji-flat emojione; do
         npm pack @iconify-json/$s; mkdir -p icons/$s
         tar xzf iconify-json-$s-*.tgz -C icons/$s --strip 1; done
-    # autoencoder, then UNet and text encoder: base/, hours on a CPU
+    # autoencoder, then UNet and text encoder: hours on a CPU
     python -m embedded.pretrain
-    # the UNet of a finished folder further
+    # train the UNet of a finished folder further
     python -m embedded.pretrain --start base --out base2 --work pretraining/further
 
 Two stages, as for Stable Diffusion (Rombach et al. 2022): train_vae.py, then train_unet.py.  Both
-save their state in --work every few minutes, and the same command goes on from there.  The private
-pictures (Twemoji) take no part: they only show, afterwards, how well the autoencoder reconstructs
-pictures that it has never seen.
+save their state in --work every few minutes, and the same command continues from there.  The
+private pictures (Twemoji) take no part: they only show, at the end, how well the autoencoder
+reconstructs pictures that it has never seen.
 
 Credits and licences of the pictures are in base/README.md; settings, versions and time in
 base/pretraining.json.
@@ -27,20 +27,18 @@ from command.flags import parse
 from command.whole_files import write_json
 from embedded.settings import Settings
 
-# What is heavy is imported in the functions: --help and a mistyped flag are answered at once
-
 
 def main(settings: Settings) -> None:
-    """Run the stages asked for.
+    """Train both stages, or with `--start` the second one, and write the folder.
 
     Raises UserError for missing npm packages, a `--start` that cannot be loaded, and a `--work`
-    that belongs to another run.
+    that belongs to another run.  Imports are local, so that --help is answered at once.
     """
     import torch
 
-    from embedded import emojis
     from embedded.train_unet import train_unet
-    from embedded.train_vae import psnr, train_vae
+    from embedded.train_vae import reconstruct, train_vae
+    from files import emojis
     from files.bases import load_base
 
     torch.set_num_threads(settings.threads)
@@ -51,10 +49,9 @@ def main(settings: Settings) -> None:
         vae, seconds = load_base(settings.start).pipeline.vae, 0.0
     else:
         vae, seconds = train_vae(settings, images)
-    public, private = psnr(vae, images[::10]), psnr(vae, emojis.twemoji()[2])
+    sets = images[::10], emojis.twemoji()[2]
+    public, private = (float(reconstruct(vae, some)[1].mean()) for some in sets)
     print(f"reconstruction PSNR: public {public:.2f} dB, private (never seen) {private:.2f} dB")
-    if settings.stage == "vae":
-        return
     trained = train_unet(settings, vae, captions, images)
     facts = {
         "public_images": len(captions),
@@ -67,9 +64,8 @@ def main(settings: Settings) -> None:
 
 
 def write(settings: Settings, vae, trained, facts: dict) -> None:
-    """The pipeline folder `--out`, with pretraining.json.
-
-    That file holds the settings, `facts`, versions, and the same of the folder `--start`.
+    """Write the pipeline folder `--out` and its pretraining.json, with the settings, `facts`,
+    versions, and the same of the folder `--start`.
     """
     import diffusers
     import torch
@@ -90,18 +86,18 @@ def write(settings: Settings, vae, trained, facts: dict) -> None:
 
 
 def show(settings: Settings, captions: list[str]) -> None:
-    """Two pictures of the finished folder, in `--work`.
+    """Draw two pictures of the finished folder, in `--work`.
 
-    samples.png: 40 samples of random captions that the UNet learned.  reconstructions.png: 20
-    random private pictures as the autoencoder gives them back, each with its PSNR.
+    samples.png: 40 samples of captions that the UNet learned.  reconstructions.png: 20 private
+    pictures after the autoencoder, each with its PSNR.
     """
     import numpy as np
     import torch
 
     from diffusion import encode_captions, sample
-    from embedded import emojis
     from embedded.train_unet import learned
     from embedded.train_vae import reconstruct
+    from files import emojis
     from files.bases import load_base
     from report import plots
 
@@ -112,7 +108,7 @@ def show(settings: Settings, captions: list[str]) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
     noise = torch.randn((40, *base.latent_shape), generator=generator)
     text, empty = encode_captions(base, texts), encode_captions(base, [""])
-    made = sample(base, text, empty, noise, 50, settings.guidance)
+    made = sample(base, text, empty, noise, 50)
     plots.captioned(made, texts, 10, work / "samples.png")
     _, names, images = emojis.twemoji()
     chosen = rng.choice(len(names), 20, replace=False)

@@ -15,11 +15,8 @@ class Settings:
     )
     out: str = option("base", "the StableDiffusionPipeline folder to write")
     work: str = option("pretraining", "raster cache, state, and the pictures to look at")
-    stage: str = option(
-        "all", "what to do; export writes the newest saved state", ("vae", "export", "all")
-    )
     start: str | None = option(
-        None, "a pipeline folder to go on from: its autoencoder stays as it is"
+        None, "a pipeline folder to train further; its autoencoder stays as it is"
     )
     seed: int = option(0, "decides initialisation, batches and noise")
     vae_steps: int = option(900, "batches of --vae-batch")
@@ -41,12 +38,8 @@ class Settings:
     unet_sets: str = option(
         "noto,fluent", "styles the UNet learns; the autoencoder sees all of them"
     )
-    precision: str = option(
-        "bfloat16", "of the UNet's activations, not of its weights", ("float32", "bfloat16")
-    )
     no_compile: bool = option(
-        False, "run the UNet as it is; compiled it is a fifth faster but needs a C++ compiler"
+        False, "do not compile the UNet: a fifth slower, and needs no C++ compiler"
     )
-    guidance: float = option(3.0, "classifier-free guidance of the sample grid")
     save_minutes: float = option(4.0, "between two saved states")
     threads: int = option(2, "CPU threads")

@@ -1,10 +1,10 @@
-"""What both stages of the pre-training share: AdamW, a cosine learning rate, and state on disk.
+"""What both stages of the pre-training share: AdamW, a cosine learning rate, and saved states.
 
     stage = Stage("vae", settings, {"vae": vae}, steps=900, rate=2e-3, warmup=50)
-    for step in stage.steps():              # from the newest saved state on
+    for step in stage.steps():              # those after the newest saved state
         stage.descend(loss)
 
-A stage that is killed goes on from its newest state to the same weights (tests/test_pretrain.py).
+A stage that was killed goes on from its newest state to the same weights (tests/test_pretrain.py).
 """
 
 import math
@@ -19,14 +19,14 @@ from command.errors import UserError
 from embedded.settings import Settings
 from run import state
 
-KEEP = 2  # states on disk: one to go back to, should the newest be damaged
+KEEP = 2  # states on disk, as the newest may be damaged
 
 
 class Stage:
     """The steps of one stage.
 
-    The first of `modules` is trained; the others are saved with it.  The state lies in the folder
-    `--work`/name.  `generator` draws everything that is random after the initial weights.
+    The first of `modules` is trained; the others are saved with it, in the folder `--work`/name.
+    `generator` draws everything that is random after the initial weights.
     """
 
     def __init__(
@@ -41,29 +41,28 @@ class Stage:
     ):
         self.folder, self.modules = Path(settings.work) / name, modules
         self.count, self.rate, self.warmup = steps, rate, warmup
-        self.export, self.pause = settings.stage == "export", 60 * settings.save_minutes
-        self.facts = {"start": settings.start}  # what a state must have in common with this run
+        self.pause = 60 * settings.save_minutes
+        self.facts = {"start": settings.start}  # a state must have the same
         self.trained = list(next(iter(modules.values())).parameters())
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=rate, weight_decay=1e-3, betas=(0.9, 0.99), fused=fused
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.seconds = 0.0  # spent in steps, those before an interruption included
+        self.seconds = 0.0  # spent in steps, also before an interruption
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, each with its learning rate set; saves now and then, and last.
+        """The steps that are left, with their learning rates set; saves states on the way.
 
-        With `--stage export` there are none.  Raises UserError as `restore`.
+        Raises UserError as `restore`.
         """
         first = self.restore()
-        last = first if self.export else max(first, self.count)
         before, began, saved = self.seconds, time.time(), time.time()
-        for step in range(first, last):
+        for step in range(first, self.count):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * cosine(step, self.count, self.warmup)
             yield step
             self.seconds = before + time.time() - began
-            if step + 1 == last or time.time() - saved >= self.pause:
+            if step + 1 == self.count or time.time() - saved >= self.pause:
                 self.save(step + 1)
                 saved = time.time()
 
@@ -75,7 +74,7 @@ class Stage:
         self.optimizer.step()
 
     def save(self, step: int) -> None:
-        """Write everything that the rest of the stage depends on."""
+        """Save all that the rest of the stage depends on."""
         tensors = {"generator": self.generator.get_state()}
         parts = {name: module.state_dict() for name, module in self.modules.items()}
         parts["optimizer"] = state.optimizer_tensors(self.optimizer)
@@ -84,14 +83,12 @@ class Stage:
         state.save(self.folder, step, tensors, self.facts | {"seconds": self.seconds}, KEEP)
 
     def restore(self) -> int:
-        """Take up the newest state, if there is one; returns the number of steps behind it.
+        """Load the newest state, if there is one; returns the number of steps that it has done.
 
-        Raises UserError if that state began from another `--start`, or `--stage export` finds none.
+        Raises UserError for the state of a run with another `--start`.
         """
         found = state.load(self.folder)
         if found is None:
-            if self.export:
-                raise UserError(f"{self.folder} holds no state to export: train it first")
             return 0
         step, tensors, facts = found
         self.seconds = facts.pop("seconds")
@@ -107,22 +104,11 @@ class Stage:
         for name, module in self.modules.items():
             module.load_state_dict(parts[name])
         state.restore_optimizer(self.optimizer, parts["optimizer"])
-        self._match_layout()
         self.generator.set_state(tensors["generator"])
         return step
 
-    def _match_layout(self) -> None:
-        """Lay the moments out in memory as their weights are, which a file does not keep.
-
-        The fused AdamW walks both in the order of memory, and would pair channels_last weights with
-        the wrong moments.
-        """
-        for weights, slots in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                slots[name] = torch.empty_like(weights).copy_(slots[name])
-
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then a half cosine from 1 down to 0.01."""
+    """Factor of the learning rate: a linear warm-up on half a cosine from 1 to 0.01."""
     fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
     return min(1, (step + 1) / warmup) * fall

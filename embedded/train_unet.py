@@ -41,7 +41,7 @@ class Latents:
         self.std = torch.cat([posterior.std for posterior in found])
         self.scale = float(1 / (self.mean.var() + self.std.square().mean()).sqrt())
         if settings.start:
-            self.scale = vae.config.scaling_factor  # what the UNet knows
+            self.scale = vae.config.scaling_factor  # that the UNet was trained with
         plain = [caption.rsplit(",", 1)[0] for caption in captions]
         texts = captions, plain, [""] * len(captions)
         pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -64,10 +64,7 @@ class Latents:
 
 
 def begin(settings: Settings, captions: list[str]) -> tuple[CLIPTokenizer, nn.ModuleDict]:
-    """Tokenizer, and "unet" and "text_encoder": new ones, or those of the folder `--start`.
-
-    Raises UserError if that folder cannot be loaded.
-    """
+    """Tokenizer, and "unet" and "text_encoder": new ones, or those of the folder `--start`."""
     if settings.start:
         found = load_base(settings.start).pipeline
         tokenizer, unet, text_encoder = found.tokenizer, found.unet, found.text_encoder
@@ -80,21 +77,18 @@ def begin(settings: Settings, captions: list[str]) -> tuple[CLIPTokenizer, nn.Mo
 
 @dataclass
 class Trained:
-    """What the second stage gives: the averaged weights, and what a pipeline needs with them."""
+    """The result of the second stage: averaged weights, and what a pipeline needs with them."""
 
     model: nn.Module  # "unet" and "text_encoder", in eval mode
     tokenizer: CLIPTokenizer
-    scale: float  # of the latents: their standard deviation becomes 1
+    scale: float  # of the latents, so that their standard deviation is 1
     seconds: float
 
 
 def train_unet(
     settings: Settings, vae: AutoencoderKL, captions: list[str], images: np.ndarray
 ) -> Trained:
-    """Train on cached latents of the pictures uint8 (N, H, W, 3) of the styles `--unet-sets`.
-
-    Raises UserError as Stage and `begin`.
-    """
+    """Train on cached latents of the pictures uint8 (N, H, W, 3) of the styles `--unet-sets`."""
     torch.manual_seed(settings.seed)
     tokenizer, model = begin(settings, captions)
     averaged = AveragedModel(model, multi_avg_fn=torch.no_grad()(blend(settings.ema)))
@@ -104,10 +98,9 @@ def train_unet(
     latents = Latents(settings, vae, tokenizer, captions, images)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     denoise = model["unet"] if settings.no_compile else torch.compile(model["unet"])
-    precision = getattr(torch, settings.precision)
     for step in stage.steps():
         batch = latents.draw(settings, stage.generator)
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        with torch.autocast("cpu", torch.bfloat16):
             error, loss = unet_loss(
                 denoise, model["text_encoder"], abar, settings.snr_gamma, *batch
             )
@@ -123,7 +116,7 @@ def train_unet(
 
 
 def blend(decay: float):
-    """Exponential average in place; the early weights are forgotten fast, whatever the decay."""
+    """Exponential average in place.  The first weights decay faster: they are far from good."""
 
     def update(old: list[torch.Tensor], new: list[torch.Tensor], count: torch.Tensor) -> None:
         torch._foreach_lerp_(old, new, 1 - min(decay, (1 + float(count)) / (10 + float(count))))

@@ -20,7 +20,7 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random flip, zoom (0.75 to 1.15), shift, and channel mixing of half the pictures.
 
-    `pixels` (N, 3, H, W) in [-1, 1]; what comes in from outside is white.
+    `pixels` (N, 3, H, W) in [-1, 1].  What comes in from outside is white.
     """
     n = len(pixels)
     u = torch.rand(n, 8, generator=generator)
@@ -68,10 +68,8 @@ def train_vae(settings: Settings, images: np.ndarray) -> tuple[AutoencoderKL, fl
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstructions of uint8 (N, H, W, 3) from the posterior's mode, and how good they are.
-
-    Returns pictures (N, 3, H, W) in [-1, 1] and the peak signal-to-noise ratio (N,) of each in dB,
-    10 log10(4 / mse).
+    """Reconstructions of uint8 (N, H, W, 3) from the posterior's mode: pictures (N, 3, H, W) in
+    [-1, 1], and the peak signal-to-noise ratio (N,) of each in dB, 10 log10(4 / mse).
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -79,8 +77,3 @@ def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> tuple[torch.Tensor, t
     made = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(64)]
     y = torch.cat(made).clamp(-1, 1)
     return y, peak_signal_noise_ratio(y, x, data_range=(-1, 1), reduction="none", dim=(1, 2, 3))
-
-
-def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
-    """Mean peak signal-to-noise ratio in dB of the reconstructions of uint8 (N, H, W, 3)."""
-    return float(reconstruct(vae, images)[1].mean())

@@ -1,1 +1,3 @@
-"""What comes in and goes out: images, folders, roles, base models, adapters in others' forms."""
+"""What comes in and goes out: images, folders, roles, base models, adapters."""
+
+EMBEDDED_SETS = ("twemoji", "openmoji", "emojione")  # functions of files/emojis.py

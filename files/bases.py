@@ -1,9 +1,9 @@
-"""Loading a frozen base model: a pipeline folder, a hub name, or one .safetensors checkpoint;
-pickles are never read.
+"""Loading a frozen base model: a pipeline folder, a hub name, or one .safetensors checkpoint.
 
-Every fault of a base that a user can have is one sentence, said before anything is written: the
-folder is looked over, each part must find all its tensors in its file, no weight may be absurd, and
-one small picture goes through all the parts.  Held by tests/test_base_files.py.
+Pickles are never read.  Every fault of a base is one sentence, said before anything is written: the
+folder's configs are checked, each part must find all its tensors in its file, no weight may be
+absurdly large, and one small picture goes through all the parts.
+Tested in tests/test_base_files.py.
 """
 
 import os
@@ -19,19 +19,12 @@ import torch
 from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import (
-    ALL_TIMESTEPS,
-    Base,
-    encode_captions,
-    encode_images,
-    resolve_device,
-    resolve_dtype,
-    squared_error,
-)
+from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
+from files.tensors import opened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe")
-PARTS = {  # with weights: the class, and the name of the files before any variant and number
+PARTS = {  # those with weights: the class, and how the names of the files begin
     "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
     "text_encoder": ("CLIPTextModel", "model"),
@@ -41,17 +34,38 @@ CONFIGS = dict.fromkeys(PARTS, "config.json") | {
     "tokenizer": "tokenizer_config.json",
 }
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-LARGEST = torch.finfo(torch.float32).max ** 0.5  # the square of more is infinite: 1.8e19
+LARGEST = torch.finfo(torch.float32).max ** 0.5  # 1.8e19, whose square is still finite
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def resolve_device(device: str, before: str | None = None) -> str:
+    """ "auto" as the name of a device that is present: `before` if it is, else cuda, mps or cpu."""
+    if device != "auto":
+        return device
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present["cpu"] = True
+    order = [*([before] if before else []), *present]
+    return next(name for name in order if present.get(name.split(":")[0]))
+
+
+def resolve_dtype(dtype: str | None, device: str) -> str:
+    """ "auto" or None as the name of a dtype: on CUDA bfloat16, or float16 where the GPU has no
+    bfloat16; elsewhere float32.
+    """
+    if dtype not in ("auto", None):
+        return dtype
+    if not resolve_device(device).startswith("cuda") or not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 @progress.stage("loading the base model")
 def load_base(
     model: str, device: str = "cpu", dtype: str = "float32", size: int | None = None
 ) -> Base:
-    """Load and freeze a pipeline for pictures of `size` px (None: what its UNet was made for).
+    """Load and freeze a base model for pictures of `size` px (None: the size of its UNet's config).
 
-    Raises UserError for a missing or unusable one; pickled weights are never read.
+    Raises UserError for one that is missing or cannot be used.
     """
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
@@ -63,14 +77,13 @@ def load_base(
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device} cannot be used here: {str(error).splitlines()[0]}"
-        ) from None
-    dtype, name = resolve_dtype(dtype, str(device)), shown(model)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here: {reason}") from None
+    dtype, name = DTYPES[resolve_dtype(dtype, device)], shown(model)
     if os.path.isfile(model):
-        pipeline = _single_file(Path(model), DTYPES[dtype])
+        pipeline = _single_file(Path(model), dtype)
     else:
-        pipeline = _folder(_find(model), DTYPES[dtype])
+        pipeline = _folder(_find(model), dtype)
     for part in PARTS:
         _check_weights(name, part, getattr(pipeline, part))
     abar, prediction = _noise(name, pipeline.scheduler)
@@ -82,7 +95,7 @@ def load_base(
     size = _size(name, pipeline, size)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    if device == "cpu":  # convolutions are a tenth faster so
+    if device == "cpu":  # convolutions are a tenth faster
         pipeline.unet.to(memory_format=torch.channels_last)
     device = torch.device(device)
     base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
@@ -95,7 +108,7 @@ def load_base(
 
 
 def _find(model: str) -> Path:
-    """The pipeline's folder: `model` itself, or where the hub's files of that name are kept."""
+    """The pipeline's folder: `model` itself, or the copy of the hub's model of that name."""
     from diffusers import StableDiffusionPipeline
 
     where = shown(os.path.abspath(model))
@@ -108,22 +121,22 @@ def _find(model: str) -> Path:
             f"there is no {where}: --model takes a pipeline folder, a .safetensors file or a hub "
             "name (owner/name)"
         )
-    nowhere = f"there is no folder {where}, and {model} cannot be had from the hub"
+    nowhere = f"there is no folder {where}, and {model} cannot be loaded from the hub"
     with _one_sentence(nowhere), catch_warnings(action="ignore"):
-        # the kind first, so that no other model is downloaded
+        # the kind first, before gigabytes of another model are downloaded
         _check_kind(model, StableDiffusionPipeline.load_config(model))
         options = {"use_safetensors": True, **UNUSED}
         try:
             return Path(StableDiffusionPipeline.download(model, **options))
-        except OSError:  # as where all weights are in half precision
+        except OSError:  # some models have weights in half precision only
             return Path(StableDiffusionPipeline.download(model, variant="fp16", **options))
 
 
 @contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Around one call of a library: whatever it raises is "`what`: the reason" in one line.
+    """Around a call of a library: what it raises becomes a UserError "`what`: the reason".
 
-    A damaged file makes diffusers and transformers raise anything, AttributeError included.
+    A damaged file can make diffusers and transformers raise anything, such as AttributeError.
     """
     try:
         yield
@@ -131,7 +144,9 @@ def _one_sentence(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = shown(" ".join(str(error).split()))[:400]
-        if not isinstance(error, OSError | ValueError | RuntimeError):  # the text alone says little
+        if not isinstance(
+            error, OSError | ValueError | RuntimeError
+        ):  # their text alone says little
             reason = f"{type(error).__name__} {reason}"
         raise UserError(f"{what}: {reason}") from None
 
@@ -155,9 +170,7 @@ def _folder(folder: Path, dtype: torch.dtype):
 
 
 def _check_configs(folder: Path) -> None:
-    """Raises UserError unless the folder describes a pipeline that can be adapted, all parts
-    present.
-    """
+    """Raises UserError unless the folder has all parts of a pipeline that can be adapted."""
     name, index = shown(folder), folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{name} is not a StableDiffusionPipeline folder: it has no {index.name}")
@@ -175,13 +188,11 @@ def _check_configs(folder: Path) -> None:
     tokenizer = folder / "tokenizer"
     names = ("tokenizer.json",), ("vocab.json", "merges.txt")
     if not any(all((tokenizer / file).is_file() for file in files) for files in names):
-        # transformers would make an empty one, to which all captions are alike
+        # transformers would make an empty one, and all captions would be the same
         raise UserError(f"{shown(tokenizer)} holds no vocabulary (vocab.json and merges.txt)")
 
 
 def _read_config(path: Path) -> dict:
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"there is no file {shown(path)}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{shown(path)} is not a config: it holds no JSON object")
@@ -189,8 +200,9 @@ def _read_config(path: Path) -> dict:
 
 
 def _check_sizes(path: Path) -> None:
-    """Parts are built before their files are read: a million layers or channels would take hours or
-    all memory.
+    """Raises UserError for a config whose numbers are absurd.
+
+    A part is built before its file is read: a million layers would take hours, or all memory.
     """
     for key, value in _read_config(path).items():
         most = 100 if "layers" in key else 10**6  # Stable Diffusion 2: 23 layers, 49,408 tokens
@@ -208,8 +220,8 @@ def _check_kind(name: str, index: dict) -> None:
 
 
 def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A part with weights, all of them from its file: the libraries fill what is missing at
-    random, and only say so in a log.
+    """A part with weights.  Raises UserError unless its file holds all of them: the libraries would
+    draw the missing ones at random, and say so in a log only.
     """
     import diffusers
     import transformers
@@ -217,7 +229,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     kind, stem = PARTS[part]
     library = transformers if part == "text_encoder" else diffusers
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    if library is transformers:  # else its error leaves the tensor to the log; diffusers names it
+    if library is transformers:  # else its error does not name the tensor
         options["ignore_mismatched_sizes"] = True
     variant, where = _variant(folder / part, stem), f"the {part} of {shown(folder)}"
     with _one_sentence(f"cannot load {where} from safetensors"):
@@ -235,9 +247,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _variant(folder: Path, stem: str) -> str | None:
-    """None where the weights have their plain name, else the variant that there is instead, as of
-    `model.fp16.safetensors`.
-    """
+    """The variant of the weights, "fp16" for `model.fp16.safetensors`; None for the plain name."""
     name = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
     matches = [name.fullmatch(file.name) for file in folder.glob("*.safetensors")]
     variants = {match[1] for match in matches if match}
@@ -251,23 +261,17 @@ def _variant(folder: Path, stem: str) -> str | None:
 
 
 def _single_file(path: Path, dtype: torch.dtype):
-    """A single .safetensors checkpoint, by diffusers' own loader; its configs come from a folder of
-    the same name beside it (any pipeline folder of that architecture, weights not needed), else
-    from the hub.
+    """A single .safetensors checkpoint, loaded by diffusers.
+
+    Its configs come from a folder of the same name beside it (any pipeline folder of that
+    architecture; weights are not needed), else from the hub.
     """
     from diffusers import StableDiffusionPipeline
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        reason = shown(" ".join(str(error).split()))[:400]
-        raise UserError(
-            f"{shown(path)} is not a whole safetensors file ({reason}); pickles are not read"
-        ) from None
+    with opened(path):
+        pass
     beside, config = path.with_suffix(""), {}
-    where = f"(no configs in {shown(beside)}/, so they are asked of the hub)"
+    where = f"(no configs in {shown(beside)}/, so the hub is asked for them)"
     if (beside / "model_index.json").is_file():
         _check_configs(beside)
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
@@ -276,7 +280,7 @@ def _single_file(path: Path, dtype: torch.dtype):
             return StableDiffusionPipeline.from_single_file(
                 str(path), dtype=dtype, **UNUSED, **config
             )
-        except NotImplementedError:  # of PyTorch, when a tensor without a value is moved
+        except NotImplementedError:  # PyTorch's, for a tensor without a value
             lack = "it lacks tensors of its unet or vae"
             raise UserError(f"{shown(path)} is not whole: {lack}") from None
 
@@ -289,10 +293,10 @@ def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
     """Freeze a part; raises UserError unless each of its tensors is there and sensible."""
     module.requires_grad_(False).eval()
     for key, tensor in module.state_dict().items():
-        if tensor.is_meta:  # so a single file's text encoder lacks one
+        if tensor.is_meta:  # as from a single file
             raise UserError(f"the {part} of {name} is not whole: its file lacks {key}")
         low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
-        if not (low > -LARGEST and high < LARGEST):  # NaN is neither
+        if not (low > -LARGEST and high < LARGEST):  # not so for NaN
             raise UserError(
                 f"the {part} of {name} is damaged: {key} holds NaN, infinite or absurdly large "
                 f"numbers (as {str(tensor.dtype).removeprefix('torch.')})"
@@ -300,8 +304,8 @@ def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
 
 
 def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
-    """abar (T,) float32 and what the model predicts; raises UserError unless they can be trained
-    and sampled with.
+    """abar (T,) float32, and "epsilon" or "v_prediction".  Raises UserError for a schedule that
+    cannot be trained with or sampled from.
     """
     from diffusers import DDIMScheduler
 
@@ -317,7 +321,7 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
         )
     if len(abar) <= max(ALL_TIMESTEPS):
         raise UserError(f"{name} has {len(abar)} timesteps; at least 1,000 are needed")
-    if not ((abar >= 0) & (abar <= 1)).all():  # NaN is neither; 0 is zero terminal SNR
+    if not ((abar >= 0) & (abar <= 1)).all():  # not so for NaN; 0 is zero terminal SNR
         raise UserError(f"the betas of {name} are damaged: their signal level leaves 0..1")
     with _one_sentence(f"{name} cannot be sampled by DDIM"):
         DDIMScheduler.from_config(scheduler.config).set_timesteps(2)
@@ -325,8 +329,8 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
 
 
 def _fit_tokenizer(name: str, pipeline) -> None:
-    """Cut captions at what the text encoder takes; raises UserError if it lacks words of the
-    tokenizer.
+    """Limit captions to what the text encoder takes.  Raises UserError for a tokenizer with tokens
+    that it does not have.
     """
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder.config
     highest = max(tokenizer.get_vocab().values())
@@ -340,7 +344,7 @@ def _fit_tokenizer(name: str, pipeline) -> None:
 
 
 def _size(name: str, pipeline, size: int | None) -> int:
-    """Pixels of a side: `size`, or what the UNet's config says, one number or two equal ones."""
+    """Pixels of a side: `size`, else that of the UNet's config, one number or two equal ones."""
     factor = pipeline.vae_scale_factor
     if not size:
         side = pipeline.unet.config.sample_size
@@ -352,7 +356,7 @@ def _size(name: str, pipeline, size: int | None) -> int:
                 f"is {shown(side)}): give --size"
             )
         size = side * factor
-    multiple = max(8, factor)  # diffusers samples multiples of 8 only
+    multiple = max(8, factor)  # diffusers only samples multiples of 8
     if size % multiple:
         raise UserError(f"the picture size {size} is not a multiple of {multiple}")
     return size
@@ -360,8 +364,8 @@ def _size(name: str, pipeline, size: int | None) -> int:
 
 @torch.no_grad()
 def _try_out(base: Base) -> None:
-    """One small black picture and an empty caption through every part; raises UserError if they do
-    not fit together.
+    """Send a small black picture and an empty caption through all parts.  Raises UserError if they
+    do not fit together.
     """
     side = 8 * base.pipeline.vae_scale_factor
     with _one_sentence(f"the parts of {shown(base.name)} do not work together"):

@@ -11,8 +11,8 @@ A folder is one of these, recognised in this order:
     no image, but a sub-folder `train` in one of the two forms    Hugging Face imagefolder
     no image, but sub-folders `10_name` in one of the two         kohya; each image is read once
 
-Everything that is opened is first known to be a regular file of bounded size: a pipe would block
-for ever, and a link to /dev/zero has no end.
+A file is opened only if it is regular and of bounded size: reading a pipe may never end, and
+/dev/zero has no end.  Tested in tests/test_folders.py.
 """
 
 import csv
@@ -21,7 +21,6 @@ import io
 import json
 import os
 import re
-import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,34 +30,35 @@ from pathlib import Path
 from PIL import Image
 
 from command.errors import UserError, shown
+from command.whole_files import check_file, read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 if ".avif" in Image.registered_extensions():  # Pillow 11.3 or later
     SUFFIXES.add(".avif")
 CAPTIONS = {".txt", ".caption"}
 METADATA = ("metadata.jsonl", "metadata.csv")
-REPEATS = re.compile(r"\d+_.+")  # kohya: the images of `10_cat` are seen ten times per pass
+REPEATS = re.compile(r"\d+_.+")  # kohya: the images of `10_cat` count ten times per pass
 
 CHARACTERS = 10_000  # of a caption; the text encoders here read 77 tokens at most
-METADATA_BYTES = 50_000_000  # half a million rows; takes a few seconds
+METADATA_BYTES = 50_000_000  # half a million rows, read in a few seconds
 IMAGE_BYTES = 500_000_000  # more than any image that Pillow would decode
 
 
 @dataclass
 class Found:
-    """The images of a folder with the captions they bring, and what was not used, by reason."""
+    """The images of a folder with their captions, and what is not used, by reason."""
 
     images: list[tuple[Path, str | None]] = field(default_factory=list)
     left: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, other: "Found") -> None:
-        """What another folder holds, beside what is here."""
+        """Add what another folder holds."""
         self.images += other.images
         for reason, files in other.left.items():
             self.left[reason] += files
 
     def unused(self, folder: Path) -> str:
-        """What is left out, in one line; names are relative to `folder`."""
+        """What is not used, in one line, with names relative to `folder`."""
         parts = []
         for reason, files in self.left.items():
             names = [shown(file.relative_to(folder).as_posix()) for file in files[:3]]
@@ -68,10 +68,9 @@ class Found:
 
 
 def find(folder: Path) -> Found:
-    """The images of `folder`, sorted by file; None where an image brings no caption.
+    """The images of `folder`, sorted by file, with None for the caption of one that has none.
 
-    Raises UserError if it holds none or if one of its files cannot be used, OSError if the system
-    refuses.  Test: tests/test_folders.py.
+    Raises UserError if there are none or if a file cannot be used, OSError if the system refuses.
     """
     found = Found()
     if not _gather(folder, found):
@@ -90,19 +89,21 @@ def find(folder: Path) -> Found:
             f"into it, or give another folder{unused}"
         )
     for file, _ in found.images:
-        _check_file(file, IMAGE_BYTES)
+        check_file(file, IMAGE_BYTES)
     return found
 
 
 def caption(text: str, where: str) -> str:
-    """`text` on one line; raises UserError, starting with `where`, if it is no usable caption."""
+    """`text` on one line.  Raises UserError, with `where` in front, for one that cannot be used."""
     if len(text) > CHARACTERS:
         raise UserError(
             f"{where} has a caption of {len(text):,} characters: shorten it to "
             f"{CHARACTERS:,} at most"
         )
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{where} has a caption with half a character (a lone surrogate): mend it")
+        raise UserError(
+            f"{where} has a caption with half a character (a lone surrogate): correct it"
+        )
     return " ".join(text.split())
 
 
@@ -124,7 +125,7 @@ def _gather(folder: Path, found: Found) -> bool:
         entries += sorted(f for sub in inside for f in _entries(sub) if _is_image(f))
         beside = f"captions that {metadata.name} stands for"
     else:
-        # not is_file(): a dangling link is to be complained of, not passed over
+        # not is_file(): a link to nothing is an error, not a file to leave out
         files = [f for f in entries if _is_image(f) and not f.is_dir()]
         captions = [f for f in entries if f.suffix.lower() in CAPTIONS]
         images, used = _beside(files, captions)
@@ -145,19 +146,19 @@ def _gather(folder: Path, found: Found) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What stands in a folder, sorted, hidden files excepted."""
+    """The files and folders in a folder, sorted, without hidden ones."""
     return sorted(f for f in folder.iterdir() if f.name[0] != ".")
 
 
 def _is_image(file: Path) -> bool:
-    """By the end of its name."""
+    """Whether its name ends as that of an image."""
     return file.suffix.lower() in SUFFIXES
 
 
 def _beside(
     files: list[Path], captions: list[Path]
 ) -> tuple[list[tuple[Path, str | None]], set[Path]]:
-    """Each image with the text of the caption file of its name, if any; and the files used."""
+    """Each image with the text of the caption file of the same name, if any; and the files used."""
     by_stem = defaultdict(list)
     for f in captions:
         by_stem[_normal(f.stem)].append(f)
@@ -171,8 +172,8 @@ def _beside(
         if texts:
             used.add(texts[0])
             where = shown(texts[0])
-            # the mark in front and up to four bytes a character
-            text = caption(_read(texts[0], 3 + 4 * CHARACTERS), where)
+            # a byte order mark, and up to four bytes for a character
+            text = caption(read_text(texts[0], 3 + 4 * CHARACTERS), where)
             if not text:
                 raise UserError(
                     f"{where} is empty: write the caption into it, or delete it and give --caption"
@@ -226,8 +227,8 @@ def _row(row: dict, folder: Path, where: str, listing: Callable) -> tuple[Path, 
 
 
 def _inside(folder: Path, name: str, where: str, listing: Callable) -> Path:
-    """The file `name` of `folder`, whichever Unicode normal form the two are written in."""
-    # compared as written, not resolved: the Hugging Face cache is made of links that lead elsewhere
+    """The file `name` of `folder`, in whichever Unicode normal form the two are written."""
+    # compared as written: the files of the Hugging Face cache are links to other folders
     path = Path(os.path.normpath(name))
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
         if path.is_relative_to(root):
@@ -256,7 +257,7 @@ def _json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
         return row
 
     # splitlines() would also split at U+2028
-    for line, text in enumerate(_read(metadata, METADATA_BYTES).split("\n"), 1):
+    for line, text in enumerate(read_text(metadata, METADATA_BYTES).split("\n"), 1):
         where = f"{shown(metadata)} line {line}"
         if not text.strip():
             continue
@@ -272,8 +273,8 @@ def _json_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
-    # strict: a quote left open would otherwise swallow the rows below it
-    reader = csv.DictReader(io.StringIO(_read(metadata, METADATA_BYTES)), strict=True)
+    # strict: else a quote left open takes in the rows below it
+    reader = csv.DictReader(io.StringIO(read_text(metadata, METADATA_BYTES)), strict=True)
     try:
         for column in ("file_name", "text"):
             if (reader.fieldnames or []).count(column) != 1:
@@ -291,41 +292,10 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(
-            f"{shown(metadata)} line {reader.line_num + 1} is not CSV ({error}): mend that line"
+            f"{shown(metadata)} line {reader.line_num + 1} is not CSV ({error}): correct that line"
         ) from error
 
 
 def _normal(name: str) -> str:
-    """One spelling for names that look the same: macOS takes accents apart, others do not."""
+    """One spelling for names that look the same; macOS writes accents apart from their letters."""
     return unicodedata.normalize("NFC", name)
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading
-
-
-def _check_file(file: Path, limit: int) -> None:
-    """Raises UserError unless `file`, links followed, is regular and has at most `limit` bytes."""
-    status = os.stat(file)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise UserError(f"cannot read {shown(file)}: it is {kind}, not a file; remove it")
-    if status.st_size > limit:
-        raise UserError(
-            f"{shown(file)} is too large ({status.st_size:,} bytes; {limit:,} at most): "
-            "make it smaller or remove it"
-        )
-
-
-def _read(file: Path, limit: int) -> str:
-    """The text of a file of at most `limit` bytes."""
-    _check_file(file, limit)
-    with open(file, "rb") as opened:
-        content = opened.read(limit)  # files of /proc have no size and may have no end
-    try:
-        text = content.decode("utf-8-sig")  # -sig: without the mark that Windows editors put first
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{shown(file)} is not UTF-8 (byte {error.start}): save it as UTF-8"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -5,8 +5,8 @@
     images = load_images("my_folder", 512, nonmembers="openmoji")   # and others' as non-members
 
 A folder holds captioned images in one of the forms of files/folders.py, or the paper's four
-sub-folders D^m_aux, D^m_te, D^nm_aux, D^nm_te, each in one of these forms; the split is then taken
-from them.  Else files/roles.py deals it.
+sub-folders D^m_aux, D^m_te, D^nm_aux, D^nm_te, each in one of these forms.  The sub-folders are
+then the split; other folders are split by files/roles.py.  Tested in tests/test_data.py.
 """
 
 import hashlib
@@ -19,13 +19,12 @@ from PIL import Image, ImageOps
 
 from command import progress
 from command.errors import UserError, shown
-from files import folders
-from settings import EMBEDDED_SETS
+from files import EMBEDDED_SETS, folders
 
 SIDES = ("member", "nonmember")
 PARTS = ("aux", "val", "test")
 ROLES = (*(f"{side}_{part}" for side in SIDES for part in PARTS), "fresh")
-# the paper's folder -> the roles it is cut into; members first, so that they win over copies
+# the paper's folder: the roles it is cut into.  Members first: of two copies the first stays
 FOLDERS = {
     "D^m_aux": ("member_aux", "member_val"),
     "D^m_te": ("member_test",),
@@ -33,17 +32,18 @@ FOLDERS = {
     "D^nm_te": ("nonmember_test",),
 }
 OUTSIDE = "nonmembers/"  # before the names of the images of --nonmembers
-# whatever the suffix says, Pillow tries no other decoder
+# the only decoders that Pillow may try, whatever the file's name is
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
-PIXELS = (8, 20_000)  # a side outside is taken for a mistake
+PIXELS = (8, 20_000)  # the shortest and longest side of an image
 
-# Two images are near-duplicates if their thumbnails, in 0..1, differ by less in mean square: grey
-# ones of 16 x 16, also relative to the variance of the flatter, and coloured ones of 4 x 4.  Above
-# JPEG at quality 75 and scaling to a half at 48 pixels, below any two of the embedded set.
+# Two images are near-duplicates if the mean squared differences of their thumbnails, in 0..1, are
+# below these bounds: grey thumbnails of 16 x 16, also relative to the smaller variance of the two,
+# and coloured ones of 4 x 4.  JPEG at quality 75, or scaling to a half, stays below them at 48
+# pixels; any two images of the embedded set are above.
 NEAR_GREY, NEAR_RELATIVE, NEAR_COLOUR = 1.2e-3, 0.1, 8e-4
-ROUNDING = 1e-5  # added to the grey bound: less than one grey level, for images without contrast
-BLOCK = 512  # images compared with all before them at a time
+ROUNDING = 1e-5  # added to the grey bound for images without contrast; less than a grey level
+BLOCK = 512  # images compared with all before them in one product
 
 
 @dataclass
@@ -55,13 +55,10 @@ class Images:
     pixels: np.ndarray  # (N, size, size, 3) uint8 RGB
     # indices per sub-folder (keys of FOLDERS) if the folder comes split
     folders: dict[str, list[int]] | None = None
-    private: int | None = None  # with --nonmembers: so many are one's own, those behind are not
+    private: int | None = None  # with --nonmembers: the number of one's own, which come first
 
     def hashes(self) -> list[str]:
-        """Per image the SHA-256 of its pixels, at the size loaded, and its caption, not its name.
-
-        Test: tests/test_data.py::test_hashes.
-        """
+        """The SHA-256 of the pixels, at the size loaded, and the caption of each image."""
         return [
             hashlib.sha256(p.tobytes() + c.encode("utf-8", "surrogatepass")).hexdigest()
             for p, c in zip(self.pixels, self.captions, strict=True)
@@ -71,20 +68,18 @@ class Images:
 def load_images(
     data: str, size: int, caption: str | None = None, nonmembers: str | None = None
 ) -> Images:
-    """The set `data`: one of EMBEDDED_SETS, or a folder, as squares of `size` pixels; behind it the
-    set `nonmembers`, if there is one, whose names begin with OUTSIDE.
+    """The set `data`, one of EMBEDDED_SETS or a folder, as squares of `size` pixels.
 
-    `caption` is given to images that have none of their own.  Prints one line if anything in the
-    folder is not used, or if `caption` stands for some images only.
-    Raises UserError for a folder, image or caption that cannot be used.  Test: tests/test_data.py.
+    The images of the set `nonmembers` follow; OUTSIDE is put before their names.  `caption` is for
+    images that have none of their own.  Prints one line if something in the folder is not used, or
+    if `caption` is for some images only.
+    Raises UserError for a folder, image or caption that cannot be used.
     """
     images = _load(data, size, caption)
     if nonmembers is None:
         return images
     if images.folders:
-        raise UserError(
-            f"{shown(data)} comes split, with non-members of its own: leave --nonmembers out"
-        )
+        raise UserError(f"{shown(data)} has non-members of its own: leave --nonmembers out")
     others = _load(nonmembers, size, caption)
     names = [OUTSIDE + name for name in others.names]
     if set(names) & set(images.names):
@@ -96,7 +91,7 @@ def load_images(
 
 def _load(data: str, size: int, caption: str | None) -> Images:
     if data in EMBEDDED_SETS:
-        from embedded import emojis
+        from files import emojis
 
         with progress.stage(f"reading images of {data}"):
             return Images(*getattr(emojis, data)(size))
@@ -106,7 +101,7 @@ def _load(data: str, size: int, caption: str | None) -> Images:
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
         raise UserError(
-            f"cannot read {shown(where)} ({why}): check that it exists and is yours to read"
+            f"cannot read {shown(where)} ({why}): check that it exists and may be read"
         ) from error
 
 
@@ -147,7 +142,7 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
 
 
 def _find(folder: Path) -> tuple[folders.Found, dict[str, list[int]] | None]:
-    """What a folder holds, and the indices of its images per folder of the paper, if any."""
+    """What a folder holds, and the indices of its images per sub-folder of the paper, if any."""
     present = [name for name in FOLDERS if (folder / name).is_dir()]
     if not present:
         return folders.find(folder), None
@@ -164,14 +159,14 @@ def _find(folder: Path) -> tuple[folders.Found, dict[str, list[int]] | None]:
         indices[name] = list(range(start, len(found.images)))
     beside = [f for f in folder.iterdir() if f.name not in FOLDERS and f.name[0] != "."]
     if beside:
-        found.left["what stands beside the four folders"] = sorted(beside)
+        found.left["what is beside the four folders"] = sorted(beside)
     return found, indices
 
 
 def _captions(
     images: list[tuple[Path, str | None]], caption: str | None
 ) -> tuple[list[str], list[str]]:
-    """Every image's caption, `caption` where it has none; and a note if it was not for all."""
+    """The caption of every image, and a note if `caption` is for some of them only."""
     bare = [file for file, text in images if text is None]
     if caption is None:
         if bare:
@@ -186,7 +181,8 @@ def _captions(
 
 
 def _square(file: Path, size: int) -> np.ndarray:
-    """An image file as (size, size, 3) uint8: upright, on white, its central square, Lanczos.
+    """The central square of an image file, upright and on white, scaled by Lanczos: uint8 (size,
+    size, 3).
 
     Raises UserError for a file that cannot be used, OSError if the system refuses it.
     """
@@ -196,8 +192,7 @@ def _square(file: Path, size: int) -> np.ndarray:
             image = Image.open(file, formats=FORMATS)
         with image:
             image = _upright(image, shown(file))
-            # fit() scales only what the crop needs: a strip of 8 x 20,000 scaled whole would fill
-            # the memory
+            # fit() crops before it scales: a strip of 8 x 20,000 scaled whole would fill the memory
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
@@ -207,8 +202,7 @@ def _square(file: Path, size: int) -> np.ndarray:
         raise
     # a broken file makes Pillow raise anything: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
-        # open() was refused; the decoders name no file
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, OSError) and error.filename:  # open() failed; decoders name no file
             raise
         raise UserError(
             f"{shown(file)} is not a readable image (corrupt, cut short or empty): replace it"
@@ -216,25 +210,25 @@ def _square(file: Path, size: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image, where: str) -> Image.Image:
-    """The first frame in RGB, turned as its EXIF says, on white, its values in 0..255."""
+    """The first frame in RGB, turned as its EXIF says, on white."""
     if min(image.size) < PIXELS[0] or max(image.size) > PIXELS[1]:
         raise UserError(
             f"{where} is {image.width}x{image.height} pixels: remove it or scale it to sides of "
             f"{PIXELS[0]} to {PIXELS[1]:,}"
         )
-    if image.mode in ("I", "F"):  # 32-bit TIFF; nothing says which value is white
+    if image.mode in ("I", "F"):  # 32-bit TIFF does not say which value is white
         raise UserError(f"{where} has 32 bits per channel: save it with 8 or 16")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    if image.mode != mode:  # convert() would copy
+    if image.mode != mode:  # convert() would copy it
         image = image.convert(mode)
     return image if mode == "RGB" else _on_white(image)
 
 
 def _on_white(image: Image.Image, rows: int = 1000) -> Image.Image:
-    """An RGBA image over white as RGB, some rows at a time: whole copies would take a gigabyte."""
+    """An RGBA image over white as RGB.  By strips: copies of the whole could take a gigabyte."""
     result = Image.new("RGB", image.size)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -244,11 +238,11 @@ def _on_white(image: Image.Image, rows: int = 1000) -> Image.Image:
 
 
 def near_duplicates(pixels: np.ndarray) -> list[int]:
-    """For each image of `pixels` (N, H, W, 3) the index of the first image that it repeats.
+    """For each image of `pixels` (N, H, W, 3) the index of the first image that it repeats, its own
+    if it repeats none.
 
-    Copies that were re-encoded or rescaled count, see NEAR_GREY.  The first of each group stands
-    for itself.  Time and memory: 5,000 images take some seconds and 0.1 GB.
-    Test: tests/test_data.py::test_near_duplicates_against_all_pairs.
+    Copies that were saved or scaled anew count, see NEAR_GREY.  5,000 images take some seconds and
+    0.1 GB.
     """
     grey, colour = _thumbnails(pixels)
     variance = grey.var(1)
@@ -267,7 +261,7 @@ def near_duplicates(pixels: np.ndarray) -> list[int]:
 
 
 def _thumbnails(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Grey (N, 256) and coloured (N, 48) thumbnails around zero, each the mean of its area."""
+    """Grey (N, 256) and coloured (N, 48) thumbnails of values in -0.5..0.5."""
     boxes = [Image.fromarray(p).resize((16, 16), Image.Resampling.BOX) for p in pixels]
     small = np.stack([np.asarray(box) for box in boxes]).astype(np.float32) / 255 - 0.5
     grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -276,15 +270,12 @@ def _thumbnails(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared difference of every row of `a` (M, D) and of `b` (N, D), (M, N)."""
+    """Mean squared difference of each row of `a` (M, D) from each of `b` (N, D): (M, N)."""
     return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T) / a.shape[1]
 
 
 def distinct(images: Images, order: list[int]) -> list[int]:
-    """Those of `order`, sorted, that repeat none before them in it; a line says what is left out.
-
-    So the order says which of two near-duplicates keeps its role.
-    """
+    """The images of `order` that repeat none before them, sorted.  Prints what is left out."""
     first = near_duplicates(images.pixels[order])
     copies = [(order[i], order[f]) for i, f in enumerate(first) if i != f]
     if copies:
@@ -297,17 +288,17 @@ def distinct(images: Images, order: list[int]) -> list[int]:
 
 
 def parts(members: int) -> tuple[int, int, int]:
-    """(auxiliary, validation, test) members out of `members`: half, and of the rest a fifth."""
+    """(auxiliary, validation, test) members: half, a fifth of the rest, and what is left."""
     aux = members // 2
     val = round((members - aux) / 5)
     return aux, val, members - aux - val
 
 
 def split_as_it_comes(images: Images, seed: int) -> dict[str, list[int]]:
-    """The roles in a folder that comes split: its sub-folders, of each aux one a random tenth set
-    aside for validation; of near-duplicates the member.
+    """The roles in a folder with the paper's sub-folders: {role: sorted indices}.
 
-    Raises UserError if one of them holds too few.  Test: tests/test_roles.py.
+    A random tenth of each auxiliary set is for validation.  Of near-duplicates the member stays.
+    Raises UserError if a sub-folder holds too few images.
     """
     kept = set(distinct(images, [i for part in FOLDERS for i in images.folders[part]]))
     rng, roles = np.random.default_rng(seed), {"fresh": []}
@@ -317,15 +308,15 @@ def split_as_it_comes(images: Images, seed: int) -> dict[str, list[int]]:
         if len(pool) < val + 2:
             raise UserError(
                 f"{part} holds {len(pool)} distinct images but needs {len(names) + 1}: add "
-                "some (--members cannot help, the folder comes split)"
+                "some (the sub-folders are the split, so --members cannot help)"
             )
         roles |= deal(pool, dict(zip(names, (len(pool) - val, val), strict=False)), rng)
     return {role: roles[role] for role in ROLES}
 
 
 def deal(pool: list[int], sizes: dict[str, int], rng: np.random.Generator) -> dict[str, list[int]]:
-    """Shuffle `pool` and cut it into consecutive pieces of the given sizes, each then sorted; the
-    last takes all that is left.
+    """Shuffle `pool` and cut it into pieces of the given sizes, each sorted; the last takes all the
+    rest.
     """
     cuts = np.cumsum(list(sizes.values()))[:-1]
     return {

@@ -3,7 +3,7 @@
     roles = split(images, seed=0, members=None)     # {"member_aux": [3, 17, ...], ...}
     say(roles, nonmembers=None)                     # one line, and a note if they are too few
 
-Held by tests/test_roles.py.
+Tested in tests/test_roles.py.
 """
 
 import math
@@ -14,9 +14,9 @@ from command.errors import UserError, shown
 from files.images import ROLES, Images, deal, distinct, parts, split_as_it_comes
 
 LEAST = 5  # members, so that every role has an image
-OUTSIDE_TEST = 250  # test non-members taken of --nonmembers, at most
+OUTSIDE_TEST = 250  # most test non-members that are taken from --nonmembers
 SCORED = 200  # test non-members that evaluate.py scores
-WITHIN = 0.1  # of the AUC: half the width of its interval at chance that a figure should have
+WITHIN = 0.1  # half the width of the interval of an AUC at chance that a run should reach
 
 
 def split(
@@ -24,18 +24,18 @@ def split(
 ) -> dict[str, list[int]]:
     """Disjoint random roles: {role: sorted indices into `images`} for every role of ROLES.
 
-        default    half of `members` in member_aux, a fifth of the rest in member_val, what is left
-                   in member_test; nonmember_aux = member_aux, nonmember_val = 2 member_val; of what
-                   is left then a fifth is fresh, the rest nonmember_test.  `members` None: as many
-                   as leave no fewer test non-members than test members, `most` at most
-        pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233, a tenth of each aux set
-                   aside for validation, what is left is fresh (of the paper's 833 images none)
+        default    half of the members are member_aux, a fifth of the rest member_val, the others
+                   member_test.  nonmember_aux = member_aux, nonmember_val = 2 member_val.  A fifth
+                   of the images left is fresh, the others are nonmember_test.  With `members` None
+                   as many as leave no fewer test non-members than test members, at most `most`
+        pokemon    the paper's sizes: aux 200, test 200 | aux 200, test 233.  A tenth of each aux
+                   set is for validation; images beyond the paper's 833 are fresh
 
-    With --nonmembers the members are of one's own images (None: all, `most` at most) and the other
-    ones fresh; the non-members are of that set, OUTSIDE_TEST of them for the test at most.
-    A folder that comes split keeps its sub-folders; `members` and `preset` then do nothing.
-    Of near-duplicates only the first gets a role, so that no member is also a non-member (with
-    --nonmembers, one's own), and a line is printed that says so.
+    With --nonmembers the members are of one's own images (None: all, at most `most`), and the rest
+    of these are fresh.  The non-members are of the other set, at most OUTSIDE_TEST for the test.
+    A folder with the paper's sub-folders keeps them; `members` and `preset` then do nothing.
+    Of near-duplicates only the first gets a role (with --nonmembers one's own), so that no member
+    is also a non-member; a line is printed.
     Raises UserError if there are too few images.
     """
     if images.folders:
@@ -54,8 +54,8 @@ def split(
 
 
 def most_members(total: int, most: int) -> int:
-    """Members of `total` distinct images: as many as leave no fewer test non-members than test
-    members, LEAST at least and `most` at most.  About 10 of 22.
+    """The largest number of members of `total` distinct images that leaves no fewer test
+    non-members than test members; LEAST at least and `most` at most.  About 10 of 22.
     """
     for members in range(min(most, total), LEAST, -1):
         sizes = _default_sizes(total, members)
@@ -65,7 +65,7 @@ def most_members(total: int, most: int) -> int:
 
 
 def _default_sizes(total: int, members: int) -> dict[str, int]:
-    """Images per role; below 0 in the end where `total` does not reach."""
+    """Images per role.  The last ones are negative if `total` is too small."""
     aux, val, test = parts(members)
     left = total - members - aux - 2 * val
     fresh = round(left / 5)
@@ -73,7 +73,7 @@ def _default_sizes(total: int, members: int) -> dict[str, int]:
 
 
 def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
-    """Number of images per role, for a set of `total` distinct images; raises UserError."""
+    """Images per role of `total` distinct images.  Raises UserError."""
     if preset == "default":
         _require_least(members)
         aux, val, _ = parts(members)
@@ -95,11 +95,11 @@ def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
 
 
 def _sizes_beside(own: int, others: int, members: int) -> tuple[dict, dict]:
-    """With --nonmembers, the sizes of the roles of `own` distinct images and of `others`."""
+    """With --nonmembers, images per role of `own` distinct images and of `others`."""
     if members > own or own < LEAST:
+        lower = " or lower --members" if own >= LEAST else ""
         raise UserError(
-            f"there are {own} distinct images for {max(members, LEAST)} members: add images"
-            + (" or lower --members" if own >= LEAST else "")
+            f"there are {own} distinct images for {max(members, LEAST)} members: add images{lower}"
         )
     _require_least(members)
     aux, val, test = parts(members)
@@ -124,7 +124,9 @@ def _require_least(members: int) -> None:
 
 
 def only_dealt(images: Images, roles: dict[str, list[int]]) -> tuple[Images, dict]:
-    """Without the images of --nonmembers that have no role: they need not be encoded."""
+    """The images and roles without the images of --nonmembers that have no role: these need not be
+    encoded.
+    """
     dealt = {i for index in roles.values() for i in index}
     kept = [i for i in range(len(images.names)) if i < images.private or i in dealt]
     position = {i: k for k, i in enumerate(kept)}
@@ -134,12 +136,17 @@ def only_dealt(images: Images, roles: dict[str, list[int]]) -> tuple[Images, dic
 
 
 # --------------------------------------------------------------------------------------------------
-# What a run says of them
+# What a run prints about them
 
 
 def say(roles: dict[str, list[int]], nonmembers: str | None) -> None:
-    """Print who plays which part, and what is to be known of it."""
-    print(f"images:   {line(roles)}", flush=True)
+    """Print how many images play which part, and what limits the evaluation."""
+    counts = []
+    for side, name in (("member", "members"), ("nonmember", "non-members")):
+        sizes = {part: len(roles[f"{side}_{part}"]) for part in ("aux", "val", "test")}
+        each = ", ".join(f"{size} {part}" for part, size in sizes.items())
+        counts.append(f"{sum(sizes.values())} {name} ({each})")
+    print(f"images:   {', '.join(counts)}, {len(roles['fresh'])} fresh", flush=True)
     if nonmembers:
         print(
             f"note: the non-members are of {shown(nonmembers)}: where they differ in kind from the "
@@ -149,27 +156,17 @@ def say(roles: dict[str, list[int]], nonmembers: str | None) -> None:
         print(note)
 
 
-def line(roles: dict[str, list[int]]) -> str:
-    """`18 members (9 aux, 2 val, 7 test), 20 non-members (9 aux, 4 val, 7 test), 2 fresh`."""
-    told = []
-    for side in ("member", "nonmember"):
-        sizes = {part: len(roles[f"{side}_{part}"]) for part in ("aux", "val", "test")}
-        name = side.replace("nonm", "non-m")
-        each = ", ".join(f"{size} {part}" for part, size in sizes.items())
-        told.append(f"{sum(sizes.values())} {name}s ({each})")
-    return ", ".join([*told, f"{len(roles['fresh'])} fresh"])
-
-
 def half_width(members: int, nonmembers: int) -> float:
-    """Of the 95 % interval of an AUC of so many test images, at chance: 1.96 times the deviation of
-    the rank sum statistic, sqrt((m + n + 1) / (12 m n)).
+    """Half the width of the 95 % interval of an AUC of so many test images, at chance.
+
+    1.96 times the deviation of the rank sum statistic, sqrt((m + n + 1) / (12 m n)).
     """
     return 1.96 * math.sqrt((members + nonmembers + 1) / (12 * members * nonmembers))
 
 
 def missing(members: int, nonmembers: int) -> tuple[int, int]:
-    """How many (members, non-members) to test more for an interval of +- WITHIN: of the smaller
-    side as many as help, else of both.
+    """How many more test (members, non-members) bring the half width below WITHIN, the smaller side
+    first.
     """
     m, n = members, nonmembers
     while half_width(m, n) > WITHIN:
@@ -178,7 +175,7 @@ def missing(members: int, nonmembers: int) -> tuple[int, int]:
 
 
 def shortage(roles: dict[str, list[int]]) -> str | None:
-    """A note if the test images are too few for an interval of +- WITHIN, else None."""
+    """A note if the test images are too few for a half width of WITHIN, else None."""
     m, n = (len(roles[f"{side}_test"]) for side in ("member", "nonmember"))
     more, others = missing(m, min(n, SCORED))
     if not more and not others:

@@ -1,11 +1,10 @@
-"""A LoRA on the text encoder beside that of the UNet (--as-released text-encoder).
+"""The LoRA of others that adapts the text encoder as well as the UNet: read, evaluated, removed.
 
-    adapter = inject(base, unet, generator)        # q, k, v and out of every attention of CLIP
-    data = seen(base, data, adapter)               # captions as the adapted encoder embeds them
+    adapter, header = load(base, path)       # a TwoLoRA if the file has such a part
+    data = seen(base, data, adapter)         # captions as the adapted text encoder embeds them
 
-Both are one adapter to whoever trains, merges, switches or removes it.  What captions say to the
-UNet then changes in every step, so that their embeddings cannot be kept.  Files have the keys of
-diffusers and kohya (lora_files.py).  Tested in tests/test_text_encoder.py.
+Both parts are one adapter, which is merged, switched and removed as one.
+Tested in tests/test_text_encoder.py.
 """
 
 from dataclasses import replace
@@ -15,35 +14,25 @@ import torch
 from torch import nn
 
 import lora
-from diffusion import Base, Encoded, embed_captions
+from diffusion import Base, Encoded, encode_captions
 from files import lora_files
-
-MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
-RATE = 0.1  # of --lr: 1e-5 where the UNet has 1e-4, as released
-PREFIX, OLD = "text_encoder.", "text_model."  # names in files begin so; newer libraries leave OLD
+from files.lora_files import TEXT_ENCODER, TEXT_MODEL
 
 
 class TwoLoRA(lora.Adapter):
-    """The LoRA layers of a UNet, and behind them those of a text encoder by "text_encoder.<name>".
+    """The LoRA layers of a UNet, and behind them those of a text encoder, "text_encoder.<name>".
 
     Rank, alpha and target are those of the UNet's part.
     """
 
-    def __init__(self, unet: lora.Adapter, encoder: nn.Module, layers: dict[str, lora.LoRALinear]):
-        both = unet.layers | {PREFIX + name: layer for name, layer in layers.items()}
-        super().__init__(both, unet.target, unet.modules)
-        self.unet, self.encoder = unet, encoder
-        # by the names that files have
-        named = {OLD + name.removeprefix(OLD): layer for name, layer in layers.items()}
-        self.text = lora.Adapter(named, "text", MODULES)
+    def __init__(self, unet: lora.Adapter, encoder: nn.Module, text: dict[str, lora.LoRALinear]):
+        layers = {TEXT_ENCODER + name: layer for name, layer in text.items()}
+        super().__init__(unet.layers | layers, unet.target, unet.modules)
+        self.unet, self.encoder, self.text = unet, encoder, text
 
     def factors(self) -> list[nn.Module]:
-        """A and B of the UNet's part: whoever asks for them embeds captions once for all."""
+        """A and B of the UNet's part: attacks that ask for them embed each caption once."""
         return self.unet.factors()
-
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The text encoder learns at a tenth of the rate."""
-        return [(self.unet.parameters(), 1.0), (self.text.parameters(), RATE)]
 
     def untrained(self, unet: nn.Module, generator: torch.Generator | None = None) -> lora.Adapter:
         """The UNet's part alone: an untrained one of the text encoder changes nothing."""
@@ -52,57 +41,29 @@ class TwoLoRA(lora.Adapter):
     def leave(self, unet: nn.Module) -> None:
         """Put the base layers of both back in place."""
         self.unet.leave(unet)
-        layers = self.layers.items()
-        encoder = {n.removeprefix(PREFIX): m for n, m in layers if n.startswith(PREFIX)}
-        lora.Adapter(encoder, "text").leave(self.encoder)
+        lora.Adapter(self.text, "text").leave(self.encoder)
 
 
-def layers_of(encoder: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a plain text encoder that can be adapted, by name."""
-    return {name: m for name, m in encoder.named_modules() if isinstance(m, nn.Linear)}
+def load(base: Base, path: str | Path) -> tuple[lora.Adapter, dict[str, str]]:
+    """Put the LoRA of a file or folder into a plain base; returns it and the file's header.
 
-
-def inject(base: Base, unet: lora.Adapter, generator: torch.Generator) -> TwoLoRA:
-    """Wrap the attention of the text encoder beside an adapter of the UNet, with its rank and
-    alpha; A is drawn from `generator`.
+    Everything is checked before the model is changed.  Raises UserError.
     """
-    encoder, (rank, alpha) = base.pipeline.text_encoder, unet.rank_and_alpha()
-    names = [name for name in layers_of(encoder) if name.endswith(MODULES)]
-    layers = {name: lora.wrap(encoder, name, rank, alpha) for name in names}
-    for layer in layers.values():
-        shape = layer.lora_A.weight.shape
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(torch.randn(shape, generator=generator) / rank)
-    return TwoLoRA(unet, encoder, layers)
-
-
-def factors_of(base: Base, path: str | Path) -> dict[str, tuple]:
-    """{layer: (A, B, alpha)} of the part of a file that is of the text encoder; empty if there is
-    none.  Raises UserError for one that does not fit.
-    """
-    plain = layers_of(base.pipeline.text_encoder)
-    flat = {name.removeprefix(OLD): name for name in plain}
-    names = flat | {OLD + name: full for name, full in flat.items()}
-    modules = {named: plain[name] for named, name in names.items()}
-    found, _ = lora_files.read(path, modules, lora_files.TEXT_FORMS)
-    return {names[named]: factors for named, factors in found.items()}
-
-
-def hold(base: Base, unet: lora.Adapter, factors: dict[str, tuple]) -> TwoLoRA:
-    """Wrap these layers of the text encoder beside an adapter of the UNet."""
-    encoder, layers = base.pipeline.text_encoder, {}
-    for name, (a, b, alpha) in factors.items():
-        layers[name] = layer = lora.wrap(encoder, name, len(a), alpha)
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(a)
-            layer.lora_B.weight.copy_(b)
-    return TwoLoRA(unet, encoder, layers)
+    encoder = base.pipeline.text_encoder
+    names = {TEXT_ENCODER + n.removeprefix(TEXT_MODEL + "."): n for n, _ in encoder.named_modules()}
+    linear = lora_files.layers_of(encoder)
+    modules = {listed: linear[name] for listed, name in names.items() if name in linear}
+    factors, header = lora_files.read(path, lora_files.layers_of(base.unet) | modules)
+    adapter = lora_files.inject(base.unet, factors)
+    text = {name: factors[listed] for listed, name in names.items() if listed in factors}
+    if not text:
+        return adapter, header
+    layers = {name: lora_files.wrap(encoder, name, given) for name, given in text.items()}
+    return TwoLoRA(adapter, encoder, layers), header
 
 
 def seen(base: Base, data: Encoded, adapter: lora.Adapter) -> Encoded:
-    """The images with their captions as an adapter of the text encoder, if it is one, embeds
-    them.
-    """
+    """The images with their captions embedded by the adapter, if it adapts the text encoder."""
     if not isinstance(adapter, TwoLoRA):
         return data
-    return replace(data, text=embed_captions(base, data.captions))
+    return replace(data, text=encode_captions(base, data.captions))

@@ -14,8 +14,9 @@ from pathlib import Path
 from command import progress
 from command.errors import UserError, one_line_errors
 from command.flags import option, parse
+from files import EMBEDDED_SETS
 from run.resolve import resolve
-from settings import EMBEDDED, EMBEDDED_SETS, TABLES, Settings
+from settings import EMBEDDED, TABLES, Settings
 
 WHERE = "what and where"
 
@@ -45,22 +46,17 @@ class Flags:
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
 
-if __name__ == "__main__":
-    FLAGS = parse(Flags, __doc__, positional="data")
-    progress.speak()
+def make(flags: Flags) -> dict:
+    """Train on each set and write the file; returns {layer: (U, V)}.  Raises UserError."""
+    import torch
 
-import torch
+    from files.bases import load_base, resolve_dtype
+    from files.encode import encode
+    from files.images import ROLES, load_images
+    from methods import subspace
+    from run.folder import git_commit
+    from train import train_adapter
 
-from diffusion import encode, resolve_dtype
-from files.bases import load_base
-from files.images import ROLES, load_images
-from methods import subspace
-from run.folder import git_commit
-from train import train_adapter
-
-
-def make(flags: Flags) -> subspace.Directions:
-    """Train on each set and write the file; returns the directions.  Raises UserError."""
     sets = flags.data or []
     if not sets:
         raise UserError("no public set is given: name openmoji, or folders of pictures")
@@ -96,6 +92,13 @@ def make(flags: Flags) -> subspace.Directions:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
+    flags = parse(Flags, __doc__, positional="data")
+    progress.start()
     with one_line_errors():
-        make(FLAGS)
+        make(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,71 +1,58 @@
-"""One writer per run folder: a lock that the system takes back when its process ends, however it
-does.
+"""One writer per run folder, by a lock that the system releases when its process dies.
 
-    with lock.held(Path("runs/smp")):      # UserError at once where another process is inside
+    with lock.held(Path("runs/smp")):      # UserError at once if another process holds it
 
-Held by tests/test_faults.py.
+Tested in tests/test_faults.py.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from command.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
-
-NAME = ".lock"  # beside config.json while a process trains; without meaning after a kill
+NAME = ".lock"  # beside config.json while a process trains; one that a killed process left is free
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, no other process is; the folder is made, and gone again if nothing was written."""
+    """Hold the folder.  It is made if it is missing, and removed again if nothing was written.
+
+    Raises UserError if another process holds it.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    file = _take(folder / NAME)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _acquired(folder)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             (folder / NAME).unlink()
             for path in made:
                 path.rmdir()
-        file.close()
+        lock.release()
 
 
 def require_free(folder: Path) -> None:
-    """Raise UserError if a process holds `folder` now; changes nothing."""
+    """Raise UserError if a process holds `folder` now.  Changes nothing."""
     if (folder / NAME).exists():
-        with open(folder / NAME, "ab") as file:
-            _lock(file)
+        _acquired(folder).release()
 
 
-def _take(path: Path) -> BinaryIO:
-    """The lock file, open and locked; raises UserError if another process has it."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as opened:
-            file = opened.enter_context(open(path, "ab"))
-            _lock(file)
-            # the one who held it may have deleted it between the two lines above
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                opened.pop_all()
-                return file
-
-
-def _lock(file: BinaryIO) -> None:
+def _acquired(folder: Path) -> FileLock:
+    # filelock's own fallback, a file that says who holds it, would stay after a kill
+    lock = FileLock(folder / NAME, timeout=0, fallback_to_soft=False)
     try:
-        if fcntl is None:
-            raise OSError("this system has no fcntl")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        folder = Path(file.name).parent
+        return lock.acquire().lock
+    except Timeout:
         raise UserError(
             f"another process is writing into {folder}: wait until it ends, or give another --out"
         ) from None
-    except OSError as error:  # some network file systems cannot lock
-        print(f"note: {file.name} cannot be locked ({error}): train into it only once at a time")
+    except OSError as error:
+        if error.filename:  # the file could not be opened
+            raise
+        # some network file systems have no locks
+        print(f"note: {folder / NAME} cannot be locked ({error}): start one training only in it")
+        return lock

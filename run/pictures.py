@@ -6,7 +6,6 @@ itself, what the base draws, and what the adapter draws from the same noise.  No
 the training is used: tests/test_pictures.py holds a run with pictures to one without, bit for bit.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from command import progress
-from diffusion import embed_captions, sample
+from diffusion import encode_captions, sample
 from report import plots
 from run.folder import RunFolder
 
@@ -91,11 +90,10 @@ def sample_grid(run, step: int, few: int | None = None) -> None:
 
 def draw(run, shown: Columns, steps: int) -> np.ndarray:
     """Pictures uint8 (K, H, W, 3) of the model as it stands."""
-    text, empty = embed_captions(run.base, shown.captions), embed_captions(run.base, [""])
-    # folding is faster, but in half precision it would round the adapter away
-    whole = run.base.unet.dtype == torch.float32
-    with run.adapter.folded() if whole else nullcontext():
-        return sample(run.base, text, empty, shown.noise.to(run.base.device), steps)
+    text, empty = encode_captions(run.base, shown.captions), encode_captions(run.base, [""])
+    noise = shown.noise.to(run.base.device)
+    with progress.stage("pictures", len(text)) as bar, run.adapter.folded():
+        return sample(run.base, text, empty, noise, steps, done=bar.advance)
 
 
 def training_curves(metrics: list[dict], method: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import diffusion
 import lora
 from attacks import paper, roc
 from attacks import single as attacks
-from diffusion import GRID_SEED, TIMESTEPS, Base, loss_grid
+from diffusion import GRID_SEED, TIMESTEPS, Base, Encoded, loss_grid
 from files.bases import load_base
 
 
@@ -97,7 +97,8 @@ def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
             rng.lognormal(0, 0.2, n) * np.where(member, signal, 1.0), dtype=torch.float32
         )
         latents, text = torch.zeros(n, 4, 8, 8), h.view(n, 1, 1)
-        h_ = paper.train_proxies(leaky, latents, text, roles, 0, (proxy,), epochs=30)
+        data = Encoded(None, None, None, latents, text, roles)
+        h_ = paper.train_proxies(leaky, data, 0, (proxy,), epochs=30)
         asked = paper.sweep(leaky, latents, text, h_)
         np.testing.assert_allclose(asked["losses"][:, 0, 0], h, rtol=1e-5)
         np.testing.assert_allclose(asked["drift"][:, 1], 16 * h.sqrt(), rtol=1e-5)  # of 256 values

@@ -42,7 +42,7 @@ class Flags:
     out: str | None = option(None, "folder", group="what and where")
     resume: bool = option(False, "go on", group="what and where")
 
-    RETIRED: ClassVar[dict] = {"every": 1}
+    RETIRED: ClassVar[dict] = {"every": ("abc1234", 1, None)}
 
 
 def read(*argv):
@@ -91,6 +91,10 @@ def test_flags(argv, field, value):
         (["--kind"], "--kind"),
         (["--lam", "x\n\x1b[31m"], "--lam"),
         (["--unknown\n"], "--unknown"),
+        (["--stepz", "3"], "--stepz; did you mean --steps?"),
+        (["--train_batch_size=3"], "; did you mean --batch-size?"),
+        (["--kind", "bb"], "; did you mean b?"),
+        (["--every", "1"], "--every is a flag that this version does not have; commit abc1234"),
     ],
 )
 def test_refused_flags(capsys, argv, word):
@@ -229,7 +233,9 @@ def test_config_of_a_run(tmp_path):
         ("runs = ['a', 1]", "runs must be a list"),
         ("kind = 'c'", "kind must be one of a, b"),
         ("kind = ['a']", "kind must be one of a, b"),
-        ("every = 2", "every 2 is of an older version"),
+        ("every = 2", "--every 2 is a flag that this version does not have; commit abc1234"),
+        ("batchsize = 2", "no flag batchsize; did you mean batch_size?"),
+        ("kind = 'aa'", "must be one of a, b, not 'aa'; did you mean a?"),
         ("[settings]\nlam = 2", "no flag settings"),
         ("lam = ", "cannot read"),
         (f"lam = {'9' * 5000}", "cannot read"),

@@ -2,6 +2,8 @@
 and reuse elsewhere.
 """
 
+import errno
+import fcntl
 import importlib
 import json
 import os
@@ -254,13 +256,14 @@ def test_a_refused_run_leaves_no_folder(capsys, small, tmp_path):
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_a_file_system_without_locks(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(capsys, tmp_path, monkeypatch, number):
     """One line, and the run goes on."""
 
     def flock(*_):
-        raise OSError(95, "Operation not supported")
+        raise OSError(number, "not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with lock.held(tmp_path / "run"):
         assert "cannot be locked" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

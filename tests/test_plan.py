@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import train
-from diffusion import Encoded, resolve_device, resolve_dtype
+from diffusion import Encoded
+from files.bases import resolve_device, resolve_dtype
 from run import cost as plan
 from run import pictures, state
 from run import prepare as prepared

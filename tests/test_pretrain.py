@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from command.errors import UserError
-from embedded import emojis, pretrain, stage, train_unet, train_vae
+from embedded import pretrain, stage, train_unet, train_vae
+from files import emojis
 from files.bases import load_base
 from settings import EMBEDDED
 
@@ -47,11 +48,10 @@ def test_both_stages_and_a_further_one(few, tmp_path, monkeypatch):
     assert card["settings"]["unet_steps"] == 2 and card["public_images"] == 60
     assert all(Path(few.work, f"{name}.png").is_file() for name in ("samples", "reconstructions"))
     monkeypatch.setattr(pretrain, "show", lambda settings, captions: None)  # slow, and seen above
-    few.stage = "export"
-    pretrain.main(few)  # takes up the finished state
+    pretrain.main(few)  # loads the finished state
     again = load_base(few.out)
     assert equal(again.unet, first.unet) and equal(again.pipeline.vae, first.pipeline.vae)
-    few.stage, few.start, few.out = "all", few.out, str(tmp_path / "further")
+    few.start, few.out = few.out, str(tmp_path / "further")
     with pytest.raises(
         UserError, match=r"work/unet is the state of .*give this run another --work"
     ):
@@ -97,12 +97,6 @@ def test_a_killed_stage_goes_on_to_the_same_weights(few, tmp_path, monkeypatch):
     resumed = trained()
     assert equal(resumed[0], whole[0]) and equal(resumed[1], whole[1])
     assert stage.state.load(Path(few.work, "unet"))[2]["seconds"] > before > 0
-
-
-def test_export_without_a_state_is_refused(few):
-    few.stage = "export"
-    with pytest.raises(UserError, match=r"work/vae holds no state to export"):
-        pretrain.main(few)
 
 
 def test_cosine_rises_and_falls():

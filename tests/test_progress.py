@@ -38,7 +38,7 @@ def drawn(*given):
     for stage in line.stages:
         stage.began -= 90.2
     line.draw()
-    return line.fp.getvalue().split("\r")[-1]
+    return line.stream.getvalue().split("\r")[-1]
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def terminal(monkeypatch):
     ):
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
-        progress.speak()
+        progress.start()
         yield lambda: os.read(ours, 10**6).decode()
-        progress.hush()
+        progress.stop()
         assert sys.stdout is out and sys.stderr is err
     os.close(ours)
 
@@ -136,13 +136,13 @@ def test_what_is_printed_takes_the_line_away(monkeypatch):
 def test_a_log_is_not_flooded(capsys, monkeypatch):
     """The name of an outer stage, then a line now and then, whatever goes on."""
     monkeypatch.setattr(progress, "LOG", 0.2)
-    progress.speak()
+    progress.start()
     with progress.stage("smp", 10**6) as bar:
         while time.time() < bar.began + 0.7:
             for _ in progress.over([1, 2], "held-out losses"):
                 time.sleep(0.001)
             bar.advance()
-    progress.hush()
+    progress.stop()
     shown = capsys.readouterr().err
     lines = shown.splitlines()
     assert lines[0] == "smp" and 2 <= len(lines) <= 5 and "\r" not in shown
@@ -178,12 +178,12 @@ def test_silent_until_told(capsys):
     for _ in progress.over([1, 2], "quiet"):
         pass
     assert capsys.readouterr() == ("", "")
-    progress.speak()
+    progress.start()
     try:
         with progress.stage("loud"):
             pass
     finally:
-        progress.hush()
+        progress.stop()
     assert capsys.readouterr().err == "loud\n" and (sys.stdout, sys.stderr) == streams
     with progress.stage("quiet again"):
         pass
@@ -193,7 +193,7 @@ def test_silent_until_told(capsys):
 def test_only_the_main_process_speaks(capsys, monkeypatch):
     """What another one prints is not to be seen, but for errors."""
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # as it was, afterwards
-    progress.speak(main=False)
+    progress.start(main=False)
     with progress.stage("mine"):
         print("a note")
     print("error", file=sys.stderr)

@@ -218,7 +218,10 @@ def test_runs_of_older_versions(tmp_path):
     found, _ = stored(Settings(out=str(tmp_path), resume=True))
     assert found.rank == 2 and found.delta == Settings().delta
     store(tmp_path, attacker_every=3)
-    with pytest.raises(UserError, match="attacker_every 3 is of an older version"):
+    with pytest.raises(
+        UserError,
+        match="--attacker-every 3 is a flag that this version does not have; commit 7ba68a5",
+    ):
         stored(Settings(out=str(tmp_path), resume=True))
 
 

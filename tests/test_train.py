@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run.learner import Batches, Learner
 from safetensors.torch import load_file
 
 import evaluate
 import train
 from command.errors import one_line_errors
 from command.flags import parse
-from run.learner import Batches, Learner
 from run.resolve import resolve
 
 ROOT = Path(train.__file__).parent

@@ -144,9 +144,9 @@ def test_help_of_the_commands_fits_80_columns(capsys, monkeypatch, script):
     "words",
     [
         "weight\n",  # None depends on nothing
-        "rate (default: 1e-3 small, 2.5e-5 large)",
+        "rate (default: 0.001 small, 2.5e-05 large)",
         "of the adapter (default: 4)",  # the same for both
-        "50 % of the norm (default: 1e-5)",
+        "50 % of the norm (default: 1e-05)",
         "pictures (default: 8)",
         "hurry\n",
         "--lam X, --lambda X",

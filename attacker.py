@@ -4,15 +4,13 @@
     h(e) = P(member | e)                a two-way softmax
 
 During training h is the opponent (Algorithm 1); a fresh h' trained from scratch afterwards is a
-measurement (evaluate.py).  Three architectures behind one call, `attacker(error, timesteps) ->
+measurement (evaluate.py).  Two architectures behind one call, `attacker(error, timesteps) ->
 log-probabilities (B, 2)`, column `MEMBER` being log h and the other log(1 - h):
 
 - `RawProxy`, the paper's: an MLP on all C*h*w errors of one draw.  It overfits a small auxiliary
   set.
 - `PooledProxy`: a few statistics of the error map and the timestep, into a small MLP.  It does
   not, and it knows that an error of 0.1 means one thing at t = 50 and another at t = 900.
-- `CalibratedProxy`: also reads the base's errors with the same noise, and so knows how hard an
-  image is without the adapter (Watson et al. 2022, arXiv 2111.08440).
 
 Held by tests/test_attacker.py.
 """
@@ -83,56 +81,26 @@ class PooledProxy(nn.Module):
         return F.log_softmax(self.layers(self.features(error, timesteps)), dim=1)
 
 
-class CalibratedProxy(PooledProxy):
-    """The pooled statistics, and how far they are below the base's: (B, 2C, h, w), the error maps
-    of the base behind those of the adapter.
-    """
-
-    STRETCH = 10  # of the differences, a few per cent where an image was learned
-
-    def __init__(self, shape: tuple[int, int, int]):
-        super().__init__(shape)
-        self.layers[0] = nn.Linear(self.layers[0].in_features + self.pooled, 64)
-
-    def forward(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        own, base = (self.features(e, timesteps) for e in error.chunk(2, dim=1))
-        less = self.STRETCH * (own - base)[:, : self.pooled]
-        return F.log_softmax(self.layers(torch.cat([own, less], dim=1)), dim=1)
+PROXIES = {"raw": RawProxy, "pooled": PooledProxy}
 
 
-PROXIES = {"raw": RawProxy, "pooled": PooledProxy, "calibrated": CalibratedProxy}
-
-
-def attacker_gain(
-    attacker: nn.Module, member: tuple, nonmember: tuple
-) -> tuple[torch.Tensor, float]:
-    """Eq. 5 on one balanced batch: (G, accuracy) of (errors, timesteps) of members and of
+def attacker_gain(log_m: torch.Tensor, log_n: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Eq. 5 on one balanced batch: (G, accuracy) of the log-probabilities (B, 2) of members and of
     non-members.
 
     G = (1/2) mean log h(e_m) + (1/2) mean log(1 - h(e_n)) <= 0; a clueless attacker has G = -log 2.
     """
-    log_m, log_n = attacker(*member), attacker(*nonmember)
     gain = 0.5 * log_m[:, MEMBER].mean() + 0.5 * log_n[:, NONMEMBER].mean()
-    hits = (log_m.argmax(1) == MEMBER).float().mean() + (
-        log_n.argmax(1) == NONMEMBER
-    ).float().mean()
-    return gain, hits.item() / 2
+    member_hits = (log_m.argmax(1) == MEMBER).float().mean()
+    nonmember_hits = (log_n.argmax(1) == NONMEMBER).float().mean()
+    return gain, (member_hits + nonmember_hits).item() / 2
 
 
-def attacker_step(
-    attacker: nn.Module, optimizer: torch.optim.Optimizer, member: tuple, nonmember: tuple
-):
-    """Algorithm 1, inner step: one ascent on G in the attacker's weights; returns (-G, accuracy)
-    before it.
-
-    The errors are taken without their graph: the adapter does not move here.
+def ascend(optimizer: torch.optim.Optimizer, gain: torch.Tensor) -> None:
+    """Algorithm 1, inner step: one step of the attacker's weights up the slope of G; no gradient
+    stays behind in them.
     """
-    attacker.train()
-    member, nonmember = ((error.detach(), timesteps) for error, timesteps in (member, nonmember))
-    gain, accuracy = attacker_gain(attacker, member, nonmember)
     optimizer.zero_grad(set_to_none=True)
     (-gain).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    attacker.eval()
-    return -gain.item(), accuracy

@@ -9,6 +9,7 @@ takes no path of its own.
     grid = loss_grid(base, data.latents, data.text)             # (N, T, K)
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,15 +17,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from command import progress
-from files.images import PARTS, SIDES, Images
-
 TIMESTEPS = (50, 150, 250, 350)  # where adapters leak most
 LATE_TIMESTEPS = (500, 650, 800, 950)
 ALL_TIMESTEPS = TIMESTEPS + LATE_TIMESTEPS  # where quality is measured
 DRAWS = 4  # noise draws per timestep: the average over draws is what leaks
 GRID_SEED = 20240219  # of the noise of loss grids; unrelated to any training seed
 GRID_BATCH = 64  # small pictures in one forward without gradient
+PARTS = ("aux", "val", "test")  # of the members, and of the non-members
+
+Done = Callable[[float], object]
+
+
+def ignore(count: float) -> None:
+    """Nobody wants to know how far a loop is."""
 
 
 @dataclass
@@ -61,28 +66,28 @@ def at_once(base: Base, most: int = 32) -> int:
 
 @dataclass
 class Encoded:
-    """N captioned images as the base sees them, encoded once, and who among them is a member."""
+    """N captioned images as the base sees them, encoded once, and who is a member."""
 
     names: list[str]  # (N,) file names
     captions: list[str]  # (N,)
     pixels: np.ndarray  # (N, H, W, 3) uint8
     latents: torch.Tensor  # (N, C, h, w) float32
     text: torch.Tensor  # (N, L, D)
-    roles: dict[str, list[int]]  # positions per role (data.ROLES)
+    roles: dict[str, list[int]]  # positions per role
 
     def members(self) -> list[int]:
         """All images that the adapter is trained on."""
-        return sorted(i for part in PARTS for i in self.roles[f"member_{part}"])
+        return sorted(self.sides(*PARTS)[0])
 
     def known(self) -> list[int]:
         """The images that the attacker may choose on: auxiliary and validation."""
-        return [
-            i for side in SIDES for part in ("aux", "val") for i in self.roles[f"{side}_{part}"]
-        ]
+        members, nonmembers = self.sides("aux", "val")
+        return members + nonmembers
 
     def sides(self, *parts: str) -> tuple[list[int], list[int]]:
         """Positions of the (members, non-members) in the given parts of the roles."""
-        return tuple([i for part in parts for i in self.roles[f"{side}_{part}"]] for side in SIDES)
+        members = [i for part in parts for i in self.roles[f"member_{part}"]]
+        return members, [i for part in parts for i in self.roles[f"nonmember_{part}"]]
 
     def pair(self, score: np.ndarray, *parts: str) -> tuple[np.ndarray, np.ndarray]:
         """(member scores, non-member scores) of the given parts of the roles, out of (N,)
@@ -104,61 +109,32 @@ def joined(data: Encoded, more: Encoded) -> Encoded:
     )
 
 
-def encode(base: Base, images: Images, roles: dict[str, list[int]]) -> Encoded:
-    """The images with their latents and text embeddings; `roles` are positions among them."""
-    latents, text = encode_images(base, images.pixels), encode_captions(base, images.captions)
-    return Encoded(images.names, images.captions, images.pixels, latents, text, roles)
-
-
 @torch.no_grad()
-def encode_images(base: Base, pixels: np.ndarray) -> torch.Tensor:
+def encode_images(base: Base, pixels: np.ndarray, done: Done = ignore) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> scaled latents z0 (N, C, h, w), float32: the mode of the VAE's
     posterior.
     """
     vae, parts, batch = base.pipeline.vae, [], at_once(base)
-    with progress.stage("encoding images", len(pixels)) as bar:
-        for i in range(0, len(pixels), batch):
-            x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
-            x = (x.float() / 127.5 - 1).to(vae.dtype)
-            parts.append(vae.encode(x).latent_dist.mode().float() * vae.config.scaling_factor)
-            bar.advance(len(x))
+    for i in range(0, len(pixels), batch):
+        x = torch.from_numpy(pixels[i : i + batch]).to(base.device).permute(0, 3, 1, 2)
+        x = (x.float() / 127.5 - 1).to(vae.dtype)
+        parts.append(vae.encode(x).latent_dist.mode().float() * vae.config.scaling_factor)
+        done(len(x))
     return torch.cat(parts)
-
-
-def encode_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
-    """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut, with one
-    warning.
-    """
-    tokenizer = base.pipeline.tokenizer
-    long = sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids)
-    if long:
-        print(
-            f"note: {long} of {len(captions)} captions are cut to "
-            f"{tokenizer.model_max_length} tokens"
-        )
-    return embed_captions(base, captions, batch)
 
 
 @torch.no_grad()
-def embed_captions(base: Base, captions: list[str], batch: int = 64) -> torch.Tensor:
-    """The same without a word about long ones."""
-    ids, parts = tokenize(base, captions), []
-    with progress.stage("encoding captions", len(ids)) as bar:
-        for part in ids.split(batch):
-            parts.append(embed(base, part))
-            bar.advance(len(part))
-    return torch.cat(parts)
-
-
-def tokenize(base: Base, captions: list[str]) -> torch.Tensor:
-    """Captions -> token ids (N, L), cut and padded to what the text encoder takes."""
+def encode_captions(
+    base: Base, captions: list[str], done: Done = ignore, batch: int = 64
+) -> torch.Tensor:
+    """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    return base.pipeline.tokenizer(captions, **options).input_ids.to(base.device)
-
-
-def embed(base: Base, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids (N, L) -> text embeddings (N, L, D); gradients of an adapted text encoder flow."""
-    return base.pipeline.text_encoder(ids)[0]
+    ids = base.pipeline.tokenizer(captions, **options).input_ids.to(base.device)  # (N, L)
+    parts = []
+    for part in ids.split(batch):
+        parts.append(base.pipeline.text_encoder(part)[0])
+        done(len(part))
+    return torch.cat(parts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,21 +169,22 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
-def residual(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
-    """eps - f(z_t, t, tau(y)), or v - f of a v-prediction model, (B, C, h, w), in the dtype of eps;
-    the adapter's gradient flows.
+def predict(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
+    """What the UNet answers, f(z_t, t, tau(y)): (B, C, h, w) in the dtype of the noise; the
+    adapter's gradient flows.
     """
     noisy_latents, dtype = add_noise(latents, noise, timesteps, base.abar), base.unet.dtype
-    half = dtype in (
-        torch.bfloat16,
-        torch.float16,
-    )  # then autocast brings float32 adapters and half base together
+    half = dtype in (torch.bfloat16, torch.float16)
+    # autocast brings float32 adapters and a half-precision base together
     with torch.autocast(base.device.type, dtype) if half else nullcontext():
-        noise_pred = base.unet(
-            noisy_latents.to(dtype), timesteps, text.to(dtype), return_dict=False
-        )[0]
-    noise_pred = noise_pred.to(noise.dtype)
-    return prediction_target(latents, noise, timesteps, base.abar, base.prediction) - noise_pred
+        answer = base.unet(noisy_latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
+    return answer.to(noise.dtype)
+
+
+def residual(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
+    """eps - f, or v - f of a v-prediction model: (B, C, h, w)."""
+    target = prediction_target(latents, noise, timesteps, base.abar, base.prediction)
+    return target - predict(base, latents, text, timesteps, noise)
 
 
 def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
@@ -215,37 +192,48 @@ def squared_error(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
     return residual(base, latents, text, timesteps, noise) ** 2
 
 
-def residuals(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS):
+@torch.no_grad()
+def residuals(
+    base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS, done: Done = ignore
+) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
     """Yield (slice, T index, draw, eps - f (b, C, h, w)) over images x timesteps x draws.
 
     One noise per (t, draw) from a fixed stream: the same for members and non-members, for the
     adapted and the base model.
     """
-    batch, forwards = at_once(base, GRID_BATCH), len(timesteps) * draws * len(latents)
-    with torch.no_grad(), progress.stage("losses", forwards) as bar:
-        for j, t in enumerate(timesteps):
-            # the noise of a timestep is the same in any grid
-            generator = torch.Generator().manual_seed(GRID_SEED + t)
-            noise = torch.randn((draws, *base.latent_shape), generator=generator).to(base.device)
-            for k in range(draws):
-                for i in range(0, len(latents), batch):
-                    z, c = latents[i : i + batch], text[i : i + batch]
-                    at = torch.full((len(z),), t, device=base.device)
-                    off = residual(base, z, c, at, noise[k].expand_as(z))
-                    yield slice(i, i + len(z)), j, k, off
-                    bar.advance(len(z))
+    batch = at_once(base, GRID_BATCH)
+    for j, t in enumerate(timesteps):
+        # the noise of a timestep is the same in any grid
+        generator = torch.Generator().manual_seed(GRID_SEED + t)
+        noise = torch.randn((draws, *base.latent_shape), generator=generator).to(base.device)
+        for k in range(draws):
+            for i in range(0, len(latents), batch):
+                z, c = latents[i : i + batch], text[i : i + batch]
+                at = torch.full((len(z),), t, device=base.device)
+                yield slice(i, i + len(z)), j, k, residual(base, z, c, at, noise[k].expand_as(z))
+                done(len(z))
 
 
-def loss_grid(base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS) -> torch.Tensor:
+def loss_grid(
+    base: Base, latents, text, timesteps=TIMESTEPS, draws: int = DRAWS, done: Done = ignore
+) -> torch.Tensor:
     """Adaptation loss per image, timestep and draw: (N, T, K), on the CPU."""
     grid = torch.empty(len(latents), len(timesteps), draws)
-    for at, j, k, off in residuals(base, latents, text, timesteps, draws):
+    for at, j, k, off in residuals(base, latents, text, timesteps, draws, done):
         grid[at, j, k] = off.square().mean((1, 2, 3)).cpu()
     return grid
 
 
 @torch.no_grad()
-def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.0) -> np.ndarray:
+def sample(
+    base: Base,
+    text: torch.Tensor,
+    empty: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int = 25,
+    guidance: float = 3.0,
+    done: Done = ignore,
+) -> np.ndarray:
     """Pictures uint8 (N, H, W, 3) from text embeddings (N, L, D) by DDIM with classifier-free
     guidance.
 
@@ -256,25 +244,23 @@ def sample(base: Base, text, empty, noise, steps: int = 25, guidance: float = 3.
 
     base.pipeline.scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config)
     parts, batch = [], at_once(base)
-    with progress.stage("pictures", len(text)) as bar:
 
-        def step_done(pipeline, step, t, kept: dict) -> dict:
-            bar.advance(len(kept["latents"]) / steps)
-            return kept
+    def step_done(pipeline, step, t, kept: dict) -> dict:
+        done(len(kept["latents"]) / steps)
+        return kept
 
-        for i in range(0, len(text), batch):
-            prompts = text[i : i + batch]
-            images = base.pipeline(
-                prompt_embeds=prompts,
-                negative_prompt_embeds=empty.expand(len(prompts), -1, -1),
-                latents=noise[i : i + batch].to(base.unet.dtype),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=base.size,
-                width=base.size,
-                output_type="np",
-                callback_on_step_end=step_done,
-            ).images
-            parts.append((images * 255).round().astype(np.uint8))
-            bar.done = i + len(prompts)  # a sum of fractions falls short of it
+    for i in range(0, len(text), batch):
+        prompts = text[i : i + batch]
+        images = base.pipeline(
+            prompt_embeds=prompts,
+            negative_prompt_embeds=empty.expand(len(prompts), -1, -1),
+            latents=noise[i : i + batch].to(base.unet.dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=base.size,
+            width=base.size,
+            output_type="np",
+            callback_on_step_end=step_done,
+        ).images
+        parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)

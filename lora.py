@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, float(alpha)
-        self.enabled, self.merged, self.dropout = True, False, 0.0
+        self.enabled, self.merged = True, False
         self.lora_A, self.lora_B = self.factors(base, rank)
         self.to(base.weight.device)
         self.lora_A.float().requires_grad_(True)
@@ -72,8 +72,6 @@ class LoRALinear(nn.Module):
             return y
         if not torch.is_autocast_enabled(x.device.type):  # it casts the factors to the base's dtype
             x = x.to(self.lora_A.weight.dtype)
-        if self.dropout:
-            x = nn.functional.dropout(x, self.dropout)
         low = self.lora_B(self.lora_A(x)).to(y.dtype)
         return torch.add(y, low, alpha=self.alpha / self.rank)  # one pass over y in place of two
 
@@ -122,15 +120,9 @@ class Adapter:
         self.layers, self.target, self.modules = layers, target, modules
 
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of every layer; a list, as clipping would find an iterator empty the second
-        time.
-        """
+        """A and B of every layer; a list, since it is iterated twice."""
         layers = self.layers.values()
         return [p for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight)]
-
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """(parameters, their share of the learning rate), in the order of `parameters`."""
-        return [(self.parameters(), 1.0)]
 
     def factors(self) -> list[nn.Module]:
         """A and B of every layer, as modules."""
@@ -182,19 +174,6 @@ class Adapter:
             for layer, enabled in zip(layers, before, strict=True):
                 layer.enabled = enabled
 
-    @contextmanager
-    def dropping(self, share: float) -> Iterator[None]:
-        """Inside, that share of what A is given is zero, drawn from torch's stream, and the rest
-        scaled up.
-        """
-        try:
-            for layer in self.layers.values():
-                layer.dropout = share
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.dropout = 0.0
-
     @torch.no_grad()
     def merge(self) -> None:
         """Add the adapter into the base weights: the same outputs, no extra work."""
@@ -213,10 +192,17 @@ class Adapter:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Inside, the adapter is in the base weights, for forwards without gradient; after it they
-        have the same bits as before.  Nothing where it is merged already, or switched off.
+        """Inside, the adapter is in the base weights, which saves its part of a forward without
+        gradient; after it they have the same bits as before.
+
+        Layers that are merged already or switched off are left alone, and so are those in half
+        precision, whose rounding is as large as what the adapter adds.
         """
-        layers = [m for m in self.layers.values() if m.enabled and not m.merged]
+        layers = [
+            layer
+            for layer in self.layers.values()
+            if layer.enabled and not layer.merged and layer.base.weight.dtype == torch.float32
+        ]
         before = [layer.base.weight for layer in layers]
         with torch.no_grad():
             for layer in layers:
@@ -229,49 +215,6 @@ class Adapter:
         finally:
             for layer, weight in zip(layers, before, strict=True):
                 layer.base.weight, layer.merged = weight, False
-
-
-# --------------------------------------------------------------------------------------------------
-# Gradients of single images
-
-
-class PerImage:
-    """Inside, gradients of modules' weights for each image of a batch, from one backward pass.
-
-        with PerImage(adapter.factors()) as per_image:
-            value = f(model(x)).sum()                  # the rows of an image follow one another
-            for g in per_image.gradients(value, 8):    # (8, out, in) per module, in their order
-
-    A weight's gradient from one image is the sum over positions of what its layer was given times
-    what came back for that image.
-    """
-
-    def __init__(self, factors: list[nn.Module]):
-        self.factors = factors
-        self.seen: dict[nn.Module, tuple] = {}  # factor -> (what it was given, what it gave)
-
-    def __enter__(self) -> "PerImage":
-        self.hooks = [factor.register_forward_hook(self._note) for factor in self.factors]
-        return self
-
-    def __exit__(self, *_) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _note(self, factor, given, gave) -> None:
-        self.seen[factor] = given[0].detach(), gave
-
-    def gradients(self, value: torch.Tensor, images: int) -> Iterator[torch.Tensor]:
-        """d value / d weight split by image: (images, out, in * kernel) for each module."""
-        came_back = torch.autograd.grad(value, [self.seen[f][1] for f in self.factors])
-        for factor, back in zip(self.factors, came_back, strict=True):
-            given = self.seen[factor][0]
-            if hasattr(factor, "kernel_size"):  # a convolution
-                shape = factor.kernel_size, factor.dilation, factor.padding, factor.stride
-                given = nn.functional.unfold(given, *shape).transpose(1, 2)
-                back = back.flatten(2).transpose(1, 2)
-            given, back = (x.float().reshape(images, -1, x.shape[-1]) for x in (given, back))
-            yield torch.einsum("bpo,bpi->boi", back, given)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,9 +30,11 @@ def adaptation_loss(error: torch.Tensor) -> torch.Tensor:
     return error.mean()
 
 
-def mi_gain(attacker: nn.Module, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """The member half of Eq. 5: (1/2) mean log h(e); a scalar <= 0, without lower bound."""
-    return 0.5 * attacker(error, timesteps)[:, MEMBER].mean()
+def mi_gain(log_h: torch.Tensor) -> torch.Tensor:
+    """The member half of Eq. 5: (1/2) mean log h(e), of the attacker's log-probabilities (B, 2); a
+    scalar <= 0, without lower bound.
+    """
+    return 0.5 * log_h[:, MEMBER].mean()
 
 
 def sum_objective(loss: torch.Tensor, gain: torch.Tensor, lam: float) -> torch.Tensor:
@@ -63,6 +65,16 @@ class Terms:
     denominator: float  # D; 1 where the method has none
     lambda_effective: float  # the weight of grad G against grad L: lambda for MP, lambda J for SMP
     total: torch.Tensor  # what is minimised
+
+    def numbers(self) -> dict[str, float | None]:
+        """All of them as plain numbers, for the row of a step."""
+        return {
+            "adaptation_loss": self.loss.item(),
+            "mi_gain": None if self.gain is None else self.gain.item(),
+            "objective": self.total.item(),
+            "denominator": self.denominator,
+            "lambda_effective": self.lambda_effective,
+        }
 
 
 METHODS = ("lora", "mp", "smp", "smp-detached")
@@ -109,18 +121,16 @@ def norm(tensors: list[torch.Tensor]) -> float:
     return torch.stack([t.norm() for t in tensors]).norm().item()
 
 
-def gradient_norms(
-    terms: Terms, gradient: Callable[[torch.Tensor], list[torch.Tensor]]
-) -> dict[str, float]:
-    """L2 norms of grad L and grad G apart, and their cosine; `gradient(value)` keeps the graph for
-    the step after it.
+def gradient_norms(terms: Terms, gradient: Callable) -> dict[str, float]:
+    """L2 norms of grad L and grad G apart, and their cosine.
 
-    A cosine of -1 says that privacy and adaptation pull straight against each other.
+    `gradient(value, keep_graph=True)` gives d value / d(A, B) and keeps the graph for the step
+    after it.  A cosine of -1 says that privacy and adaptation pull straight against each other.
     """
-    grad_loss = gradient(terms.loss)
+    grad_loss = gradient(terms.loss, keep_graph=True)
     norms = {"grad_norm_loss": norm(grad_loss)}
     if terms.gain is not None:
-        grad_gain = gradient(terms.gain)
+        grad_gain = gradient(terms.gain, keep_graph=True)
         norms["grad_norm_gain"] = norm(grad_gain)
         dot = sum((a * b).sum() for a, b in zip(grad_loss, grad_gain, strict=True)).item()
         norms["grad_cosine"] = dot / max(norms["grad_norm_loss"] * norms["grad_norm_gain"], 1e-30)

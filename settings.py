@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from command.flags import option
-from run import released
 
 EMBEDDED = str(Path(__file__).parent / "base")
 ATTACKED = ("mp", "smp", "smp-detached")  # methods with an attacker in the loop
-METHODS = ("lora", *ATTACKED, "distill", "subspace", "dp")
+METHODS = ("lora", *ATTACKED, "distill", "dp")
 DIRECTIONS = str(Path(__file__).parent / "embedded" / "directions.safetensors")
 
 # What the flags left out are set to.  The paper's values for Stable Diffusion; for the embedded
@@ -27,6 +26,7 @@ FAST = {
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
     "schedule": "cosine",
 }  # fmt: skip
+DP = {"lr": 0.06, "steps": 20, "schedule": "linear"}  # of --method dp, methods/dp.py
 FULL_LR = {True: 1e-4, False: 5e-6}  # of --target full, for the embedded model or not
 TABLES = {"embedded": FAST, "Stable Diffusion": PAPER}
 
@@ -39,9 +39,8 @@ class Settings:
     method: str = option(
         "smp",
         "lora, or with a defence: the paper's mp (the sum, Eq. 6) or smp (the ratio, Eq. 10), or "
-        "distill, which learns from adapters that never saw the image, subspace, which moves along "
-        "public directions alone, or dp, which clips every image's gradient and adds noise; "
-        "smp-detached is a control",
+        "distill, which learns from adapters that never saw the image, or dp, which clips every "
+        "image's gradient, adds noise and so promises --epsilon; smp-detached is a control",
         METHODS,
         group="what and where",
     )
@@ -105,17 +104,17 @@ class Settings:
     )
 
     # Differential privacy
-    image_clip: float = option(
-        0.1, "dp: limit of the gradient norm of one image", group="differential privacy"
-    )
-    noise_multiplier: float | None = option(
-        None,
-        "dp: deviation of the noise as a multiple of --image-clip (default: the one whose noise is "
-        "0.16 of a clipped gradient, which guarantees nothing)",
+    epsilon: float = option(
+        8.0,
+        "dp: the promise: no attack tells one image's membership better than this allows; the "
+        "smaller, the more noise",
         group="differential privacy",
     )
-    draws: int = option(
-        1, "dp: timesteps and noises of an image in a step", group="differential privacy"
+    directions: str | None = option(
+        None,
+        "dp: file of the public directions that it trains along (default: those of the embedded "
+        "model)",
+        group="differential privacy",
     )
 
     # The adapter
@@ -135,13 +134,6 @@ class Settings:
         group="adapter",
     )
 
-    subspace: str | None = option(
-        None,
-        "train a core between the public directions in this file, with any method; public: those "
-        "of the embedded model (the default of --method subspace)",
-        group="adapter",
-    )
-
     # Optimisation
     lr: float | None = option(
         None,
@@ -157,9 +149,9 @@ class Settings:
     )
     steps: int | None = option(
         None,
-        "outer steps (default: what --epochs makes, with distill half of it)",
+        "outer steps (default: 32 passes over the members of the embedded model, 400 of Stable "
+        "Diffusion; with distill half of it, with dp 20 steps)",
         group="optimisation",
-        beats="epochs",
     )
     seed: int = option(
         0, "decides split, initialisation, data order and noise", group="optimisation"
@@ -172,18 +164,6 @@ class Settings:
         ("constant", "cosine", "linear"),
         group="regularisation",
         tables=TABLES,
-    )
-    weight_decay: float = option(0.01, "of A and B (AdamW)", group="regularisation")
-    ema: float = option(
-        0.0,
-        "decay of a running mean of A and B, such as 0.98; the mean is what is saved and judged",
-        group="regularisation",
-    )
-    dropout: float = option(
-        0.0, "share of what each A is given that is set to zero in a step", group="regularisation"
-    )
-    caption_dropout: float = option(
-        0.0, "share of the members' draws that are shown without a caption", group="regularisation"
     )
     normalise: bool = option(
         False, "scale every gradient to the norm of --clip, small ones too", group="regularisation"
@@ -219,11 +199,6 @@ class Settings:
         None, "pixels of a side, a multiple of 8 (default: what the model was trained at)"
     )
     caption: str | None = option(None, "one caption for images that have none of their own")
-    split: str = option(
-        "default",
-        "roles of the images; pokemon is the paper's 200/200/200/233",
-        ("default", "pokemon"),
-    )
     members: int | None = option(
         None,
         "images to adapt on; half of them also train the attacker; left out, as many as the "
@@ -233,24 +208,10 @@ class Settings:
     alpha: float | None = option(
         None, "LoRA alpha: the adapter is scaled by alpha / rank", tables=TABLES
     )
-    delta: float = option(1e-5, "stabiliser in the ratio's denominator")
     attacker_lr: float | None = option(None, "learning rate of the attacker (Adam)", tables=TABLES)
-    attacker_members: str = option(
-        "drawn",
-        "the attacker's members in a step: drawn and noised for it as in Algorithm 1, or reused: "
-        "those of the adapter's last batch that it may see, with half as many non-members; "
-        "a quarter of the forwards",
-        ("drawn", "reused"),
-    )
-    as_released: str | None = option(
-        None,
-        "do as the authors' code where it is not the paper: some of order, half, lambda, forward, "
-        "dropout, text-encoder with commas between, or all (docs/paper-and-code.md)",
-    )
     accumulate: int = option(
         1, "forwards per step: with N, a step is that of a batch N times as large"
     )
-    epochs: int | None = option(None, "passes over the members; --steps wins", tables=TABLES)
     clip: float = option(1.0, "limit of the gradient norm")
     dtype: str | None = option(
         None,
@@ -262,16 +223,10 @@ class Settings:
     gradient_checkpointing: bool = option(
         False, "compute activations twice to keep fewer: a third slower, far smaller"
     )
-    threads: int = option(0, "CPU threads; 0 leaves it to torch")
     samples: int = option(
         4,
         "captions of members that the grid of pictures shows, and as many held-out ones; 0 makes "
         "no pictures, which saves hours on a CPU",
-    )
-    sample_every: int | None = option(
-        None,
-        "steps between grids of pictures (default: at every save; of large pictures on a CPU only "
-        "the first and the last)",
     )
     norms_every: int = option(
         20, "steps between separate gradient norms of L and G (two more backward passes)"
@@ -283,10 +238,6 @@ class Settings:
     )
     state_every: int | None = option(
         None, "steps between training states for --resume (default: five minutes)"
-    )
-    keep: int = option(2, "training states kept")
-    format: str = option(
-        "diffusers", "kohya writes that form too, for ComfyUI and A1111", ("diffusers", "kohya")
     )
     track: str | None = option(None, "also log to a dashboard", ("tensorboard",))
 
@@ -300,39 +251,51 @@ class Settings:
         """Its name in objectives.py: without an attacker it is L, whatever L is measured to."""
         return self.method if self.attacked else "lora"
 
-    def released(self, name: str) -> bool:
-        """Whether the run does `name`, one of released.NAMES, as the authors' code does."""
-        return name in released.chosen(self.as_released)
-
     @property
-    def weight(self) -> float:
-        """The weight of G in the objective: lambda, or twice that where G goes without the 1/2 of
-        Eq. 5.
-        """
-        return 2 * self.lam if self.released("half") else self.lam
+    def epochs(self) -> int:
+        """Passes over the members where --steps is left out."""
+        passes = (FAST if is_embedded(self.model) else PAPER)["epochs"]
+        return -(-passes // 2) if self.method == "distill" else passes
 
-    # flags of earlier versions: (the last commit that had it, the values that changed nothing)
-    RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)}
+    # Flags of earlier versions: the last commit that had each, and the values at which it changed
+    # nothing; ... stands for any.
+    RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)} | {
+        flag: ("0db7ef9", *neutral)
+        for flag, neutral in {
+            "attacker_members": ("drawn",),
+            "as_released": (None,),
+            "subspace": (None,),
+            "ema": (0.0,),
+            "dropout": (0.0,),
+            "caption_dropout": (0.0,),
+            "weight_decay": (0.01,),
+            "delta": (1e-5,),
+            "split": ("default",),
+            "image_clip": (...,),
+            "noise_multiplier": (None,),
+            "draws": (...,),
+            "epochs": (...,),
+            "keep": (...,),
+            "threads": (...,),
+            "format": (...,),
+            "sample_every": (...,),
+        }.items()
+    }
 
 
 # may change on --resume
-FREE = ("out", "device", "threads", "state_every", "keep", "resume", "track", "dry_run")
+FREE = ("out", "device", "state_every", "resume", "track", "dry_run")
 # change no number of the training itself
-LOOKS = ("norms_every", "hessian_every", "samples", "prompt", "sample_every", "format")
+LOOKS = ("norms_every", "hessian_every", "samples", "prompt")
 
 # The highest value of each number, so that a slip of the finger is told before anything is loaded.
 ABOVE_ZERO = {
     "size": 16_384, "rank": 4096, "alpha": 1e6, "members": 10**7, "batch_size": 65_536,
-    "accumulate": 10**6, "epochs": 10**6, "steps": 10**9, "lr": 1e37, "attacker_lr": 1e37,
-    "clip": None, "norms_every": 10**9, "save_every": 10**9, "sample_every": 10**9,
-    "state_every": 10**9, "keep": 10**9, "teachers": 1000, "teacher_steps": 10**9,
-    "image_clip": 1e30, "draws": 10_000,
+    "accumulate": 10**6, "steps": 10**9, "lr": 1e37, "attacker_lr": 1e37, "clip": None,
+    "norms_every": 10**9, "save_every": 10**9, "state_every": 10**9, "teachers": 1000,
+    "teacher_steps": 10**9, "epsilon": 1e3,
 }  # fmt: skip
-FROM_ZERO = {
-    "lam": 1e9, "delta": 1e9, "weight_decay": 1e6, "ema": 0.999999, "caption_dropout": 1.0,
-    "dropout": 0.999999, "noise_multiplier": 1e9, "samples": 10_000, "hessian_every": 10**9,
-    "threads": 4096, "seed": 2**62 - 1,
-}  # fmt: skip
+FROM_ZERO = {"lam": 1e9, "samples": 10_000, "hessian_every": 10**9, "seed": 2**62 - 1}
 
 
 def is_embedded(model: str) -> bool:

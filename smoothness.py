@@ -1,5 +1,5 @@
 """Local smoothness: the Hessian norm of an objective in the adapter, what it is made of, and the
-bound on it; and walks on the surface of an objective.
+bound on it.
 
 The claim under study (Luo et al. 2025, Propositions 1 and 2): an objective trains well if its
 curvature is bounded by its gradient, ||hess|| <= L0 + L1 ||grad|| (Zhang et al. 2020), and the
@@ -16,21 +16,20 @@ Vectors are flat, (P,) for P adapter parameters.  Nothing here forms a Hessian: 
 products H v.
 
     with plain_attention():  # fused attention has no double backward
-        gradient = flat_gradient(terms().total, parameters)  # fixed batch, t, eps; no dropout
+        gradient = flat_gradient(terms().total, parameters)  # fixed batch, t, eps
     spectrum = lanczos(lambda v: hessian_vector_product(gradient, parameters, v), gradient.detach())
 
 Held by tests/test_smoothness.py: products to a dense Hessian, spectra to known ones, the identities
-to autograd, walks to a bowl.
+to autograd.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from objectives import Terms
 
@@ -50,9 +49,8 @@ def plain_attention() -> AbstractContextManager:
 
 def flat_gradient(value: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
     """d value / d parameters as one vector (P,), itself with a graph; touches no `.grad`."""
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, parameters, create_graph=True)]
-    )
+    gradient = torch.autograd.grad(value, parameters, create_graph=True)
+    return torch.cat([g.flatten() for g in gradient])
 
 
 def hessian_vector_product(
@@ -73,15 +71,13 @@ def hessian_vector_product(
 
 @dataclass
 class Spectrum:
-    """What an iteration found out about a symmetric operator."""
+    """What an iteration found out about a symmetric operator H."""
 
-    norm: (
-        float  # the largest absolute eigenvalue; never above the true one, also when not converged
-    )
+    norm: float  # largest absolute eigenvalue; never above the true one, also when not converged
     values: list[float]  # eigenvalues found, signed, the largest magnitude first
     residual: float  # ||H v - values[0] v||: a true eigenvalue is within this of values[0]
     converged: bool
-    products: int  # H v spent
+    products: int  # how many H v were computed
     vector: torch.Tensor  # v (P,) of norm 1
 
 
@@ -94,9 +90,10 @@ def power_iteration(
     +a and -a tie (there the Rayleigh quotient v.Hv says nothing).  Converged: its relative change
     is at most `tolerance`.
     """
-    vector, norm, products, converged = start / start.norm().clamp_min(1e-30), 0.0, 0, False
+    vector, norm, products = start / start.norm().clamp_min(1e-30), 0.0, 0
     while True:
-        image, products = product(vector), products + 1
+        image = product(vector)
+        products += 1
         before, norm = norm, image.norm().item()
         value = torch.dot(vector, image).item()
         residual = (image - value * vector).norm().item()
@@ -129,18 +126,15 @@ def lanczos(
             for v in basis:
                 image = image - torch.dot(v, image) * v
         beta = image.norm().item()
-        projected = torch.diag(
-            torch.tensor(alphas, dtype=torch.float64)
-        )  # H in the basis: (k, k), tridiagonal
-        for i, b in enumerate(betas):
-            projected[i, i + 1] = projected[i + 1, i] = b
+        beside = torch.tensor(betas, dtype=torch.float64)
+        projected = torch.diag(torch.tensor(alphas, dtype=torch.float64))  # H in the basis: (k, k)
+        projected += torch.diag(beside, 1) + torch.diag(beside, -1)
         values, vectors = torch.linalg.eigh(projected)
         order = values.abs().argsort(descending=True)
         top = order[0]
         residual = beta * vectors[-1, top].abs().item()
-        exhausted = beta <= 1e-7 * max(
-            scale, 1e-30
-        )  # the start lies in a space that H maps into itself
+        # the basis spans a space that H maps into itself: nothing is left to find
+        exhausted = beta <= 1e-7 * max(scale, 1e-30)
         converged = residual <= tolerance * values[top].abs().item() or exhausted
         if converged or len(alphas) == iterations:
             break
@@ -173,11 +167,8 @@ def rank_two_term(grad_total, grad_gain, vector, lam: float, denominator: float)
     """(lambda / D) (grad J grad G^T + grad G grad J^T) v: (P,); the part of hess J v that carries
     ||grad J||.
     """
-    return (
-        lam
-        / denominator
-        * (torch.dot(grad_gain, vector) * grad_total + torch.dot(grad_total, vector) * grad_gain)
-    )
+    along_gain, along_total = torch.dot(grad_gain, vector), torch.dot(grad_total, vector)
+    return lam / denominator * (along_gain * grad_total + along_total * grad_gain)
 
 
 def rank_two_norm(grad_total, grad_gain, lam: float, denominator: float) -> float:
@@ -201,10 +192,12 @@ def bound(norm_loss, norm_gain, grad_norm_gain, weight, lam, denominator) -> tup
 # --------------------------------------------------------------------------------------------------
 # One point of a run
 
+SUFFIX = {"total": "", "loss": "_loss", "gain": "_gain"}  # of the columns about J, L and G
+
 
 def gradient_scale(gradient: torch.Tensor, parameters: list[nn.Parameter]) -> float:
     """The paper's "gradient scale": the SUM over tensors of their L2 norms (the gradient norm is
-    the root of squares).
+    the root of the sum of squares).
     """
     return sum(g.norm() for g in gradient.split([p.numel() for p in parameters])).item()
 
@@ -216,8 +209,8 @@ def measure(
     lam: float,
     iterations: int = 20,
 ) -> dict[str, float | bool | int]:
-    """Everything above at the parameters as they are, for one row of metrics.jsonl; nothing is left
-    behind.
+    """Everything above at the parameters as they are, for one row of metrics.jsonl; changes
+    nothing.
 
     `terms` computes the objective anew on a fixed batch with fixed (t, eps), the attacker in eval
     mode.  `fixed_*` is of that batch.  For smp-detached the denominator is held, so the Hessian is
@@ -231,8 +224,7 @@ def measure(
     constant, slope = bound(spectra["loss"].norm, norm_gain, norms["gain"], weight, coupling, d)
     pair = gradients["total"], gradients["gain"]
     along = rank_two_term(*pair, total.vector, coupling, d)
-    scales = {part: gradient_scale(g, parameters) for part, g in gradients.items()}
-    return {
+    row = {
         "hessian_norm": total.norm,
         "hessian_value": total.values[0],
         "hessian_residual": total.residual,
@@ -250,9 +242,11 @@ def measure(
         "fixed_denominator": d,
         "fixed_lambda_effective": weight,
         "fixed_loss_over_denominator_squared": now.loss.item() / d**2,
-        **{f"fixed_grad_norm{_suffix(part)}": n for part, n in norms.items()},
-        **{f"gradient_scale{_suffix(part)}": n for part, n in scales.items()},
     }
+    row |= {f"fixed_grad_norm{SUFFIX[part]}": norm for part, norm in norms.items()}
+    for part, gradient in gradients.items():
+        row[f"gradient_scale{SUFFIX[part]}"] = gradient_scale(gradient, parameters)
+    return row
 
 
 def _spectra(
@@ -263,8 +257,9 @@ def _spectra(
 
     `terms` is called once for each, so that only one double graph is held at a time.
     """
+    parts = ["total"] if method == "lora" else ["total", "loss", "gain"]
     gradients, spectra = {}, {}
-    for part in ("total",) if method == "lora" else ("total", "loss", "gain"):
+    for part in parts:
         with plain_attention():
             now = terms()
         graph = flat_gradient(getattr(now, part), parameters)
@@ -278,65 +273,3 @@ def _spectra(
         gradients |= {"loss": gradients["total"], "gain": torch.zeros_like(gradients["total"])}
         spectra["loss"] = spectra["total"]
     return now, gradients, spectra
-
-
-def _suffix(part: str) -> str:
-    return "" if part == "total" else f"_{part}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Walking on the surface
-
-
-@contextmanager
-def moved(
-    parameters: list[nn.Parameter], direction: torch.Tensor, step: float = 1.0
-) -> Iterator[None]:
-    """Inside, the parameters stand `step` times the flat `direction` (P,) away; afterwards they are
-    back, bit for bit.
-    """
-    here = parameters_to_vector(parameters).detach()
-    try:
-        vector_to_parameters(here + step * direction, parameters)
-        yield
-    finally:
-        vector_to_parameters(here, parameters)
-
-
-def descend(
-    value: Callable[[], torch.Tensor], parameters: list[nn.Parameter], size: float, steps: int
-) -> Iterator[float]:
-    """Follow -grad of `value` with the gradient taken anew at every step (gradient flow, by Euler).
-
-    Every step has length `size` (L2 norm over all parameters).  Yields the length of the path so
-    far, 0 first, while the parameters stand at its end; they are put back when the generator is
-    closed or exhausted.  The path ends early where the gradient is zero.
-    """
-    start = parameters_to_vector(parameters).detach()
-    try:
-        yield 0.0
-        for k in range(1, steps + 1):
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value(), parameters)])
-            if not gradient.any():
-                return
-            here = parameters_to_vector(parameters).detach()
-            vector_to_parameters(here - size / gradient.norm() * gradient, parameters)
-            yield k * size
-    finally:
-        vector_to_parameters(start, parameters)
-
-
-def linear_reach(steps, changes, slope: float, share: float = 0.25) -> float:
-    """How far a gradient describes a function: the longest of `steps` (K,), rising and above 0, up
-    to which every change is within `share` of what the slope says, on both sides.
-
-    `changes` are {+1: (K,), -1: (K,)} values less that at 0, `slope` the derivative for +1.  0
-    where the shortest step is not described.
-    """
-    reach = 0.0
-    for k, step in enumerate(steps):
-        said = slope * step
-        if any(abs(changes[sign][k] - sign * said) > share * abs(said) for sign in (1, -1)):
-            break
-        reach = float(step)
-    return reach

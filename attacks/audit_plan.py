@@ -18,11 +18,12 @@ from diffusion import GRID_SEED, TIMESTEPS
 from files.images import PARTS, ROLES, Images, near_duplicates, parts
 from settings import FREE, LOOKS, Settings
 
-DRAWS = 2  # noises per timestep; the prediction itself is kept for the first
-SIMA = (100,)  # timesteps of SimA beside 0
-HELD_OUT = 100  # images for the held-out loss
-OUTSIDE = 4  # times as many non-members as an adapter's attacker takes, where there are so many
-LEAST_POOL = 10  # images, so that every role has one
+NOISES = 2  # per timestep of the losses; the prediction itself is kept for the first
+SIMA_TIMESTEPS = (100,)  # beside 0
+HELD_OUT_IMAGES = 100  # for the held-out loss
+NONMEMBER_SETS = (
+    4  # times as many non-members as one adapter's attacker takes, if there are so many
+)
 
 
 @dataclass
@@ -52,11 +53,9 @@ class Plan:
 
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""
-        asked = [TIMESTEPS, DRAWS, SIMA, GRID_SEED, self.due()]
+        asked = [TIMESTEPS, NOISES, SIMA_TIMESTEPS, GRID_SEED, self.due(), self.drawn(index)]
         facts = [self.trained, asked, self.digest, self.pool, self.held_out, self.canaries]
-        drawn = [self.pictures] if self.pictures else []
-        ways = ["mirrored as well"] if self.settings.flip else []
-        return digest_of([*facts, index, self.roles[index], *drawn, *ways])
+        return digest_of([*facts, index, self.roles[index]])
 
     def drawn(self, index: int) -> list[int]:
         """Positions of the held-out images from whose captions an adapter draws its pictures: the
@@ -113,10 +112,10 @@ def deal(
             f"{len(kept)}: lower --pool or add images"
         )
     rng = np.random.default_rng(settings.seed)
-    most = needed + HELD_OUT + (OUTSIDE - 1) * taken
+    most = needed + HELD_OUT_IMAGES + (NONMEMBER_SETS - 1) * taken
     chosen = rng.permutation(kept)[:most].tolist()
-    held_out = list(range(len(chosen)))[needed : needed + HELD_OUT]
-    outside = sorted(set(range(pool, len(chosen))) - set(held_out))
+    held_out = list(range(needed, min(needed + HELD_OUT_IMAGES, len(chosen))))
+    outside = [*range(pool, needed), *range(needed + len(held_out), len(chosen))]
     wrong = sorted(rng.permutation(pool)[:canaries].tolist())
     captions = [images.captions[i] for i in chosen]
     for here, there in zip(wrong, np.roll(wrong, 1), strict=True):
@@ -125,13 +124,17 @@ def deal(
     digest = hash_of(Images(names, captions, images.pixels[chosen]))
     roles = []
     for index in range(adapters):
+        members = half(settings.seed, pool, index)
         others = np.random.default_rng([settings.seed, index, 1]).permutation(outside).tolist()
-        dealt = cut_up(half(settings.seed, pool, index)) | {
-            "nonmember_aux": sorted(others[:aux]),
-            "nonmember_val": sorted(others[aux:taken]),
+        dealt = {
+            "member_aux": members[:aux],
+            "member_val": members[aux : aux + val],
+            "member_test": members[aux + val :],
+            "nonmember_aux": others[:aux],
+            "nonmember_val": others[aux:taken],
             "nonmember_test": held_out,
         }
-        roles.append({role: dealt.get(role, []) for role in ROLES})
+        roles.append({role: sorted(dealt.get(role, [])) for role in ROLES})
     return Plan(settings, out, chosen, pool, roles, held_out, wrong, names, captions, digest)
 
 
@@ -139,13 +142,6 @@ def half(seed: int, pool: int, index: int) -> list[int]:
     """Positions of the members of an adapter, in random order; 2k + 1 has what 2k has not."""
     order = np.random.default_rng([seed, index // 2]).permutation(pool).tolist()
     return order[: pool // 2] if index % 2 == 0 else order[pool // 2 :]
-
-
-def cut_up(members: list[int]) -> dict[str, list[int]]:
-    """The roles of an adapter's members, as files/roles.py has them."""
-    aux, val, _ = parts(len(members))
-    cut = members[:aux], members[aux : aux + val], members[aux + val :]
-    return {f"member_{part}": sorted(c) for part, c in zip(PARTS, cut, strict=True)}
 
 
 def hash_of(images: Images) -> str:

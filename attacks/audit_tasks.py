@@ -1,9 +1,9 @@
 """The parts of an audit that are done once per adapter: train on a part of a pool, answer queries.
 
-A plan (attacks/audit_plan.py) says who trains on what.  One task is one adapter; it needs
-nothing of the others, so tasks run in any order, in any process, on any machine that sees the same
-files.  What it leaves is adapters/<index>/answers.npz, written whole, with a key of all that it
-depends on, and the adapter of the last step.  Tested in tests/test_audit.py.
+A plan (attacks/audit_plan.py) says who trains on what.  One task is one adapter; it needs nothing
+of the others, so tasks run in any order, in any process, on any machine that sees the same files.
+It leaves the adapter of the last step and adapters/<index>/answers.npz, which is written whole and
+holds a key of all that it depends on.  Tested in tests/test_audit.py.
 """
 
 import contextlib
@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 import lora
-from attacks import quality, workers
-from attacks import single as attacks
-from attacks.audit_plan import DRAWS, SIMA, Plan, digest_of, hash_of
+from attacks import quality, single, workers
+from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, digest_of, hash_of
 from command import progress
 from command.errors import UserError
 from command.whole_files import write_whole
@@ -33,15 +32,15 @@ from diffusion import (
     Base,
     Encoded,
     add_noise,
-    encode,
     encode_captions,
     encode_images,
+    loss_grid,
     sample,
 )
-from diffusion import loss_grid as held_out_grid
 from files import adapters as files
 from files import text_encoder
 from files.bases import load_base
+from files.encode import encode
 from files.images import Images, load_images
 from run.folder import git_commit
 from settings import Settings
@@ -53,7 +52,7 @@ Train = Callable[[Base, Encoded, Settings], Iterator[tuple[int, lora.Adapter]]]
 # --------------------------------------------------------------------------------------------------
 # One task
 
-FACTS = ("key", "commit")  # beside the answers
+FACTS = ("training", "queries", "key", "commit")  # beside the answers in answers.npz
 _lock = threading.Lock()  # a process has one base, and so one adapter at a time
 _loaded: dict[str, tuple[Base, Encoded]] = {}  # the base and the images of one plan
 
@@ -68,33 +67,35 @@ def work(plan: Plan, index: int, train: Train) -> None:
             return
         torch.set_num_threads(plan.settings.threads or 1)
         base, data = _subject(plan)
+        data = replace(data, roles=plan.roles[index])
         folder = plan.folder(index)
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.tmp"):
             left.unlink()
         settings = replace(plan.settings, seed=plan.settings.seed + index)
-        answers, due = [], plan.due()
+        answers, due, commit = [], plan.due(), git_commit()
         began, asking = time.time(), 0.0
-        data = replace(data, roles=plan.roles[index])
         with contextlib.closing(train(base, data, settings)) as steps:
             for step, adapter in steps:
+                last = step == due[-1]
                 if step in due:
                     asked = time.time()
-                    answers.append(
-                        ask(base, data, plan, adapter, step == due[-1], plan.drawn(index))
-                    )
+                    answers.append(ask(base, data, plan, adapter, last, plan.drawn(index)))
                     asking += time.time() - asked
                 (folder / "progress").write_text(str(step))
-                if step == due[-1]:
-                    _save(adapter, folder / "adapter", settings, step)
+                if last:
+                    facts = {"base_model": Path(settings.model).name, "method": settings.method}
+                    facts |= {"lambda": settings.lam, "seed": settings.seed}
+                    facts |= {"steps": step, "git_commit": commit}
+                    files.save(adapter, folder / "adapter", facts)
                     break
-        arrays = {name: np.stack([a[name] for a in answers]) for name in answers[0]}
-        arrays |= {f"last_{name}": a for name, a in answers[-1].items() if name not in arrays}
+        arrays = {"gradient": answers[-1].pop("gradient")}
+        arrays |= {name: np.stack([a[name] for a in answers]) for name in answers[0]}
         if not all(np.isfinite(a).all() for a in arrays.values()):
             raise UserError(f"the answers of adapter {index} are not finite: lower --lr")
-        spent = {"training": time.time() - began - asking, "queries": asking}
-        made = {"key": plan.key(index), "commit": git_commit()}
-        write_arrays(folder / "answers.npz", arrays | spent | made)
+        arrays |= {"training": time.time() - began - asking, "queries": asking}
+        arrays |= {"key": plan.key(index), "commit": commit}
+        write_arrays(folder / "answers.npz", arrays)
 
 
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
@@ -120,14 +121,16 @@ def ask(
     adapter: lora.Adapter,
     last: bool,
     drawn: list[int] | None = None,
-) -> dict:
+) -> dict[str, np.ndarray]:
     """What the attacks want to know of an adapter, and its held-out loss; small arrays.
 
-    losses (P, T, K), predictions (P, T, C h w) float16, sima (P, 1 + SIMA), held_out (H,);
-    features (D, F) of pictures from the captions of images `drawn`, if there are any; at the last
-    step also gradient (P,), the mean log norm, which costs as much as all the others.  K is DRAWS.
-    With --flip the attacker asks about every image and its mirror image, which stand side by side
-    in the axis of draws, T or SIMA; of the gradient there is the mean.
+    losses (P, T, NOISES), predictions (P, T, C h w) float16, sima (P, 1 + SIMA_TIMESTEPS), held_out
+    (H,); features (D, F) of pictures from the captions of images `drawn`, if there are any; at the
+    last step also gradient (P,), the mean log norm, which costs as much as all the others.
+
+    With --flip the attacker asks about every image and its mirror image.  They stand side by side
+    in the second axis of predictions and sima and the third of losses; of the gradient there is the
+    mean.
     """
     data = text_encoder.seen(base, data, adapter)
     text, index = data.text[: plan.pool], plan.held_out
@@ -136,17 +139,18 @@ def ask(
         ways.append(encode_images(base, data.pixels[: plan.pool, :, ::-1].copy()))
     with adapter.folded():
         losses, predictions = zip(*(predict(base, z, text) for z in ways), strict=True)
-        held_out = held_out_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
+        sima = [-single.sima(base, z, text, SIMA_TIMESTEPS) for z in ways]
+        held_out = loss_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
             "losses": np.concatenate(losses, axis=2),
             "predictions": np.concatenate(predictions, axis=1),
-            "sima": np.concatenate([-attacks.sima(base, z, text, SIMA) for z in ways], axis=1),
+            "sima": np.concatenate(sima, axis=1),
             "held_out": held_out.mean((1, 2)).numpy(),
         }
         if drawn:
             found["features"] = drawn_features(base, data, drawn)
     if last:
-        norms = [attacks.gradient_features(base, adapter, z, text).mean(1) for z in ways]
+        norms = [single.gradient_features(base, adapter, z, text).mean(1) for z in ways]
         found["gradient"] = np.mean(norms, axis=0)
     return found
 
@@ -157,37 +161,32 @@ def drawn_features(base: Base, data: Encoded, index: list[int]) -> np.ndarray:
     streams = [torch.Generator().manual_seed(GRID_SEED + i) for i in index]
     noise = torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
     pictures = sample(base, data.text[index], encode_captions(base, [""]), noise)
-    return quality.features(network(), pictures).numpy()
+    return quality.features(feature_network(), pictures).numpy()
 
 
 @functools.cache
-def network() -> torch.nn.Module:
+def feature_network() -> torch.nn.Module:
     """The network of picture quality, once per process."""
     return quality.load_network("embedded")
 
 
 def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (N, T, DRAWS) of the predicted noise, with the noise of diffusion.residuals, and the
-    predictions of the first draws (N, T, C h w) as float16: one forward gives both."""
-    losses = np.empty((len(latents), len(TIMESTEPS), DRAWS), np.float32)
-    kept = np.empty((len(latents), len(TIMESTEPS), latents[0].numel()), np.float16)
+    """Losses (N, T, NOISES) of the predicted noise, with the noise of diffusion.residuals, and the
+    predictions for the first noise (N, T, C h w) as float16: one forward gives both.
+    """
+    losses = np.empty((len(latents), len(TIMESTEPS), NOISES), np.float32)
+    predictions = np.empty((len(latents), len(TIMESTEPS), latents[0].numel()), np.float16)
     for j, t in enumerate(progress.over(TIMESTEPS, "losses")):
         generator = torch.Generator().manual_seed(GRID_SEED + t)
-        noise = torch.randn((DRAWS, *base.latent_shape), generator=generator).to(base.device)
+        noise = torch.randn((NOISES, *base.latent_shape), generator=generator).to(base.device)
         at = torch.full((len(latents),), t, device=base.device)
-        for k in range(DRAWS):
+        for k in range(NOISES):
             noisy_latents = add_noise(latents, noise[k], at, base.abar)
-            noise_pred = attacks.predict_noise(base, noisy_latents, t, text)
+            noise_pred = single.predict_noise(base, noisy_latents, t, text)
             losses[:, j, k] = (noise_pred - noise[k]).square().mean((1, 2, 3)).cpu().numpy()
             if k == 0:
-                kept[:, j] = noise_pred.flatten(1).cpu().numpy()
-    return losses, kept
-
-
-def _save(adapter: lora.Adapter, folder: Path, s: Settings, step: int) -> None:
-    facts = {"base_model": Path(s.model).name, "method": s.method, "lambda": s.lam}
-    facts |= {"seed": s.seed, "steps": step, "git_commit": git_commit()}
-    files.save(adapter, folder, facts)
+                predictions[:, j] = noise_pred.flatten(1).cpu().numpy()
+    return losses, predictions
 
 
 def write_arrays(path: Path, arrays: dict) -> None:
@@ -202,7 +201,7 @@ def write_arrays(path: Path, arrays: dict) -> None:
 
 
 def train_all(plan: Plan, train: Train, executor: AbstractContextManager, title: str) -> None:
-    """Every adapter that is not there yet, by an executor, with a bar over their steps.
+    """Train every adapter that is missing, by an executor, with a bar over their steps.
 
     `train` must be a function that other processes can import.
     """
@@ -220,6 +219,33 @@ def train_all(plan: Plan, train: Train, executor: AbstractContextManager, title:
             bar.advance(sum(steps_done(plan, index) for index in todo) - bar.done)
 
         workers.complete(pool, work, {index: (plan, index, train) for index in todo}, show)
+
+
+def cost(plan: Plan, train: Train) -> dict[str, float]:
+    """Of one adapter: seconds of "training" and "queries", and "bytes" that it leaves on disk.
+
+    Measured in this process on the second of two steps and on one round of queries.
+    """
+    s = replace(plan.settings, steps=max(2, plan.settings.steps), teacher_steps=1)
+    base, data = _subject(plan)
+    data = replace(data, roles=plan.roles[0])
+    found, rounds = {"training": 0.0}, len(plan.due())
+    counts = {s.method: plan.due()[-1]}
+    if s.method == "distill":  # a step of a teacher is one of LoRA
+        counts["lora"] = s.teachers * (plan.settings.teacher_steps or -(-s.steps // 4))
+    for method, count in counts.items():
+        with contextlib.closing(train(base, data, replace(s, method=method))) as steps:
+            next(steps)
+            began = time.time()
+            _, adapter = next(steps)
+            found["training"] += count * (time.time() - began)
+            if method == s.method:
+                began = time.time()
+                answers = ask(base, data, plan, adapter, False, plan.drawn(0))
+                found["queries"] = (rounds + 1) * (time.time() - began)  # gradients: as one round
+                found["bytes"] = sum(p.nbytes for p in adapter.state_dict().values())
+                found["bytes"] += rounds * sum(a.nbytes for a in answers.values())
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,26 +284,20 @@ def steps_done(plan: Plan, index: int) -> int:
         return 0
 
 
-def commits(plan: Plan) -> list[str]:
-    """The commits of the code that trained the adapters; "" for those that do not say it."""
-    every = set()
-    for index in range(len(plan)):
-        with np.load(plan.folder(index) / "answers.npz") as found:
-            every.add(str(found["commit"]) if "commit" in found.files else "")
-    return sorted(every)
-
-
-def collect(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
-    """Per asked step the answers of all adapters (N, ...), and seconds of all of them."""
+def collect(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict]:
+    """Per asked step the answers of all adapters (N, ...), and of all of them together "seconds"
+    and "commits", those of the code that trained them.
+    """
     every = []
     for index in range(len(plan)):
         with np.load(plan.folder(index) / "answers.npz") as found:
-            every.append({name: found[name] for name in found.files if name not in FACTS})
-    seconds = {k: float(sum(a.pop(k) for a in every)) for k in ("training", "queries")}
-    last = {n: np.stack([a.pop(n) for a in every]) for n in list(every[0]) if n[:5] == "last_"}
+            every.append(dict(found))
+    facts = {name: [a.pop(name).item() for a in every] for name in FACTS}
+    gradient = np.stack([a.pop("gradient") for a in every])
     steps = [
         {name: np.stack([a[name][i] for a in every]) for name in every[0]}
         for i in range(len(plan.due()))
     ]
-    steps[-1] |= {name.removeprefix("last_"): array for name, array in last.items()}
-    return steps, seconds
+    steps[-1]["gradient"] = gradient
+    seconds = {name: sum(facts[name]) for name in ("training", "queries")}
+    return steps, {"seconds": seconds, "commits": sorted(set(facts["commit"]))}

@@ -62,6 +62,21 @@ class Examination:
         self.real = {name: self.subject.features(name, network, x) for name, x in sets.items()}
         self.control: Measured | None = None
 
+    @property
+    def data(self):
+        """The images, encoded."""
+        return self.subject.data
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """(M, H, W, 3): held-out pictures."""
+        return self.subject.held_out
+
+    @property
+    def held_out_captions(self) -> list[str]:
+        """(M,)"""
+        return self.subject.held_out_captions
+
     def measure(
         self, model: Model, control: Measured | None, shadows: Plan | None = None
     ) -> Measured:
@@ -114,7 +129,7 @@ class Examination:
 
     def leakage(self, scores: dict[str, np.ndarray]) -> dict:
         """Figures of every attack on the test images; the one that the attacker would choose on
-        images he knows (`headline`), and the highest of all (`worst`).
+        images he knows (`headline`), and what the highest AUC reaches without any leak (`null`).
         """
         data, s = self.subject.data, self.settings
         test = {name: data.pair(score, "test") for name, score in scores.items()}
@@ -127,7 +142,7 @@ class Examination:
             comparisons.headline(known, test),
             comparisons.worst_case(test, s.bootstrap),
         )
-        return {"attacks": attacked, "headline": headline, "worst": worst}
+        return {"attacks": attacked, "headline": headline, "worst": worst, "null": worst["null"]}
 
     def seen_by(self, model: Model) -> Subject:
         """The images with their captions as the model's text encoder has them, if it is adapted."""

@@ -10,7 +10,7 @@ import copy
 import numpy as np
 import torch
 
-from attacker import MEMBER, PROXIES, attacker_gain, attacker_step
+from attacker import MEMBER, PROXIES, ascend, attacker_gain
 from command import progress
 from diffusion import DRAWS, GRID_BATCH, TIMESTEPS, Base, at_once, residuals, squared_error
 from files.images import SIDES
@@ -77,10 +77,13 @@ def fit(attacker, optimizer, train: Errors, valid: Errors, epochs: int, generato
             size = len(error) // FRESH
             order = epoch % FRESH * size + torch.randperm(size, generator=generator)
             halves.append([(error[i], timesteps[i]) for i in order.split(BATCH)])
-        for pair in zip(*halves, strict=False):
-            attacker_step(attacker, optimizer, *pair)
+        attacker.train()
+        for member, nonmember in zip(*halves, strict=False):
+            gain, _ = attacker_gain(attacker(*member), attacker(*nonmember))
+            ascend(optimizer, gain)
+        attacker.eval()
         with torch.no_grad():
-            _, accuracy = attacker_gain(attacker, *valid)
+            _, accuracy = attacker_gain(attacker(*valid[0]), attacker(*valid[1]))
         if accuracy > best:
             best, kept = accuracy, copy.deepcopy(attacker.state_dict())
     attacker.load_state_dict(kept)

@@ -13,14 +13,7 @@ import numpy as np
 import torch
 
 from command import progress
-from diffusion import (
-    GRID_BATCH,
-    GRID_SEED,
-    TIMESTEPS,
-    Base,
-    at_once,
-    squared_error,
-)
+from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, at_once, squared_error
 from lora import PerImage
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient

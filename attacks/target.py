@@ -21,8 +21,9 @@ from attacks import quality
 from attacks.store import Store
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import GRID_SEED, Base, Encoded, encode, encode_captions, encode_images
+from diffusion import GRID_SEED, Base, Encoded, encode_captions, encode_images
 from files.bases import load_base
+from files.encode import encode
 from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
 from files.lora_files import PEFT_CONFIG
 from run.folder import RunFolder

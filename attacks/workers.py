@@ -3,8 +3,9 @@
     with workers.processes(2) as executor:
         workers.complete(executor, function, {index: arguments}, show)
 
-A process that dies loses its own task and no other; that task is submitted again.  Held by
-tests/test_audit.py, which kills a process, and tests/test_cluster.py, which kills a Dask worker.
+A task must be idempotent: after the death of a process, unfinished tasks are submitted again.
+Tested in tests/test_audit.py, which kills a process, and tests/test_cluster.py, which kills a Dask
+worker.
 """
 
 import contextlib
@@ -12,11 +13,9 @@ import logging
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -24,66 +23,74 @@ from multiprocessing import connection
 
 from command.errors import UserError
 
-AGAIN = 2  # times that the task of a dead worker is submitted again
-POLL = 0.5  # seconds between two looks at the progress
+TRIES = 3  # of a round of tasks in which a process dies before any task is finished
+POLL = 0.5  # seconds between two calls of show()
 ANSWER = 10  # seconds that a Dask scheduler has to answer
 
 
-class WorkerDied(Exception):
-    """The process that had a task is gone, the task may be submitted again."""
+def complete(
+    executor: futures.Executor, function: Callable, tasks: dict[int, tuple], show: Callable
+) -> None:
+    """Run function(*arguments) for every task; calls show() on the way.
+
+    Raises what a task raises, and UserError if processes keep dying and no task is finished.
+    """
+    left, deaths = dict(tasks), 0
+    while left:
+        count = len(left)
+        waiting = {executor.submit(function, *args): task for task, args in left.items()}
+        try:
+            while waiting:
+                done, _ = futures.wait(waiting, POLL, futures.FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    del left[waiting.pop(future)]
+                show()
+        except BrokenProcessPool:
+            deaths = deaths + 1 if len(left) == count else 1
+            if deaths == TRIES:
+                raise UserError(
+                    f"a process died {TRIES} times before a task was finished: "
+                    "there may be too little memory, try fewer --jobs"
+                ) from None
 
 
-class Processes(futures.Executor):
-    """`jobs` processes, each a pool of its own: one that dies does not take the others with it."""
+# --------------------------------------------------------------------------------------------------
+# Processes of this machine
+
+
+class Processes:
+    """An executor of up to `jobs` local processes, started anew when one of them has died."""
 
     def __init__(self, jobs: int):
-        self.threads = futures.ThreadPoolExecutor(jobs)
-        self.pools: queue.SimpleQueue = queue.SimpleQueue()  # those at rest; None is not begun yet
-        self.running: set[int] = set()  # process ids
         self.jobs = jobs
-        for _ in range(jobs):
-            self.pools.put(None)
 
-    def submit(self, function, /, *args) -> futures.Future:
+    def __enter__(self):
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
+        self.pool = futures.ProcessPoolExecutor(self.jobs, spawn, _initialise)
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        if error:  # what the processes do is not waited for
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self.pool.shutdown()
+
+    def submit(self, function: Callable, /, *args) -> futures.Future:
         """A future of function(*args) in one of the processes."""
-        return self.threads.submit(self._run, function, args)
-
-    def _run(self, function, args):
-        pool = self.pools.get()
         try:
-            if pool is None:
-                spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-                pool = futures.ProcessPoolExecutor(1, spawn, _begin)
-            process = pool.submit(os.getpid).result()
-            self.running.add(process)
-            try:
-                return pool.submit(function, *args).result()
-            finally:
-                self.running.discard(process)
+            return self.pool.submit(_run, function, args)
         except BrokenProcessPool:
-            pool.shutdown(wait=False)
-            pool = None
-            raise WorkerDied from None
-        finally:
-            self.pools.put(pool)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Wait for the tasks, unless cancelled not only those that run; end the processes."""
-        self.threads.shutdown(wait, cancel_futures=cancel_futures)
-        for _ in range(self.jobs):
-            if (pool := self.pools.get()) is not None:
-                pool.shutdown()
-
-    def stop(self) -> None:
-        """End the processes that have a task, now."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for process in list(self.running):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+            self.pool.shutdown()
+            self.__enter__()
+            return self.pool.submit(_run, function, args)
 
 
-def _begin() -> None:
-    """In a new process: an interrupt ends it without a word, and so does the end of its parent."""
+processes = Processes  # called as `cluster` is
+
+
+def _initialise() -> None:
+    """In a new process: an interrupt ends it without a traceback; so does its parent's death."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process().sentinel
 
@@ -94,21 +101,20 @@ def _begin() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def processes(jobs: int) -> Iterator[Processes]:
-    """An executor of `jobs` local processes; on an error what they do is not waited for."""
-    executor = Processes(jobs)
+def _run(function: Callable, args: tuple):
+    """function(*args); SystemExit ends the process, which would else take another task."""
     try:
-        yield executor
-    except BaseException:
-        executor.stop()
-        raise
-    finally:
-        executor.shutdown()
+        return function(*args)
+    except SystemExit:
+        os._exit(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Workers of a Dask scheduler
 
 
 class Cluster(futures.Executor):
-    """The workers of a Dask client.  The scheduler needs nothing of ours: tasks are bytes to it."""
+    """The workers of a Dask client.  The scheduler needs none of our modules: a task is bytes."""
 
     def __init__(self, client):
         self.executor = client.get_executor(pure=False)
@@ -127,17 +133,16 @@ class Cluster(futures.Executor):
 def cluster(address: str) -> Iterator[Cluster]:
     """The workers of a Dask scheduler; they must see the same files, at the same paths.
 
-    Each is started in the repository: python -m dask worker ADDRESS --nthreads 1.  Dask itself
-    submits the task of a dead worker again.  Raises UserError without the package or the
-    scheduler, also if it goes away, for workers that lack this code, and for a task whose workers
-    die every time.
+    Start each in the repository: python -m dask worker ADDRESS --nthreads 1.  Dask itself submits
+    the task of a dead worker again.  Raises UserError without the package or the scheduler, also
+    if it goes away, for workers that lack this code, and for a task whose workers die every time.
     """
     try:
         from distributed import Client, KilledWorker
     except ImportError:
         raise UserError("--cluster needs a package: pip install distributed") from None
     try:
-        _call(address)
+        _require_scheduler(address)
         client = Client(address, timeout=ANSWER)
     except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError is of tls://
         raise UserError(f"there is no Dask scheduler at {address}: {error}") from None
@@ -160,9 +165,12 @@ def cluster(address: str) -> Iterator[Cluster]:
             ) from None
 
 
-def _call(address: str) -> None:
-    """Raise OSError if no scheduler answers at a tcp address: Client itself tries a closed port for
-    ANSWER seconds and waits for ever at one that is open and silent.  A scheduler speaks first."""
+def _require_scheduler(address: str) -> None:
+    """Raise OSError if no scheduler answers at a tcp address.
+
+    Client itself tries a closed port for ANSWER seconds and waits for ever at one that is open and
+    silent.  A scheduler speaks first.
+    """
     from distributed.comm import get_address_host_port, parse_address
 
     if parse_address(address)[0] == "tcp":
@@ -170,33 +178,3 @@ def _call(address: str) -> None:
         with socket.create_connection(host_port, ANSWER) as connection:
             if not connection.recv(1):
                 raise OSError("it hung up")
-
-
-def complete(
-    executor: futures.Executor, function: Callable, tasks: dict[int, tuple], show: Callable
-) -> None:
-    """Run function(*arguments) for every task; calls show() on the way.
-
-    Raises UserError if the workers of one task die AGAIN + 1 times, and what a task raises.
-    """
-    lost: Counter = Counter()
-    waiting = {executor.submit(function, *args): task for task, args in tasks.items()}
-    try:
-        while waiting:
-            done, _ = futures.wait(waiting, POLL, futures.FIRST_COMPLETED)
-            for future in done:
-                task = waiting.pop(future)
-                try:
-                    future.result()
-                except WorkerDied:
-                    lost[task] += 1
-                    if lost[task] > AGAIN:
-                        raise UserError(
-                            f"the process of adapter {task} died {lost[task]} times: "
-                            "there may be too little memory, try fewer --jobs"
-                        ) from None
-                    waiting[executor.submit(function, *tasks[task])] = task
-            show()
-    finally:
-        for future in waiting:
-            future.cancel()

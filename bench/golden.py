@@ -24,7 +24,7 @@ COMMON = "--samples 1 --save-every 5 --norms-every 5 --members 20 --rank 2 --alp
 COMMON += " --lr 0.01 --attacker-lr 0.01 --steps 10"
 CASES = {
     "lora": "--method lora",
-    "lora-flip": "--method lora --flip --caption-dropout .3 --schedule cosine --normalise",
+    "lora-flip": "--method lora --flip --schedule cosine --normalise",
     "mp": "--method mp",
     "mp-raw": "--method mp --proxy raw",
     "smp": "--method smp",

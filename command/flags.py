@@ -212,6 +212,8 @@ def checked(settings: type, values: dict, path: Path) -> dict:
     had it, the values at which it changed nothing ...)}.  Such a key is dropped if it has one of
     these values, and is an error otherwise.
     """
+    if hasattr(settings, "adopted"):  # a static method: the settings of another command, translated
+        values = settings.adopted(values, path)
     fields = {f.name: f for f in dataclasses.fields(settings)}
     names = {alias: f.name for f in fields.values() for alias in (f.name, *f.metadata["aliases"])}
     retired, found = getattr(settings, "RETIRED", {}), {}
@@ -224,7 +226,7 @@ def checked(settings: type, values: dict, path: Path) -> dict:
             found[field.name] = _checked_value(field, value, f"{path}: {key}")
         elif name not in retired:
             raise UserError(f"{path}: there is no flag {key}{_did_you_mean(name, names)}")
-        elif value not in retired[name][1:]:
+        elif ... not in retired[name] and value not in retired[name][1:]:
             raise UserError(f"{path}: {_gone(f'{_flag(name)} {value}', retired[name])}")
     return found
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lora
-from diffusion import Base, Encoded, embed_captions
+from diffusion import Base, Encoded, encode_captions
 from files import lora_files
 from files.lora_files import TEXT_ENCODER, TEXT_MODEL
 
@@ -66,4 +66,4 @@ def seen(base: Base, data: Encoded, adapter: lora.Adapter) -> Encoded:
     """The images with their captions embedded by the adapter, if it adapts the text encoder."""
     if not isinstance(adapter, TwoLoRA):
         return data
-    return replace(data, text=embed_captions(base, data.captions))
+    return replace(data, text=encode_captions(base, data.captions))

@@ -50,8 +50,8 @@ def make(flags: Flags) -> dict:
     """Train on each set and write the file; returns {layer: (U, V)}.  Raises UserError."""
     import torch
 
-    from diffusion import encode
     from files.bases import load_base, resolve_dtype
+    from files.encode import encode
     from files.images import ROLES, load_images
     from methods import subspace
     from run.folder import git_commit

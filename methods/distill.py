@@ -15,24 +15,26 @@ public pictures were to close this gap; with --flip it is as small without them 
 Audits).  Tested in tests/test_distill.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
 
+from algorithm import Batch, Run, Shuffled
 from command.errors import UserError
-from files.images import PARTS
+from diffusion import PARTS, Base, Encoded, joined, predict
+from files.encode import encode
+from files.images import Images, load_images, near_duplicates
 from lora import Adapter
-from run.learner import Batches, Learner
-from run.prepare import Batch, Run
+from run.processes import Parallel
 
 SEED = 31  # of the folds, beside the run's own
-# (run, learner, steps) -> a row after every step: Algorithm 1
-Algorithm = Callable[[Run, Learner, range], Iterator[dict]]
-# (teacher, learner) -> steps behind it: takes up what a killed run has left
-TakeUp = Callable[[int, Learner], int]
+load_public = cache(load_images)  # an audit asks once per adapter
+PUBLIC = 1000  # pictures beside the private ones, at most
+SHARED = ("processes", "mirror")  # what a teacher takes from the run, where it is there
 
 
 def folds(members: list[int], count: int, seed: int) -> list[list[int]]:
@@ -41,96 +43,114 @@ def folds(members: list[int], count: int, seed: int) -> list[list[int]]:
     return [sorted(order[k::count]) for k in range(count)]
 
 
-@dataclass
-class Teachers:
-    """K adapters in turn: where the adapter of the run is trained as each of them."""
+class Taught(Shuffled):
+    """Public pictures, each with the teacher that is to answer for it this time."""
 
-    run: Run
-    weights: list[list[torch.Tensor]] = field(default_factory=list)  # of those that are trained
+    teachers = 0  # how many there are
 
-    def __post_init__(self):
-        count, members = self.run.settings.teachers, len(self.run.data.members())
-        if count > members:
-            raise UserError(f"--teachers {count} is more than the {members} members: lower it")
-
-    @property
-    def folds(self) -> list[list[int]]:
-        """Positions of the members that each teacher never sees."""
-        s = self.run.settings
-        return folds(self.run.data.members(), s.teachers, s.seed)
-
-    def as_run(self, k: int) -> Run:
-        """Plain LoRA on all members but those of fold k, without the public pictures."""
-        run, s, out = self.run, self.run.settings, set(self.folds[k])
-        roles = {f"member_{part}": run.data.roles[f"member_{part}"] for part in PARTS}
-        left = {role: [i for i in index if i not in out] for role, index in roles.items()}
-        settings = replace(s, method="lora", steps=s.teacher_steps, seed=(k + 1) * 2**32 + s.seed)
-        return replace(run, settings=settings, data=replace(run.data, roles=run.data.roles | left))
-
-    def train(
-        self, algorithm: Algorithm, take_up: TakeUp = lambda *_: 0
-    ) -> Iterator[tuple[int, int, Learner]]:
-        """Train all of them: (teacher, step, learner) after every step.
-
-        In the end the adapter is as it was, and `weights` holds those of the teachers.
-        """
-        start = weights_of(self.run.adapter)
-        for k in range(self.run.settings.teachers):
-            teacher = self.as_run(k)
-            hold(self.run.adapter, start)
-            with torch.random.fork_rng(devices=[]):  # the student's stream is not theirs
-                learner = Learner(teacher)
-                begun = take_up(k, learner)
-                for row in algorithm(
-                    teacher, learner, range(begun + 1, teacher.settings.steps + 1)
-                ):
-                    yield k, row["step"], learner
-            with learner.averaged():
-                self.weights.append(weights_of(self.run.adapter))
-        hold(self.run.adapter, start)
-
-    def untrained(self) -> "Teachers":
-        """All of them as they begin, for a dry run."""
-        self.weights = [weights_of(self.run.adapter)] * self.run.settings.teachers
-        return self
+    def draw(self) -> torch.Tensor:
+        """(size,) indices; `by` (size,) are their teachers."""
+        index = super().draw()
+        self.by = torch.randint(self.teachers, index.shape, generator=self.generator)
+        return index
 
 
-class Student(Learner):
-    """The learner of the student: its batches come with what a teacher would answer."""
+class Student(Parallel):
+    """A run whose target is what a teacher answers: of a member the one that never saw it, of a
+    public picture any.
+    """
 
-    def __init__(self, run: Run, teachers: Teachers):
-        super().__init__(run)
-        self.teachers = teachers
-        self.left_out = {i: k for k, fold in enumerate(teachers.folds) for i in fold}
-        self.public = [Batches(run.public, run.batch, self.outer)] if run.public else []
-        self.queues = [*self.queues, *self.public]
+    def __init__(self, *given, public: list[int] = (), **more):
+        """`public` are positions of the public pictures among the images."""
+        super().__init__(*given, **more)
+        s, members = self.settings, self.data.members()
+        if s.teachers > len(members):
+            many = f"--teachers {s.teachers} is more than the {len(members)} members"
+            raise UserError(f"{many}: lower it")
+        self.folds = folds(members, s.teachers, s.seed)
+        self.left_out = {i: k for k, fold in enumerate(self.folds) for i in fold}
+        self.teachers: list[list[torch.Tensor]] = []  # the weights of each, once it is trained
+        self.public = [Taught(list(public), self.size, self.outer)] if public else []
+        for pictures in self.public:
+            pictures.teachers = s.teachers
 
-    def member_batch(self) -> Batch:
-        """Members and behind them public pictures, with residuals of each one's teacher: of a
-        member the one that never saw it, of a public picture any.
-        """
-        private, public = self.private.draw(), [b.draw() for b in self.public]
-        by = [self.left_out[i] for i in private.tolist()]
-        for index in public:
-            by += torch.randint(
-                len(self.teachers.weights), index.shape, generator=self.outer
-            ).tolist()
-        batch = self.noised(torch.cat([private, *public]))
-        return replace(batch, taught=self.residuals(batch, torch.tensor(by)))
+    def batch(self, *sets: Shuffled) -> Batch:
+        """Members, and behind them as many public pictures."""
+        b = super().batch(*sets, *self.public)
+        members = b.index[: self.size].tolist()
+        by = [self.left_out[i] for i in members]
+        for pictures in self.public:
+            by += pictures.by.tolist()
+        return replace(b, target=self.answers(b, by))
 
     @torch.no_grad()
-    def residuals(self, batch: Batch, by: torch.Tensor) -> torch.Tensor:
-        """eps - f of teacher by (B,) of each image, (B, C, h, w); zero where another process
-        answers.
-        """
-        found = torch.zeros_like(batch.noise)
-        mine = [i for part in self.run.parts(batch) for i in range(part.start, part.stop)]
-        for k, weights in enumerate(self.teachers.weights):
-            index = [i for i in mine if by[i] == k]
-            if index:
-                with held(self.run.adapter, weights):
-                    found[index] = self.run.residuals(batch, index)
+    def answers(self, b: Batch, by: list[int]) -> torch.Tensor:
+        """f of teacher by[i] of each image i, (B, C, h, w); zero where another process answers."""
+        found = torch.zeros_like(b.eps)
+        mine = [i for part in self.parts(b) for i in range(part.start, part.stop)]
+        for k, weights in enumerate(self.teachers):
+            rows = [i for i in mine if by[i] == k]
+            if rows:
+                x = b[rows]
+                with held(self.adapter, weights):
+                    found[rows] = predict(self.base, x.z0, x.c, x.t, x.eps)
         return found
+
+    # ----------------------------------------------------------------------------------------------
+    # Its teachers
+
+    def lessons(self) -> Iterator[Run]:
+        """Plain LoRA on all members but those of fold k, for every k in turn: the caller trains
+        each before it asks for the next.
+
+        In the end the adapter is as it was, and `teachers` holds the weights of each.
+        """
+        start = weights_of(self.adapter)
+        for k in range(self.settings.teachers):
+            hold(self.adapter, start)
+            with torch.random.fork_rng(devices=[]):  # the student's stream is not theirs
+                yield self.teacher(k)
+            self.teachers.append(weights_of(self.adapter))
+        hold(self.adapter, start)
+
+    def teacher(self, k: int) -> Run:
+        """The run of one teacher, of this run's class but for the student in it."""
+        s, out = self.settings, set(self.folds[k])
+        roles = {f"member_{part}": self.data.roles[f"member_{part}"] for part in PARTS}
+        left = {role: [i for i in index if i not in out] for role, index in roles.items()}
+        settings = replace(s, method="lora", steps=s.teacher_steps, seed=(k + 1) * 2**32 + s.seed)
+        data = replace(self.data, roles=self.data.roles | left)
+        shared = {name: getattr(self, name) for name in SHARED if hasattr(self, name)}
+        kind = type("Teacher", tuple(c for c in type(self).__bases__ if c is not Student), {})
+        return kind(settings, self.base, data, self.adapter, **shared)
+
+    def untrained(self) -> None:
+        """Let all teachers be as they begin, for a dry run."""
+        self.teachers = [weights_of(self.adapter)] * self.settings.teachers
+
+
+# --------------------------------------------------------------------------------------------------
+# Public pictures
+
+
+def with_public(s, base: Base, data: Encoded) -> tuple[list[int], Encoded]:
+    """Positions of the public pictures, and the images with them at the end; none without --public.
+
+    Copies of the private images are left out: a teacher may have seen them.  Of more than PUBLIC a
+    random part is taken.
+    """
+    if s.public in (None, "none"):
+        return [], data
+    images = load_public(s.public, base.size, s.caption)
+    first, own = near_duplicates(np.concatenate([data.pixels, images.pixels])), len(data.names)
+    kept = [i for i, at in enumerate(first[own:]) if at == own + i]
+    if not kept:
+        raise UserError(f"all pictures in {s.public} are copies of the private images")
+    chosen = np.random.default_rng(s.seed).permutation(kept)[:PUBLIC].tolist()
+    names = [f"public/{images.names[i]}" for i in chosen]
+    captions = [images.captions[i] for i in chosen]
+    more = encode(base, Images(names, captions, images.pixels[chosen]), {}, few=s.dry_run)
+    return list(range(own, own + len(chosen))), joined(data, more)
 
 
 # --------------------------------------------------------------------------------------------------

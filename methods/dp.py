@@ -1,34 +1,35 @@
-"""DP-LoRA: every image's gradient is clipped, and noise is added to their sum.
+"""--method dp: differential privacy in a small public subspace, a bound for every attack.
 
-    g_i = gradient of the mean loss of image i over its draws      one vector over all A and B
-    g   = (sum_i min(1, C / |g_i|) g_i + sigma C z) / B            z standard normal
+    g_i = gradient of the mean loss of image i over its draws      one vector over all cores
+    g   = (sum_i min(1, C / |g_i|) g_i + sigma C z) / N            z standard normal
 
-in which each member is in a batch with probability B / N, independently of the others (DP-SGD,
-Abadi et al. 2016, arXiv 1607.00133; several draws an image: Dockhorn et al. 2023, arXiv
-2210.09929).  The batch's size varies, so the sum is divided by the expected one.
+All N members are in every step, so nothing is subsampled.  The sum changes by at most C when one
+image is added or removed, and each step is a Gaussian mechanism of noise multiplier sigma.  T steps
+are mu-Gaussian-DP with mu = sqrt(T) / sigma, exactly (Dong, Roth & Su 2019, arXiv 1905.02383,
+Corollary 3.3); `sigma_for` finds the sigma of a promised (epsilon, delta).
 
-sigma, the noise multiplier, buys the guarantee.  What spoils the model is rho = sigma sqrt(d) / B,
-the noise's norm beside that of a clipped gradient, with d numbers in the adapter.  With millions of
-them no sigma that means anything is bearable; small ones still make attacks harder (Aerni, Zhang &
-Tramer 2024, arXiv 2404.17399), without a guarantee.  `guarantee` says which is the case.
-Tested in tests/test_dp.py.
+The noise has norm sigma C sqrt(d) beside the clipped sum, so d must be small: of every layer only a
+k x k core between public directions is trained (Yu et al. 2021, arXiv 2102.12677).  C is far below
+the gradients' norms, so that each image says only a direction.  Each image has several draws of
+(t, eps), averaged before clipping (Dockhorn et al. 2023, arXiv 2210.09929).  Clipping and noise are
+DP-SGD's (Abadi et al. 2016, arXiv 1607.00133).  Tested in tests/test_dp.py.
 """
 
-import logging
 import math
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from scipy.special import log_ndtr, ndtr, ndtri
 
-from command.errors import UserError
-from lora import PerImage
-from methods.subspace import Core
-from run.learner import Learner
-from run.prepare import Batch, Run
+from algorithm import Batch, Run, Shuffled
+from methods.per_image import PerImage
+from run.processes import Parallel
 
-RHO = 0.16  # of the noise where no multiplier is given: high utility in Aerni et al.
-VACUOUS = 10.0  # an epsilon above it promises nothing that a person would call privacy
+CORE = 4  # k: numbers of a layer are k x k
+DRAWS = 4  # (t, eps) of an image in a step
+CLIP = 0.01  # C
+BETAS = (0.9, 0.99)  # of Adam
 
 
 def secret() -> int:
@@ -36,84 +37,79 @@ def secret() -> int:
     return secrets.randbits(62)
 
 
-class PrivateLearner(Learner):
-    """The learner of a run with clipped and noised gradients.
-
-    Its batches and noise follow a secret, not --seed, which the adapter's file tells.  The secret
-    is kept in the training state alone.
+class Everyone(Shuffled):
+    """All members in every batch, DRAWS times each, and behind them images of no weight that fill
+    the batch up to what the processes can share.
     """
 
-    def __init__(self, run: Run):
-        super().__init__(run)
-        s, self.members = run.settings, torch.tensor(run.data.members())
-        if s.gradient_checkpointing:
-            raise UserError("--method dp looks at every image's gradient: no checkpointing with it")
-        self.rate = min(1.0, run.batch / len(self.members))
-        self.sigma = multiplier(run)
-        # whoever can draw the same batches and noise again has no noise to look through
-        own = torch.tensor([secret() if run.processes.main else 0], device=run.base.device)
-        self.outer.manual_seed(run.processes.sum([own])[0].item())
+    filling = 0
 
-    def member_batch(self) -> Batch:
-        """Every member with probability B / N, `--draws` times each; filled up with images of no
-        weight to what the processes can share.
+    def draw(self) -> torch.Tensor:
+        """Indices; those of an image follow one another."""
+        index = torch.cat([self.indices, self.indices[:1].expand(self.filling)])
+        return index.repeat_interleave(DRAWS)
+
+
+class Private(Parallel):
+    """A run whose gradient is the noised sum of clipped gradients of single images.
+
+    Its draws and noise follow a secret, not --seed, which the adapter's file tells.  The secret is
+    kept in the training state alone, which is deleted when the run is finished.
+    """
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        s, processes, members = self.settings, self.processes, self.data.members()
+        self.D_tr = Everyone(members, len(members), self.outer)
+        self.D_tr.filling = -len(members) % processes.count
+        self.optimizer = torch.optim.Adam(self.parameters, lr=s.lr, betas=BETAS)
+        self.sigma = sigma_for(s.epsilon, promised_delta(self), s.steps)
+        # whoever could draw the same noise again could subtract it
+        own = torch.tensor([secret() if processes.main else 0], device=self.base.device)
+        self.outer.manual_seed(processes.sum([own])[0].item())
+
+    @property
+    def size(self) -> int:
+        """Members in one step: all."""
+        return len(self.data.members())
+
+    def error(self, b: Batch) -> torch.Tensor:
+        """The error maps of the whole batch; with gradient the clipped gradients are summed on the
+        way, --batch-size images at a time.
         """
-        s, count = self.run.settings, self.run.processes.count
-        chosen = self.members[torch.rand(len(self.members), generator=self.outer) < self.rate]
-        filling = -len(chosen) % count or (0 if len(chosen) else count)
-        index = torch.cat([chosen, self.members[:1].expand(filling)])
-        batch = self.noised(index.repeat_interleave(s.draws))
-        return replace(batch, counted=len(chosen))
-
-    def through(self, batch: Batch) -> "ClippedBatch":
-        """The error maps, and the gradient that is clipped and noised."""
-        return ClippedBatch(self, batch)
-
-
-class ClippedBatch:
-    """Stands where training.processes.WholeBatch does; its gradients are those of L alone."""
-
-    def __init__(self, learner: PrivateLearner, batch: Batch):
-        run, s = learner.run, learner.run.settings
-        self.learner, self.limit = learner, s.image_clip
-        self.sums = [torch.zeros_like(p) for p in run.adapter.parameters()]
-        size, errors = s.batch_size * s.draws, []
-        for part in run.processes.parts(len(batch), size):
-            modules = run.adapter.trained()
+        if not torch.is_grad_enabled():
+            return super().error(b)
+        self.sums = [torch.zeros_like(p) for p in self.parameters]
+        modules, errors = self.adapter.trained(), []
+        for part in self.processes.parts(len(b), self.settings.batch_size * DRAWS):
             with PerImage(modules) as per_image:
-                error = run.errors(batch, part)
-                images = len(error) // s.draws
-                value = error.flatten(1).mean(1).sum() / s.draws
-                every = list(per_image.gradients(value, images))
-            every = [of_parameter(*pair) for pair in zip(modules, every, strict=True)]
-            first = part.start // s.draws  # of the images of the whole batch
-            counted = torch.arange(first, first + images, device=value.device) < batch.counted
-            weights = clip_factors(every, self.limit) * counted
+                error = Run.error(self, b[part])  # one forward
+                images = len(error) // DRAWS
+                value = error.flatten(1).mean(1).sum() / DRAWS
+                found = list(per_image.gradients(value, images))
+            every = [m.to_parameter(g) for m, g in zip(modules, found, strict=True)]
+            first = part.start // DRAWS  # of the images of the whole batch
+            counted = torch.arange(first, first + images, device=value.device) < self.size
+            weights = clip_factors(every, CLIP) * counted
             for total, gradient in zip(self.sums, every, strict=True):
-                total += torch.tensordot(weights, gradient, 1).view_as(total)
+                total += torch.tensordot(weights, gradient, 1)
             errors.append(error.detach())
-        self.sums = run.processes.sum(self.sums)
-        self.error = run.processes.gather(torch.cat(errors)).requires_grad_()
+        self.sums = self.processes.sum(self.sums)
+        return self.processes.gather(torch.cat(errors))
 
-    def gradients(self, value: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
-        """The clipped mean gradient of L, with `last` and the noise of the step; `value` goes
-        unread.
+    def gradients(self, value: torch.Tensor, keep_graph: bool = False) -> list[torch.Tensor]:
+        """The mean of the clipped gradients of L, whatever `value` is.
+
+        Only the gradient that the step descends along, asked for without `keep_graph`, is noised:
+        the others are norms for the log, which stay in the run folder.
         """
-        learner, found = self.learner, []
-        deviation = learner.sigma * self.limit
+        found = []
         for total in self.sums:
             noise = 0.0
-            if last:
-                noise = torch.randn(total.shape, generator=learner.outer).to(total.device)
-            found.append((total + deviation * noise) / learner.run.batch)
+            if not keep_graph:
+                noise = torch.randn(total.shape, generator=self.outer).to(total.device)
+            found.append((total + self.sigma * CLIP * noise) / self.size)
         return found
-
-
-def of_parameter(module: torch.nn.Module, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradients of a module's weight (images, out, in) as those of its parameter, which a core
-    makes its weight of.
-    """
-    return module.to_parameter(gradient) if isinstance(module, Core) else gradient
 
 
 def clip_factors(gradients: list[torch.Tensor], limit: float) -> torch.Tensor:
@@ -122,62 +118,71 @@ def clip_factors(gradients: list[torch.Tensor], limit: float) -> torch.Tensor:
     return (limit / norms.clamp_min(1e-30)).clamp(max=1.0)
 
 
-def multiplier(run: Run) -> float:
-    """--noise-multiplier, or the one at which rho is RHO."""
-    given = run.settings.noise_multiplier
-    numbers = sum(p.numel() for p in run.adapter.parameters())
-    return RHO * run.batch / math.sqrt(numbers) if given is None else given
-
-
 # --------------------------------------------------------------------------------------------------
-# What the noise guarantees
+# What the noise promises
+
+
+def delta_of(epsilon: float, mu: float) -> float:
+    """The delta at which mu-Gaussian-DP is (epsilon, delta)-DP (Dong et al. 2019, Corollary 2.13):
+
+    Phi(-epsilon / mu + mu / 2) - e^epsilon Phi(-epsilon / mu - mu / 2).
+    """
+    first = log_ndtr(-epsilon / mu + mu / 2)
+    second = epsilon + log_ndtr(-epsilon / mu - mu / 2)
+    return float(math.exp(first) - math.exp(second))
+
+
+def mu_for(epsilon: float, delta: float) -> float:
+    """The largest mu whose Gaussian DP is within (epsilon, delta), by bisection from below."""
+    low, high = 1e-6, 1e3
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if delta_of(epsilon, middle) <= delta:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def sigma_for(epsilon: float, delta: float, steps: int) -> float:
+    """The noise multiplier with which `steps` full batches keep (epsilon, delta)."""
+    return math.sqrt(steps) / mu_for(epsilon, delta)
+
+
+def promised_delta(run: Run) -> float:
+    """A tenth of 1 / N: with 1 / N the whole of one image could be published."""
+    return 0.1 / len(run.data.members())
 
 
 @dataclass
-class Guarantee:
-    """(epsilon, delta) of the adapter after all steps, for adding or removing one image."""
+class Promise:
+    """(epsilon, delta) of the adapter after all steps, for adding or removing one image with its
+    caption, the number of members being known.
+    """
 
     epsilon: float
     delta: float
     sigma: float
+    mu: float
 
-    def facts(self) -> dict[str, float | None]:
-        """For the summary of a run; epsilon is None where there is none."""
-        finite = self.epsilon if math.isfinite(self.epsilon) else None
-        return {"epsilon": finite, "delta": self.delta, "noise_multiplier": self.sigma}
+    def caught(self, fpr: float) -> float:
+        """The most members that any attack names at a false-alarm rate: Phi(Phi^-1(fpr) + mu)."""
+        return float(ndtr(ndtri(fpr) + self.mu))
+
+    def facts(self) -> dict[str, float]:
+        """For the summary of a run."""
+        return {"epsilon": self.epsilon, "delta": self.delta, "noise_multiplier": self.sigma}
 
     def __str__(self) -> str:
-        if self.epsilon > VACUOUS:
-            return (
-                f"none: noise multiplier {self.sigma:.3g}, epsilon {self.epsilon:.3g} at delta "
-                f"{self.delta:.0e} is vacuous; what protects is measured, not proved"
-            )
-        caught = min(1.0, math.exp(self.epsilon) * 0.01 + self.delta)
         return (
-            f"epsilon {self.epsilon:.2f} at delta {self.delta:.0e}: at 1 % false alarms no attack "
-            f"on the adapter catches more than {caught:.0%} of the members"
+            f"epsilon {self.epsilon:g} at delta {self.delta:.1g}: whatever the attack on the "
+            f"adapter, at one false alarm in a hundred it names at most {self.caught(0.01):.0%} of "
+            "the members; it holds for one image with its caption, and for the adapter alone"
         )
 
 
-def guarantee(run: Run) -> Guarantee:
-    """What the noise of the whole run guarantees, by a Renyi accountant; delta is a tenth of 1 / N.
-
-    It is about the adapter alone: not the held-out losses, nor a step chosen by them.
-    """
-    s, members = run.settings, len(run.data.members())
-    sigma, delta, rate = multiplier(run), 0.1 / members, min(1.0, run.batch / members)
-    return Guarantee(epsilon(sigma, rate, s.steps, delta), delta, sigma)
-
-
-def epsilon(sigma: float, rate: float, steps: int, delta: float) -> float:
-    """Of `steps` Gaussian mechanisms on Poisson samples of the given rate."""
-    if not sigma:
-        return math.inf
-    import dp_accounting
-    from dp_accounting import rdp
-
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orders that do not converge are left out
-    step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
-    accountant = rdp.RdpAccountant()
-    accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    return float(accountant.get_epsilon(delta))
+def promise(run: Run) -> Promise:
+    """What the noise of the whole run promises."""
+    s, delta = run.settings, promised_delta(run)
+    mu = mu_for(s.epsilon, delta)
+    return Promise(s.epsilon, delta, math.sqrt(s.steps) / mu, mu)

@@ -1,4 +1,4 @@
-"""The adapter in a public subspace: of every layer only a small core is trained.
+"""The adapter of --method dp: of every layer only a core between public directions is trained.
 
     dW = U R V        U (out, k) and V (k, in) frozen, R (k, k) trained, zero at first
 
@@ -108,6 +108,11 @@ def directions_of(updates: list[dict[str, torch.Tensor]], rank: int) -> Directio
         right = torch.linalg.svd(torch.cat(matrices, 0), full_matrices=False)[2][:rank]
         found[name] = left.contiguous(), right.view(rank, *first.shape[1:]).contiguous()
     return found
+
+
+def leading(directions: Directions, rank: int) -> Directions:
+    """The first `rank` directions of every layer, or all where there are fewer."""
+    return {name: (left[:, :rank], right[:rank]) for name, (left, right) in directions.items()}
 
 
 def save(directions: Directions, target: str, path, facts: dict) -> None:

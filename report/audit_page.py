@@ -1,6 +1,6 @@
-"""What audit.py prints and draws: the table of one audit, and several audits beside each other.
+"""What audit.py prints and draws: the tables of one audit, and several audits beside each other.
 
-Held by tests/test_audit.py.
+Tested in tests/test_audit.py.
 """
 
 from pathlib import Path
@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator
 
 from attacks import roc
 from attacks.decisions import Decisions, difference
@@ -18,9 +17,8 @@ from command.whole_files import read_json, write_json
 from report import plots
 from report.tables import cell, rounded, say
 
-SHOWN = 5  # exposed images in the table
-SIDES = ((-4, 4), (5, -10), (-4, -10), (5, 4))  # of a label from its dot, in points
-LINES = (plots.COLOURS["smp"], plots.COLOURS["lora"], plots.SECOND, plots.OTHER)
+PRINTED = 5  # exposed images in the table
+LINE_COLOURS = (plots.COLOURS["smp"], plots.COLOURS["lora"], plots.SECOND, plots.OTHER)
 
 
 def by_auc(attacks: dict[str, dict]) -> list[str]:
@@ -34,18 +32,18 @@ def by_auc(attacks: dict[str, dict]) -> list[str]:
 
 def print_record(record: dict) -> None:
     """The tables of an audit, within 80 columns."""
-    step, last = list(record["steps"].items())[-1]
+    method, (step, last) = record["settings"]["method"], list(record["steps"].items())[-1]
     half = record["adapters"] * record["pool"] // 2
     print(
-        f"\n{record['settings']['method']}: {record['adapters']} adapters, a pool of "
-        f"{record['pool']}: {half} decisions on members, {half} on others"
+        f"\n{method}: {record['adapters']} adapters, a pool of {record['pool']}: "
+        f"{half} decisions on members, {half} on others"
     )
     print_attacks(f"step {step}", last["attacks"])
     if "canaries" in last:
         print_attacks("canaries", last["canaries"])
-    print_steps({record["settings"]["method"]: record})
+    print_steps({method: record})
     print("\nmost exposed, by the strongest attack at 1 % FPR")
-    for image in record["exposed"][:SHOWN]:
+    for image in record["exposed"][:PRINTED]:
         name, caption = image["name"], image["caption"] + " (canary)" * image["canary"]
         print(f"  {image['caught']} of {image['of']}  {name:30.30}  {caption:.38}")
     training, queries = record["seconds"]["training"], record["seconds"]["queries"]
@@ -53,30 +51,28 @@ def print_record(record: dict) -> None:
 
 
 def print_attacks(title: str, attacks: dict[str, dict]) -> None:
-    """AUC with its interval over images, its spread over adapters, TPR, epsilon: one line each."""
-    print(f"\n{title:24} {'AUC':17} {'sd':>5} {'TPR 5 %':>8} {'1 %':>6} {'0.1 %':>6} {'eps >':>6}")
+    """One line per attack: AUC with its interval over images, its spread over adapters, TPRs."""
+    print(f"\n{title:24} {'AUC':17} {'sd':>5} {'TPR 5 %':>8} {'1 %':>6} {'0.1 %':>6}")
     for name in by_auc(attacks):
         found = attacks[name]
         rates = [found[f"tpr_at_{fpr * 100:g}_fpr"] for fpr in roc.FPRS]
         five, one, tenth = ("-" if r is None else f"{r:.2f}" for r in rates)
-        print(
-            f"{name:24} {cell(found):17} {found['auc_sd']:5.2f} {five:>8} {one:>6} {tenth:>6} "
-            f"{found['epsilon']:6.2f}"
-        )
+        print(f"{name:24} {cell(found):17} {found['auc_sd']:5.2f} {five:>8} {one:>6} {tenth:>6}")
 
 
 def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
     """roc.png, log axes, of the last step; frontier.png, leakage against held-out loss."""
     step, last = list(record["steps"].items())[-1]
     names = by_auc(last["attacks"])  # the strongest two, and those named beforehand
-    chosen = list(dict.fromkeys([*names[:2], HEADLINE, THRESHOLD, *names]))[: len(LINES)]
-    apart = ~scores["canary"]
-    decisions = Decisions(scores["member"][:, apart])
+    chosen = list(dict.fromkeys([*names[:2], HEADLINE, THRESHOLD, *names]))[: len(LINE_COLOURS)]
+    colours = dict(zip(chosen, LINE_COLOURS, strict=True))
+    plain = ~scores["canary"]
+    decisions = Decisions(scores["member"][:, plain])
     figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")
-    for name, colour in zip(chosen, LINES, strict=True):
-        alarms, hits = (r[0] for r in decisions.rates(scores[f"{step}/{name}"][:, apart]))
+    for name, colour in colours.items():
+        fpr, tpr = (rates[0] for rates in decisions.rates(scores[f"{step}/{name}"][:, plain]))
         label = f"{name}: AUC {rounded(last['attacks'][name]['auc'])}"
-        axis.plot(alarms, hits, color=colour, lw=1.8, label=label)
+        axis.plot(fpr, tpr, color=colour, lw=1.8, label=label)
     low = 1 / (~decisions.member).sum()
     axis.plot([low, 1], [low, 1], "k:", lw=1, label="guessing")
     axis.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.05))
@@ -85,37 +81,26 @@ def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(folder / "roc.png", dpi=110)
     plt.close(figure)
-    lines = {name: (record, name) for name in chosen}
-    frontier(lines, dict(zip(chosen, LINES, strict=True)), folder / "frontier.png")
+    frontier({name: (record, name) for name in chosen}, colours, folder / "frontier.png")
 
 
-def frontier(lines: dict[str, tuple[dict, str]], colours: dict[str, str], path: Path) -> None:
-    """AUC against held-out loss over the steps of {label: (record, attack)}, as a PNG; of several
-    lines of one audit the last one names the steps.
-    """
-    naming = {id(record): label for label, (record, _) in lines.items()}
+def frontier(lines: dict[str, tuple[dict, str]], colours: dict, path: Path) -> None:
+    """AUC against held-out loss over the steps of {label: (record, attack)}, as a PNG."""
     figure, axis = plt.subplots(figsize=(7.6, 5), layout="constrained")
-    for k, (label, (record, attack)) in enumerate(lines.items()):
-        found = [(at, step) for at, step in record["steps"].items() if attack in step["attacks"]]
-        x = [step["held_out_loss"] for _, step in found]
-        y = [step["attacks"][attack]["auc"] for _, step in found]
-        ends = np.array([step["attacks"][attack]["auc_interval"] for _, step in found]).T
-        error = np.abs(ends - y)
+    outline = withStroke(linewidth=2, foreground="white")
+    for label, (record, attack) in lines.items():
+        steps = {at: s for at, s in record["steps"].items() if attack in s["attacks"]}
+        x = [step["held_out_loss"] for step in steps.values()]
+        found = [step["attacks"][attack] for step in steps.values()]
+        y = [figures["auc"] for figures in found]
+        error = np.abs(np.array([figures["auc_interval"] for figures in found]).T - y)
         axis.errorbar(x, y, error, fmt="o-", ms=4, capsize=3, color=colours[label], label=label)
-        for (at, _), *place in zip(found, x, y, strict=True):
-            if naming[id(record)] != label:
-                break
-            aside, below = SIDES[k % len(SIDES)]  # dots of several audits lie close
-            text = {"textcoords": "offset points", "xytext": (aside, below), "fontsize": 7}
-            text |= {"ha": "left" if aside > 0 else "right", "color": colours[label]}
-            text |= {"zorder": 5, "path_effects": [withStroke(linewidth=2, foreground="white")]}
-            axis.annotate(at, place, **text)
+        for at, *place in zip(steps, x, y, strict=True):
+            text = axis.annotate(at, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+            text.set(color=colours[label], path_effects=[outline])
     low, high = axis.get_xlim()
-    if high > 2 * low > 0:  # one that ruins the model would press the others together
+    if high > 2 * low > 0:  # an audit that ruins the model would press the others together
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=[1, 1.2, 1.5, 2, 3, 4, 5, 7]))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
     axis.axhline(0.5, color="grey", lw=0.8, ls=":")
     axis.set(xlabel="held-out loss (lower is better)", ylabel="AUC (0.5 leaks nothing)")
     axis.set_title("Numbers beside the dots are steps", fontsize=9)
@@ -137,25 +122,17 @@ def compare(folders: list[str]) -> dict:
     comparison.json and comparison.png beside the first.  Raises UserError for a folder without an
     audit.
     """
-    read = [_read(Path(folder)) for folder in folders]
-    names = _names(folders)
-    print_steps(dict(zip(names, (record for record, _ in read), strict=True)))
+    short = [Path(folder).name for folder in folders]
+    names = [f if short.count(s) > 1 else s for f, s in zip(folders, short, strict=True)]
+    audits = {name: _read(Path(folder)) for name, folder in zip(names, folders, strict=True)}
+    records = {name: record for name, (record, _) in audits.items()}
+    print_steps(records)
     found = {"audits": names, "differences": []}
-    for name, other in zip(names[1:], read[1:], strict=True):
-        if any(not np.array_equal(read[0][1][k], other[1][k]) for k in ("names", "member")):
-            print(f"{name} has another pool or more adapters than {names[0]}: not paired")
-            continue
-        found["differences"] += differences(names[0], read[0], name, other)
-    for change in found["differences"]:
-        low, high = change["auc_interval"]
-        say(
-            f"{change['audit']} minus {change['minus']}, {change['at']} step: "
-            f"AUC {change['auc']:+.2f} [{low:+.2f}, {high:+.2f}], "
-            f"held-out loss {change['held_out_loss']:+.4f}"
-        )
+    for name in names[1:]:
+        found["differences"] += differences(audits, names[0], name)
     beside = Path(folders[0]).parent
-    lines = {n: (record, HEADLINE) for n, (record, _) in zip(names, read, strict=True)}
-    colours = {n: plt.get_cmap("tab10")(i % 10) for i, n in enumerate(names)}
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    lines = {name: (record, HEADLINE) for name, record in records.items()}
     frontier(lines, colours, beside / "comparison.png")
     write_json(beside / "comparison.json", found)
     print(f"files:    {beside}/comparison.json, comparison.png")
@@ -168,31 +145,38 @@ def print_steps(records: dict[str, dict]) -> None:
     print(f"\n{'':{width}}  step held-out  {HEADLINE:17} TPR 1 %  strongest")
     for name, record in records.items():
         for at, step in record["steps"].items():
-            named, top = step["attacks"][HEADLINE], step["attacks"][by_auc(step["attacks"])[0]]
-            rate = "-" if named["tpr_at_1_fpr"] is None else f"{named['tpr_at_1_fpr']:.2f}"
+            figures, top = step["attacks"][HEADLINE], step["attacks"][by_auc(step["attacks"])[0]]
+            rate = "-" if figures["tpr_at_1_fpr"] is None else f"{figures['tpr_at_1_fpr']:.2f}"
             loss = f"{at:>5} {step['held_out_loss']:8.4f}"
-            print(f"{name:{width}} {loss}  {cell(named):17} {rate:>7} {rounded(top['auc']):>10}")
+            print(f"{name:{width}} {loss}  {cell(figures):17} {rate:>7} {rounded(top['auc']):>10}")
 
 
-def differences(name: str, first: tuple, other_name: str, other: tuple) -> list[dict]:
-    """Of two audits (record, scores) of one pool: the second minus the first, at two steps."""
-    found = []
+def differences(audits: dict[str, tuple], first: str, other: str) -> list[dict]:
+    """Audit `other` minus audit `first` of {name: (record, scores)}, at two steps; also printed.
+
+    Empty for audits of other images or halves.
+    """
+    (record, scores), (other_record, other_scores) = audits[first], audits[other]
+    if any(not np.array_equal(scores[k], other_scores[k]) for k in ("names", "member")):
+        print(f"{other} has another pool or more adapters than {first}: not paired")
+        return []
+    plain, found = ~(scores["canary"] | other_scores["canary"]), []
+    decisions = Decisions(scores["member"][:, plain])
     for at in ("last", "best"):
-        steps = [_step(record, at) for record, _ in (first, other)]
-        (a, b) = (
-            s[f"{step}/{HEADLINE}"] for (_, s), step in zip((first, other), steps, strict=True)
+        step, other_step = _step(record, at), _step(other_record, at)
+        before = scores[f"{step}/{HEADLINE}"][:, plain]
+        change, interval = difference(
+            decisions, other_scores[f"{other_step}/{HEADLINE}"][:, plain], before
         )
-        apart = first[1]["canary"] | other[1]["canary"]
-        decisions = Decisions(first[1]["member"][:, ~apart])
-        change, interval = difference(decisions, b[:, ~apart], a[:, ~apart])
-        losses = [
-            r["steps"][step]["held_out_loss"]
-            for (r, _), step in zip((first, other), steps, strict=True)
-        ]
-        found.append(
-            {"audit": other_name, "minus": name, "at": at, "steps": steps[::-1], "attack": HEADLINE}
-            | {"auc": change, "auc_interval": interval, "held_out_loss": losses[1] - losses[0]}
+        loss = other_record["steps"][other_step]["held_out_loss"]
+        loss -= record["steps"][step]["held_out_loss"]
+        say(
+            f"{other} minus {first}, {at} step: AUC {change:+.2f} "
+            f"[{interval[0]:+.2f}, {interval[1]:+.2f}], held-out loss {loss:+.4f}"
         )
+        named = {"audit": other, "minus": first, "at": at, "steps": [other_step, step]}
+        named |= {"attack": HEADLINE, "auc": change, "auc_interval": interval}
+        found.append(named | {"held_out_loss": loss})
     return found
 
 
@@ -200,12 +184,6 @@ def _step(record: dict, at: str) -> str:
     """The last step of an audit, or the one with the best, lowest held-out loss."""
     steps = record["steps"]
     return list(steps)[-1] if at == "last" else min(steps, key=lambda s: steps[s]["held_out_loss"])
-
-
-def _names(folders: list[str]) -> list[str]:
-    """What to call each audit: the last part of its path, or all of it where that names two."""
-    short = [Path(folder).name for folder in folders]
-    return [f if short.count(s) > 1 else s for f, s in zip(folders, short, strict=True)]
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:

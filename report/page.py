@@ -26,6 +26,7 @@ SAMPLES = 12  # generated pictures beside the private image
 CLOSEST = 12  # generated pictures closest to a member
 THUMBNAIL = 96  # pixels of the longer side
 CAPTION = 140  # letters of a caption on the page
+FIGURES = ("roc", "scores", "timesteps")  # on the page
 FPR = 0.05  # false alarms at which members are counted as caught; the page says 5 %
 FORMULA = tuple("=+-@＝＋－＠")  # what a spreadsheet takes for the beginning of a formula
 
@@ -33,16 +34,16 @@ FORMULA = tuple("=+-@＝＋－＠")  # what a spreadsheet takes for the beginnin
 def write(examination, adapted, base, record: dict, folder: Path) -> None:
     """report.html and exposure.csv of one evaluated adapter, each written whole into `folder`.
 
-    `adapted` and `base` are the `Measured` of it and of the base model, see examination.py;
-    `record` is what eval.json holds, with its sentence `verdict`.  The figures lie in
+    `examination` has the images, `adapted` and `base` what was measured of the adapter and of the
+    base model, `record` is what eval.json holds, with its sentence `verdict`.  The figures lie in
     folder/figures.
     """
-    data, headline = examination.subject.data, record["adapted"]["headline"]["attack"]
+    table = exposure(examination.data, adapted.scores, record["adapted"]["headline"]["attack"])
     texts = {
-        "exposure.csv": exposure(data, adapted.scores, headline),
+        "exposure.csv": table,
         "report.html": page(examination, adapted, base, record, folder),
     }
-    for name, text in texts.items():  # a file name need not be UTF-8: the rest is spelled out
+    for name, text in texts.items():  # bytes of a file name that are not UTF-8 are spelled out
         write_whole(folder / name, text.encode("utf-8", "backslashreplace"))
 
 
@@ -51,11 +52,11 @@ def write(examination, adapted, base, record: dict, folder: Path) -> None:
 
 
 def false_alarms(score: np.ndarray, nonmember: np.ndarray) -> np.ndarray:
-    """(N,) in [0, 1]: at which false-alarm rate an attack that finds an image would catch it.
+    """(N,) in [0, 1]: the false-alarm rate at which an attack would catch each image.
 
     It is the share of the non-members' scores (M,) that are at least as high as the image's score
-    (N,): low is exposed, 0 is above them all.  NaN where the score is; a NaN of a non-member does
-    not count, and without any other there is no rate.
+    (N,): low is exposed, 0 is above them all.  NaN where the score is NaN; a non-member's NaN does
+    not count, and if all are NaN, so is every rate.
     """
     score, known = np.asarray(score, float), np.asarray(nonmember, float)
     known = np.sort(known[~np.isnan(known)])
@@ -75,8 +76,8 @@ def chance(nonmembers: int, fpr: float = FPR) -> float:
 
 
 def ranked(score: np.ndarray, index: list[int]) -> list[int]:
-    """`index` sorted by how exposed its images are: by falling score (N,), which is by rising
-    false-alarm rate with ties by score; equals stay in their order, NaN comes last.
+    """`index` sorted by falling score (N,), the most exposed first; equal scores stay in their
+    order, NaN comes last.
     """
     return sorted(index, key=lambda i: (np.isnan(score[i]), -score[i]))
 
@@ -126,16 +127,18 @@ def guarded(text: str) -> str:
 
 def page(examination, adapted, base, record: dict, folder: Path) -> str:
     """report.html; arguments as for `write`."""
-    data = examination.subject.data
+    data, areas = examination.data, record["adapted"]["auc_by_timestep"]
     loader = FileSystemLoader(Path(__file__).parent)
     rules = {"autoescape": True, "undefined": StrictUndefined}  # names and captions are untrusted
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **rules)
     environment.filters["brief"] = brief
+    drawn = [folder / "figures" / f"{name}.png" for name in FIGURES]
     return environment.get_template("report.html.jinja").render(
         record=record,
         exposed=exposed(data, adapted.scores, record),
         attacks=attacks(record),
-        figures=drawn(folder / "figures", record),
+        figures={path.stem: data_uri(path.read_bytes()) for path in drawn if path.is_file()},
+        leakiest=max(areas, key=areas.get),
         samples=samples(data, adapted, base),
         nearest=nearest(examination, adapted, base),
         side=THUMBNAIL,
@@ -155,18 +158,16 @@ def exposed(data: Encoded, scores: dict[str, np.ndarray], record: dict) -> dict:
     count, rates = int((~np.isnan(nonmember)).sum()), false_alarms(score, nonmember)
     part = parts(data, "member")
     order = [i for i in ranked(score, sorted(part)) if not np.isnan(rates[i])]
-    test = [i for i in order if part[i] == "test"]
-    caught = {"test": (rates[test] <= FPR).sum(), "all": (rates[order] <= FPR).sum()}
+    sets = {"test": [i for i in order if part[i] == "test"], "all": order}
+    members = []
+    for i in order[:SHOWN]:
+        rate = {"rate": in_words(rates[i], count), "caught": rates[i] <= FPR}
+        members.append(pictured(data, i) | {"part": part[i]} | rate)
     return {
-        "members": [
-            pictured(data, i)
-            | {"part": part[i], "rate": in_words(rates[i], count)}
-            | {"caught": rates[i] <= FPR}
-            for i in order[:SHOWN]
-        ],
-        "caught": caught,
-        "of": {"test": len(test), "all": len(order)},
-        "chance": {"test": len(test) * chance(count), "all": len(order) * chance(count)},
+        "members": members,
+        "caught": {name: (rates[index] <= FPR).sum() for name, index in sets.items()},
+        "of": {name: len(index) for name, index in sets.items()},
+        "chance": {name: len(index) * chance(count) for name, index in sets.items()},
         "unscored": len(part) - len(order),
         "nonmembers": count,
     }
@@ -174,11 +175,8 @@ def exposed(data: Encoded, scores: dict[str, np.ndarray], record: dict) -> dict:
 
 def pictured(data: Encoded, i: int) -> dict:
     """An image on the page: its name, caption and thumbnail."""
-    return {
-        "name": data.names[i],
-        "caption": data.captions[i],
-        "image": thumbnail(data.pixels[i]),
-    }
+    image = thumbnail(data.pixels[i])
+    return {"name": data.names[i], "caption": data.captions[i], "image": image}
 
 
 def thumbnail(pixels: np.ndarray) -> str:
@@ -197,43 +195,10 @@ def data_uri(png: bytes) -> str:
 def attacks(record: dict) -> list[dict]:
     """Rows of the table: every attack, the highest AUC first."""
     adapted, base = record["adapted"], record["base"]["attacks"]
-    names = sorted(adapted["attacks"], key=lambda name: -adapted["attacks"][name]["auc"])
-    mark = adapted["headline"]["attack"]
-    return [
-        adapted["attacks"][name] | {"name": name, "headline": name == mark, "base": base.get(name)}
-        for name in names
-    ]
-
-
-def drawn(folder: Path, record: dict) -> list[dict]:
-    """The figures that are there: title, what to see in it, and the PNG itself."""
-    adapted, base = record["adapted"], record["base"]
-    areas = adapted["auc_by_timestep"]
-    top = max(areas, key=areas.get)
-    texts = {
-        "roc": (
-            "Members found against false alarms",
-            f"ROC curves of {len(adapted['attacks'])} attacks on logarithmic axes. The further a "
-            "curve lies above the dotted line of guessing, the more is found.",
-        ),
-        "scores": (
-            "Scores of members and of non-members",
-            "Histograms of one attack's scores on the base model and on the adapter. What does "
-            "not overlap gives members away.",
-        ),
-        "timesteps": (
-            "Leakage by timestep",
-            f"AUC of the loss at one timestep and one draw of noise. It is highest at t = {top}: "
-            f"{areas[top]:.2f} for the adapter, {base['auc_by_timestep'][top]:.2f} for the base "
-            "model.",
-        ),
-    }
-    return [
-        {"title": title, "text": text, "wide": name == "scores"}
-        | {"image": data_uri((folder / f"{name}.png").read_bytes())}
-        for name, (title, text) in texts.items()
-        if (folder / f"{name}.png").is_file()
-    ]
+    head, rows = adapted["headline"]["attack"], []
+    for name, found in sorted(adapted["attacks"].items(), key=lambda item: -item[1]["auc"]):
+        rows.append(found | {"name": name, "headline": name == head, "base": base.get(name)})
+    return rows
 
 
 def samples(data: Encoded, adapted, base) -> list[dict]:
@@ -241,11 +206,13 @@ def samples(data: Encoded, adapted, base) -> list[dict]:
     if adapted.pictures is None:
         return []
     chosen, members = figures.spread(data.members(), len(adapted.pictures), SAMPLES)
-    made = {"adapted": adapted.pictures, "base": base.pictures}
-    return [
-        pictured(data, i) | {n: thumbnail(p[k]) for n, p in made.items() if p is not None}
-        for k, i in zip(chosen, members, strict=True)
-    ]
+    rows = []
+    for k, i in zip(chosen, members, strict=True):
+        row = pictured(data, i) | {"adapted": thumbnail(adapted.pictures[k])}
+        if base.pictures is not None:
+            row["base"] = thumbnail(base.pictures[k])
+        rows.append(row)
+    return rows
 
 
 def nearest(examination, adapted, base) -> dict | None:
@@ -254,24 +221,21 @@ def nearest(examination, adapted, base) -> dict | None:
     """
     if adapted.features is None:
         return None
-    data, held_out = examination.subject.data, examination.subject.held_out
-    order, near = figures.closest(examination.real, adapted.features, CLOSEST)
+    data, real, rows = examination.data, examination.real, []
+    order, near = figures.closest(real, adapted.features, CLOSEST)
     members = data.members()
-    rows = [
-        {
-            "generated": thumbnail(adapted.pictures[k]),
-            "member": pictured(data, members[i]) | {"distance": f"{d:.3f}"},
-            "held_out": {"image": thumbnail(held_out[j]), "distance": f"{e:.3f}"}
-            | {"caption": examination.subject.held_out_captions[j]},
-        }
-        for k, d, i, e, j in zip(order, *near["members"], *near["held_out"], strict=True)
-    ]
+    for k, d, i, e, j in zip(order, *near["members"], *near["held_out"], strict=True):
+        held_out = {"image": thumbnail(examination.held_out[j]), "distance": f"{e:.3f}"}
+        row = {"generated": thumbnail(adapted.pictures[k])}
+        row["member"] = pictured(data, members[i]) | {"distance": f"{d:.3f}"}
+        row["held_out"] = held_out | {"caption": examination.held_out_captions[j]}
+        rows.append(row)
     return {
         "rows": rows,
-        "sizes": {name: len(features) for name, features in examination.real.items()},
+        "sizes": {name: len(features) for name, features in real.items()},
         "pictures": len(adapted.pictures),
-        "nearer": nearer(examination.real, adapted.features),
-        "base": None if base.features is None else nearer(examination.real, base.features),
+        "nearer": nearer(real, adapted.features),
+        "base": None if base.features is None else nearer(real, base.features),
     }
 
 

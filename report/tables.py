@@ -9,12 +9,11 @@ import numpy as np
 
 from attacks import comparisons
 
-PERCENT = ("5", "1", "0.1")  # FPRs of eval.json
 ALARMS = {
     "5": "one false alarm in twenty",
     "1": "one false alarm in a hundred",
     "0.1": "one false alarm in a thousand",
-}
+}  # FPRs of eval.json in per cent
 
 
 def cell(figures: dict | None, key: str = "auc") -> str:
@@ -63,19 +62,17 @@ def print_attacks(title: str, record: dict) -> None:
         "non-members, 95 % intervals; 0.5 is chance"
     )
     any_attack = next(iter(adapted["attacks"].values()))
-    rates = [p for p in PERCENT if any_attack[f"tpr_at_{p}_fpr"] is not None][-1:]
+    rates = [p for p in ALARMS if any_attack[f"tpr_at_{p}_fpr"] is not None][-1:]
     heads = "".join(f"{f'TPR at {p} % FPR':19}" for p in rates)
     print(f"{'':24}{'AUC':19}{heads}AUC on the base")
     for name, found in adapted["attacks"].items():
         cells = [cell(found), *(cell(found, f"tpr_at_{p}_fpr") for p in rates)]
         line = "".join(f"{c:19}" for c in cells)
         print(f"{name:24}{line}{cell(base['attacks'].get(name))}")
-    for label, key in (("headline", "headline"), ("maximum", "worst")):
-        chosen = adapted[key]
-        why = "chosen on known images" if key == "headline" else "highest on the test images"
-        print(f"{label:24}{cell(chosen):17}  {chosen['attack']}, {why}")
-    worst = adapted["worst"]
-    print(f"{'  without any leak':24}{worst['null']:.2f} is reached by 5 % (permuted labels)")
+    head = adapted["headline"]
+    print(f"{'headline':24}{cell(head):17}  {head['attack']}, chosen on known images")
+    null = f"{adapted['null']:.2f} is reached by some attack in 5 % (permuted labels)"
+    print(f"{'  without any leak':24}{null}")
     low = [n for n, f in adapted["attacks"].items() if f["auc_interval"][1] < 0.5]
     if low:
         say(f"note: over-corrected for {', '.join(low)}: AUC below 0.5 gives members away too")
@@ -115,7 +112,7 @@ def verdict(record: dict) -> str:
     attack = f"the {head['attack']} attack"
     ranks = f"ranks a member above a non-member {percent(area)} % of the time"
     found = f"{attack} {ranks} [{percent(low)}, {percent(high)}]"
-    names = [p for p in PERCENT if figures[f"tpr_at_{p}_fpr"] is not None]
+    names = [p for p in ALARMS if figures[f"tpr_at_{p}_fpr"] is not None]
     if names:
         share = percent(figures[f"tpr_at_{names[-1]}_fpr"])
         found += f"; at {ALARMS[names[-1]]} it names {share} % of the members"
@@ -144,66 +141,72 @@ def differ_in_kind(blind: dict) -> bool:
 
 
 def print_differences(records: list[dict], test_scores: list[dict]) -> None:
-    """Each later model against the first on the same images, at the first one's headline attack.
+    """Each later model against the first on the same images, by the first one's headline attack.
 
-    That attack is chosen without the test images: at the worst one on them, the first would be
+    That attack was chosen without the test images: at its highest AUC on them, the first would be
     found to leak more than it does.
     """
-    names = titles(records)
+    names, first = titles(records), records[0]
+    attack = first["adapted"]["headline"]["attack"]
     for title, record, scores in zip(names[1:], records[1:], test_scores[1:], strict=True):
-        name = records[0]["adapted"]["headline"]["attack"]
-        first, second = test_scores[0][name], scores[name]
-        if record["seed"] != records[0]["seed"] or record["images"] != records[0]["images"]:
-            continue
-        change, (low, high) = comparisons.paired_difference(second, first)
-        interval = f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
-        say(f"{title} minus {names[0]}, AUC of {name}: {interval} (paired)")
+        if record["seed"] == first["seed"] and record["images"] == first["images"]:
+            change = comparisons.paired_difference(scores[attack], test_scores[0][attack])
+            say(f"{title} minus {names[0]}, AUC of {attack}: {signed(*change)} (paired)")
+
+
+def signed(change: float, interval: list[float]) -> str:
+    """A difference with its interval: +0.07 [-0.02, +0.16]."""
+    return f"{change:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
 def print_seeds(records: list[dict], kinds: list[str], test_scores: list[dict]) -> list[dict]:
     """What runs that differ by their seed alone say together, and each kind of run against the
-    first; returns it.
+    first; returns it, a dictionary per kind.
     """
-    groups: dict[str, dict[int, int]] = {}  # kind -> seed -> position
-    called = titles(records)
-    for i, (record, same) in enumerate(zip(records, kinds, strict=True)):
-        groups.setdefault(same, {})[record["seed"]] = i
-    groups, found, first = {k: g for k, g in groups.items() if len(g) > 1}, [], None
-    for group in groups.values():
-        members = [records[i] for i in group.values()]
-        worst = comparisons.pooled_worst([test_scores[i] for i in group.values()])
-        losses = [r["adapted"]["held_out_loss"] for r in members]
-        names = [called[i] for i in group.values()]
-        entry = (
-            {"runs": names, "seeds": list(group)}
-            | {k: members[0][k] for k in ("method", "lam")}
-            | {"worst": worst}
-        )
-        entry |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
-        qualities = [r["adapted"].get("quality") for r in members]
-        if all(qualities):
-            entry["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
-        text = f"{', '.join(names)}: worst case {cell(worst)} by {worst['attack']}, "
-        text += f"held-out loss {np.mean(losses):.4f}"
-        for real in ("members", "held_out") if "quality" in entry else ():
-            distance = entry["quality"][f"frechet_{real}"]
-            text += f", Frechet distance {distance:.0f} ({real.replace('_', ' ')})"
-        say(f"{text} (worst case of each: {', '.join(f'{a:.2f}' for a in worst['auc_by_seed'])})")
-        if first is None:
-            # named by one seed's known images, so not by the figures it is compared at
-            first, name = group, members[0]["adapted"]["headline"]["attack"]
-        elif shared := [seed for seed in group if seed in first]:
-            pairs = [
-                (test_scores[group[seed]][name], test_scores[first[seed]][name]) for seed in shared
-            ]
-            change, (low, high) = comparisons.pooled_difference(pairs)
-            entry["difference"] = {
-                "attack": name,
-                "auc": change,
-                "interval": [low, high],
-                "seeds": shared,
-            }
-            interval = f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
-            say(f"    minus the first, AUC of {name}: {interval} (paired, {len(shared)} seeds)")
+    by_kind: dict[str, dict[int, int]] = {}  # kind -> seed -> position
+    for i, (record, kind) in enumerate(zip(records, kinds, strict=True)):
+        by_kind.setdefault(kind, {})[record["seed"]] = i
+    groups = [seeds for seeds in by_kind.values() if len(seeds) > 1]
+    called, found = titles(records), []
+    for seeds in groups:
+        members, scores = ([given[i] for i in seeds.values()] for given in (records, test_scores))
+        entry = {"runs": [called[i] for i in seeds.values()], "seeds": list(seeds)}
+        entry |= {key: members[0][key] for key in ("method", "lam")} | pooled(members, scores)
+        print_pooled(entry)
+        shared = [seed for seed in seeds if seed in groups[0]]
+        if seeds is not groups[0] and shared:
+            # the attack is named by the known images of one seed, so not by the figures compared
+            attack = records[min(groups[0].values())]["adapted"]["headline"]["attack"]
+            pairs = [[test_scores[of[s]][attack] for of in (seeds, groups[0])] for s in shared]
+            change, interval = comparisons.pooled_difference(pairs)
+            entry["difference"] = {"attack": attack, "auc": change, "interval": interval}
+            entry["difference"]["seeds"] = shared
+            text = f"    minus the first, AUC of {attack}: {signed(change, interval)}"
+            say(f"{text} (paired, {len(shared)} seeds)")
         found.append(entry)
     return found
+
+
+def pooled(records: list[dict], test_scores: list[dict]) -> dict:
+    """Means over the seeds of one kind of run: AUC of each one's headline attack, held-out loss and
+    the quality of pictures.
+    """
+    chosen = [r["adapted"]["headline"]["attack"] for r in records]
+    pairs = [scores[attack] for scores, attack in zip(test_scores, chosen, strict=True)]
+    losses = [r["adapted"]["held_out_loss"] for r in records]
+    found = {"headline": {"attacks": chosen} | comparisons.pooled(pairs)}
+    found |= {"held_out_loss": float(np.mean(losses)), "held_out_loss_by_seed": losses}
+    qualities = [r["adapted"].get("quality") for r in records]
+    if all(qualities):
+        found["quality"] = {k: float(np.mean([q[k] for q in qualities])) for k in qualities[0]}
+    return found
+
+
+def print_pooled(entry: dict) -> None:
+    """One kind of run in a sentence."""
+    headline, runs = entry["headline"], ", ".join(entry["runs"])
+    text = f"{runs}: headline {cell(headline)}, held-out loss {entry['held_out_loss']:.4f}"
+    for real in ("members", "held_out") if "quality" in entry else ():
+        distance = entry["quality"][f"frechet_{real}"]
+        text += f", Frechet distance {distance:.0f} ({real.replace('_', ' ')})"
+    say(f"{text} (headline of each: {', '.join(f'{a:.2f}' for a in headline['auc_by_seed'])})")

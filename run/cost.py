@@ -1,72 +1,24 @@
-"""What a run will do and cost, said before it is done: when it saves, gigabytes, hours.
+"""What a run costs: steps, gigabytes, hours, memory.
 
-    plan.say(run, learner)                     # before the first step: steps, adapters, states, GB
-    plan.hours(run, seconds)                   # once the time of a step is known
-    plan.saves(settings, step)                 # whether the adapter of a step is kept
+    cost.steps_line(run)                       # before the first step
+    cost.hours(run, seconds)                   # once the time of a step is known
 
-Held by tests/test_plan.py.
+Tested in tests/test_cost.py.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 
-from diffusion import ALL_TIMESTEPS, DRAWS, GRID_BATCH, TIMESTEPS, at_once, loss_grid
-from run import pictures
-from run.learner import Learner
-from run.prepare import Run
-from settings import Settings
-
-STATE_SECONDS = 300  # between two states where --state-every does not say; so much is lost at most
-PARTS, FIRST = 8, 20  # an adapter each eighth of a run, the first after a twentieth
-QUICK = 128  # pixels of a side up to which a CPU draws at every save
-
-# --------------------------------------------------------------------------------------------------
-# When something is written
-
-
-def saves(s: Settings, step: int) -> bool:
-    """Whether the adapter of a step is kept, with its held-out loss: every --save-every and the
-    last; without the flag each eighth of the run, and before them one after a twentieth.
-    """
-    if step == s.steps:
-        return True
-    if s.save_every:
-        return step % s.save_every == 0
-    return step == first_saved(s) or step % max(1, s.steps // PARTS) == 0
-
-
-def first_saved(s: Settings) -> int:
-    """The first step whose adapter is kept."""
-    return min(s.steps, s.save_every or max(1, s.steps // FIRST))
-
-
-def draws(run: Run, step: int) -> bool:
-    """Whether there is a grid of pictures at `step`, which is not the last: at the start and at
-    every save, or at every --sample-every.  A CPU, which takes minutes for a large picture, draws
-    such at the first save alone unless that flag asks for more.
-    """
-    s = run.settings
-    if not s.samples or step == s.steps:
-        return False
-    if s.sample_every:
-        return step % s.sample_every == 0
-    if run.base.device.type == "cpu" and run.base.size > QUICK:
-        return step == first_saved(s)
-    return step == 0 or saves(s, step)
-
-
-def state_due(s: Settings, step: int, since: float) -> bool:
-    """Whether a state for --resume is due, `since` seconds after the one before."""
-    return step % s.state_every == 0 if s.state_every else since >= STATE_SECONDS
-
-
-# --------------------------------------------------------------------------------------------------
-# What it costs
+from algorithm import Run
+from diffusion import ALL_TIMESTEPS, DRAWS, GRID_BATCH, TIMESTEPS, Encoded, at_once, loss_grid
+from run import pictures, snapshot, watch
+from run.due import KEEP, draws, saves
+from run.processes import Processes
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -74,29 +26,29 @@ def nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def gigabytes(run: Run, learner: Learner) -> dict[str, float]:
+def gigabytes(run: Run) -> dict[str, float]:
     """Size in GB (1e9 bytes) of one adapter and of one state, and of all that lies in the run
-    folder at most: adapters of the saved steps and the result, --keep states and one being written.
+    folder at most: adapters of the saved steps and the result, KEEP states and one being written.
     """
     s, adapter = run.settings, nbytes(run.adapter.state_dict().values())
-    moments = 2 * nbytes(learner.parameters)  # AdamW's; the attacker's Adam has as many
+    moments = 2 * nbytes(run.parameters)  # AdamW's; the attacker's Adam has as many
     if s.attacked:
-        moments += 2 * nbytes(learner.attacker.parameters())
-    held = {k: v for k, v in learner.tensors().items() if "optimizer/" not in k}
+        moments += 2 * nbytes(run.h.parameters())
+    held = {k: v for k, v in snapshot.tensors_of(run).items() if "optimizer/" not in k}
     state = nbytes(held.values()) + moments
-    count = 1 + (s.format == "kohya") + sum(saves(s, step) for step in range(1, s.steps + 1))
-    total = count * adapter + (s.keep + 1) * state
+    count = 1 + sum(saves(s, step) for step in range(1, s.steps + 1))
+    total = count * adapter + (KEEP + 1) * state
     return {"adapter": adapter / 1e9, "state": state / 1e9, "total": total / 1e9}
 
 
-def steps_line(run: Run, learner: Learner) -> str:
+def steps_line(run: Run) -> str:
     """`160,000 steps of 1 image, 400 passes; 10 adapters of 0.05 GB, states of 0.15 GB: 1.0 GB`."""
-    s, size = run.settings, gigabytes(run, learner)
-    passes = s.steps * run.batch / len(run.data.members())
+    s, size = run.settings, gigabytes(run)
+    passes = s.steps * run.size / len(run.data.members())
     adapters = counted(sum(saves(s, step) for step in range(1, s.steps + 1)), "adapter")
     return (
-        f"{s.steps:,} steps of {counted(run.batch, 'image')}, {passes:.3g} passes; {adapters} of "
-        f"{size['adapter']:.2g} GB, {counted(s.keep, 'state')} of {size['state']:.2g} GB: "
+        f"{s.steps:,} steps of {counted(run.size, 'image')}, {passes:.3g} passes; {adapters} of "
+        f"{size['adapter']:.2g} GB, {counted(KEEP, 'state')} of {size['state']:.2g} GB: "
         f"{size['total']:.2g} GB at most"
     )
 
@@ -106,18 +58,17 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
 
 
-def hours(run: Run, seconds: float, lesson: float = 0.0) -> str:
-    """`32 h: 31 h of steps at 0.70 s, 1 h of held-out losses and pictures`: a step takes `seconds`,
-    one of a teacher `lesson`.  Sends one batch through the UNet to see what looking costs.
+def hours(run: Run, seconds: float, teaching: float = 0.0) -> str:
+    """`32 h: 31 h of steps at 0.70 s, 1 h of held-out losses and pictures`.
+
+    A step takes `seconds`, and all steps of teachers `teaching` seconds together.  Sends one batch
+    through the UNet to time the forwards without gradient.
     """
-    s = run.settings
-    training = s.steps * seconds
-    if s.method == "distill":
-        training += s.teachers * s.teacher_steps * lesson
-    looking = forwards(run) * forward_seconds(run)
+    training = run.settings.steps * seconds + teaching
+    looking = forwards(run) * forward_seconds(run.base, run.data)
     return (
-        f"about {lasting(training + looking)}: {lasting(training)} of steps at {seconds:.2g} s, "
-        f"{lasting(looking)} of held-out losses and pictures"
+        f"about {duration(training + looking)}: {duration(training)} of steps at {seconds:.2g} s, "
+        f"{duration(looking)} of held-out losses and pictures"
     )
 
 
@@ -148,16 +99,15 @@ def drawing(run: Run) -> int:
     return 2 * (2 * last + rows * few)
 
 
-def forward_seconds(run: Run) -> float:
+def forward_seconds(base, data: Encoded) -> float:
     """Of one image through the UNet without gradient, in a batch as held-out losses have it."""
-    latents, text = run.data.latents, run.data.text
-    index = [i % len(latents) for i in range(at_once(run.base, GRID_BATCH))]
+    index = [i % len(data.latents) for i in range(at_once(base, GRID_BATCH))]
     began = time.perf_counter()
-    loss_grid(run.base, latents[index], text[index], timesteps=(250,), draws=1)
+    loss_grid(base, data.latents[index], data.text[index], timesteps=(250,), draws=1)
     return (time.perf_counter() - began) / len(index)
 
 
-def lasting(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration in words: `40 s`, `12 min`, `31 h`, `22 days`."""
     for unit, length, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if seconds < most * length:
@@ -174,44 +124,50 @@ def peak_memory(device: torch.device) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Saying it
+# A dry run
 
 
-def say(run: Run, learner: Learner) -> None:
-    """Print what is known before the first step."""
-    if run.processes.main:
-        where = f"on {run.base.device}, {run.settings.dtype}"
-        print(f"plan:     {steps_line(run, learner)}; {where}", flush=True)
-
-
-def dry(run: Run, learner: Learner, seconds: float, lesson: float = 0.0) -> dict[str, str]:
-    """What a run would do, at `seconds` a step, `lesson` one of a teacher's; printed by the main
-    process.
-    """
-    s = run.settings
-    count = sum(p.numel() for p in run.adapter.parameters())
-    found = {
-        "model": f"{s.model}, {run.base.size} px, {s.dtype}, on {run.base.device}"
-        f" x {run.processes.count}",
-        "adapter": f"{count:,} parameters in "
-        f"{f'{n} layers' if (n := len(run.adapter.layers)) else 'the whole UNet'}",
-    }
-    if s.method == "distill":
+def dry_run(run: Run, processes: Processes, algorithm: Callable) -> dict[str, str]:
+    """Print what a run would do, with the time of the second of two steps; nothing is written."""
+    s, data = run.settings, run.data
+    run.data = few_images(data)
+    watch.base_row(run)  # raises UserError where the losses are not finite
+    run.data, found, teaching = data, {}, 0.0
+    if teacher := getattr(run, "teacher", None):
+        lesson = second_step(algorithm, teacher(0))
+        run.untrained()
+        teaching = s.teachers * s.teacher_steps * lesson
         found["teachers"] = f"{s.teachers} of {s.teacher_steps} steps at {lesson:.2g} s"
-        found["public"] = f"{len(run.public)} public pictures from {s.public}"
+        found["public"] = f"{sum(len(D.indices) for D in run.public)} public pictures"
+    seconds = second_step(algorithm, run)
+    layers = len(run.adapter.layers)
+    where = f"{layers} layers" if layers else "the whole UNet"
+    device = f"on {run.base.device} x {processes.count}"
     found |= {
-        "plan": steps_line(run, learner),
-        "time": hours(run, seconds, lesson),
+        "model": f"{s.model}, {run.base.size} px, {s.dtype}, {device}",
+        "adapter": f"{sum(p.numel() for p in run.parameters):,} parameters in {where}",
+        "plan": steps_line(run),
+        "time": hours(run, seconds, teaching),
         "memory": f"{peak_memory(run.base.device):.1f} GiB at its peak",
     }
-    if run.processes.main:
+    if processes.main:
         for name, text in found.items():
             print(f"{name + ':':9} {text}")
-        print(f"dry run: nothing was written to {run.folder}")
+        print(f"dry run: nothing was written to {s.out}")
+    processes.close()
     return found
 
 
-def sketch(run: Run) -> Run:
-    """The run with one validation image on each side: enough to see that its losses are finite."""
-    few = {f"{side}_val": run.data.roles[f"{side}_val"][:1] for side in ("member", "nonmember")}
-    return replace(run, data=replace(run.data, roles=run.data.roles | few))
+def second_step(algorithm: Callable, run: Run) -> float:
+    """Seconds of the second step; the first warms up."""
+    rows = algorithm(run, (1, 2))
+    next(rows)
+    began = time.time()
+    next(rows)
+    return time.time() - began
+
+
+def few_images(data: Encoded) -> Encoded:
+    """The images with one of validation on each side: enough to see that its losses are finite."""
+    few = {f"{side}_val": data.roles[f"{side}_val"][:1] for side in ("member", "nonmember")}
+    return replace(data, roles=data.roles | few)

@@ -10,7 +10,6 @@ from command.errors import UserError, shown, this_command
 from command.flags import checked
 from command.whole_files import read_json
 from files import EMBEDDED_SETS
-from run import lock
 from run.resolve import out_folder, resolve
 from settings import FREE, Settings
 
@@ -27,21 +26,13 @@ def precheck(settings: Settings) -> tuple[Settings, dict | None]:
     summary = None
     if settings.resume:
         settings, summary = stored(settings)
-    settings = resolve(settings)
+    begun = settings.resume and (out_folder(settings) / "config.json").exists()
+    settings = resolve(settings, begun)
     if summary is None:
         _require_paths(settings)
         if settings.resume:
             _require_processes(Path(settings.out) / "config.json")
     return settings, summary
-
-
-def glance(settings: Settings) -> None:
-    """What the command line asks before the heavy imports: `precheck`, and that nobody else trains
-    into the folder just now.
-    """
-    checked, summary = precheck(settings)
-    if summary is None and writes(checked):
-        lock.require_free(Path(checked.out))
 
 
 def writes(settings: Settings) -> bool:
@@ -82,9 +73,9 @@ def _require_paths(s: Settings) -> None:
         raise UserError(
             f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
         )
-    if s.subspace not in (None, "public") and not os.path.isfile(s.subspace):
+    if s.directions and not os.path.isfile(s.directions):
         raise UserError(
-            f"there is no file {shown(s.subspace)}: python -m methods.directions makes directions"
+            f"there is no file {shown(s.directions)}: python -m methods.directions makes directions"
         )
     if s.init and not os.path.exists(s.init):
         raise UserError(f"there is no adapter file {shown(s.init)}: --init names one to start from")

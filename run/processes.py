@@ -9,12 +9,11 @@ J is a function of the error maps e alone, hence
 
 The maps are small: they are gathered whole, J and dJ/de are computed on all of them, and each
 part's slice of dJ/de is pulled back through the UNet.  Micro-batches cost one more forward without
-gradient, since dJ/de wants all of e first; means over images (LoRA, MP) could be spared it, which
-was not worth a second way.  Held by tests/test_parallel.py to one big batch in one process.
+gradient, since dJ/de needs all of e first.  Tested in tests/test_parallel.py against one big batch
+in one process.
 """
 
 import os
-from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
@@ -22,10 +21,9 @@ from accelerate.utils import broadcast, gather, reduce
 from torch import distributed
 from torch.nn import Parameter
 
+from algorithm import Batch, Run
 from command.errors import UserError
 from run.precheck import launched
-
-Forward = Callable[[slice], torch.Tensor]  # error maps e (b, C, h, w) of a part of the batch
 
 
 class Processes:
@@ -91,53 +89,57 @@ class Processes:
             distributed.destroy_process_group()
 
 
-class WholeBatch:
-    """The error maps of a whole batch as a leaf, and gradients of any function of them.
+class Parallel(Run):
+    """A run over several processes, with --accumulate, or on a base in half precision."""
 
-    batch = WholeBatch(forward, parts, parameters, processes)
-    value = objective(batch.error, ...)            # any scalar function of e (B, C, h, w)
-    grads = batch.gradients(value, last=True)      # d value / d parameters, over all parts
-    """
+    def __init__(self, *given, processes: Processes, **more):
+        self.processes = processes
+        super().__init__(*given, **more)
+        self.attacker_optimizer.register_step_post_hook(lambda *_: processes.same(self.h))
 
-    def __init__(
-        self,
-        forward: Forward,
-        parts: list[slice],
-        parameters: list[Parameter],
-        processes: Processes,
-    ):
-        self.forward, self.parts, self.parameters, self.processes = (
-            forward,
-            parts,
-            parameters,
-            processes,
-        )
+    @property
+    def size(self) -> int:
+        """Members in one step, over all forwards and processes."""
+        s = self.settings
+        return s.batch_size * s.accumulate * self.processes.count
+
+    def parts(self, b: Batch) -> list[slice]:
+        """What this process sends through the UNet of a batch: as many forwards for any batch."""
+        return self.processes.parts(len(b), self.settings.batch_size * (len(b) // self.size))
+
+    def error(self, b: Batch) -> torch.Tensor:
+        """The error maps of the whole batch; with gradient they are a leaf, and `gradients` goes on
+        from it.
+        """
+        one_forward = super().error
+        if not torch.is_grad_enabled():
+            parts = self.processes.parts(len(b), 2 * self.settings.batch_size)
+            return self.processes.gather(torch.cat([one_forward(b[part]) for part in parts]))
+        self.outer_batch, parts = b, self.parts(b)
         if len(parts) == 1:
-            self.mine = forward(parts[0])  # with its graph: the only forward there is
+            self.mine = one_forward(b[parts[0]])  # with its graph: no other forward is needed
         else:
             with torch.no_grad():
-                self.mine = torch.cat([forward(part) for part in parts])
-        self.error = processes.gather(self.mine.detach()).requires_grad_()
+                self.mine = torch.cat([one_forward(b[part]) for part in parts])
+        self.whole = self.processes.gather(self.mine.detach()).requires_grad_()
+        return self.whole
 
-    def gradients(self, value: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
-        """d value / d parameters; `last` frees the graph."""
-        slope = torch.autograd.grad(value, self.error, retain_graph=not last)[
-            0
-        ]  # dJ/de (B, C, h, w)
-        slopes = [slope[part] for part in self.parts]
-        if len(self.parts) == 1:
-            return self.processes.sum(
-                pull_back(self.mine, slopes[0], self.parameters, keep_graph=not last)
-            )
-        pulled = (
-            pull_back(self.forward(p), s, self.parameters)
-            for p, s in zip(self.parts, slopes, strict=True)
-        )
-        return self.processes.sum(total(pulled))
+    def gradients(self, value: torch.Tensor, keep_graph: bool = False) -> list[torch.Tensor]:
+        """d value / d(A, B) for a function of the error maps of the last `error` with gradient."""
+        (slope,) = torch.autograd.grad(value, self.whole, retain_graph=keep_graph)  # (B, C, h, w)
+        b, parts, total = self.outer_batch, self.parts(self.outer_batch), None
+        for part in parts:
+            error = self.mine if len(parts) == 1 else super().error(b[part])
+            pulled = pull_back(error, slope[part], self.parameters, keep_graph and len(parts) == 1)
+            if total is None:
+                total = pulled
+            else:
+                total = [a.add_(g) for a, g in zip(total, pulled, strict=True)]
+        return self.processes.sum(total)
 
 
 def pull_back(
-    error, slope, parameters: list[Parameter], keep_graph: bool = False
+    error: torch.Tensor, slope: torch.Tensor, parameters: list[Parameter], keep_graph: bool = False
 ) -> list[torch.Tensor]:
     """(de / d parameters)^T slope.
 
@@ -148,15 +150,3 @@ def pull_back(
     scale = 2.0 ** -torch.frexp(slope.abs().max().float())[1].item()
     grads = torch.autograd.grad(error, parameters, slope * scale, retain_graph=keep_graph)
     return [g / scale for g in grads]
-
-
-def total(lists) -> list[torch.Tensor]:
-    """The sum of lists of tensors, entry by entry."""
-    result = None
-    for tensors in lists:
-        result = (
-            list(tensors)
-            if result is None
-            else [a.add_(b) for a, b in zip(result, tensors, strict=True)]
-        )
-    return result

@@ -7,24 +7,37 @@ from dataclasses import replace
 from pathlib import Path
 
 from command.errors import UserError
-from run import released
-from settings import ABOVE_ZERO, FAST, FROM_ZERO, FULL_LR, PAPER, Settings, is_embedded
+from settings import (
+    ABOVE_ZERO,
+    DIRECTIONS,
+    DP,
+    FAST,
+    FROM_ZERO,
+    FULL_LR,
+    PAPER,
+    Settings,
+    is_embedded,
+)
 
 
-def resolve(settings: Settings) -> Settings:
-    """The settings with the flags left out filled in; raises UserError for what cannot work."""
+def resolve(settings: Settings, begun: bool = False) -> Settings:
+    """The settings with the flags left out filled in; raises UserError for what cannot work.
+
+    Those of a run that has `begun` are complete, and what its adapter is made of stands in them.
+    """
     embedded = is_embedded(settings.model)
-    if settings.method == "subspace" and embedded and settings.subspace is None:
-        settings = replace(settings, subspace="public")
-    _check_together(settings)
+    if settings.method == "dp" and embedded and settings.directions is None:
+        settings = replace(settings, directions=DIRECTIONS)
+    if not begun:
+        _check_together(settings)
     defaults = _defaults(settings, embedded)
-    defaults.pop("members")  # how many serve is seen when the images are there: most_members
+    for name in ("members", "epochs"):  # how many serve is seen when the images are there
+        defaults.pop(name)
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
     for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
         _check_number(settings, name, highest)
-    _refuse(released.problems(settings))
     _check_prompts(settings)
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
@@ -36,40 +49,38 @@ def resolve(settings: Settings) -> Settings:
 def _defaults(s: Settings, embedded: bool) -> dict:
     """Values of the flags left out: by the model, and by what the method needs."""
     defaults = dict(FAST if embedded else PAPER)
-    if s.method == "distill":  # a step of the student costs more, and its teachers stop early
+    if s.method == "distill":
         public = "openmoji" if embedded else "none"
-        epochs = -(-defaults["epochs"] // 2)
-        defaults = defaults | {"epochs": epochs, "public": public, "schedule": "constant"}
-    if s.released("lambda"):
-        defaults = defaults | {"lam": 1.0}
+        defaults = defaults | {"public": public, "schedule": "constant"}
+    if s.method == "dp":
+        defaults = defaults | DP
     if s.target == "full":  # the weights have their scale already
         defaults = defaults | {"lr": FULL_LR[embedded], "rank": None, "alpha": None}
-    if s.subspace:  # a core has few numbers, and moves far
-        defaults = defaults | {"lr": 5 * defaults["lr"]}
     return defaults
 
 
 def _check_together(s: Settings) -> None:
     """Flags that cannot go together."""
     full = s.target == "full"
+    names = ("rank", "alpha", "target", "init")
+    shape = [f"--{name}" for name in names if getattr(s, name) is not None]
     problems = {
-        "--nonmembers and --split pokemon both say who is no member: leave one out": s.nonmembers
-        and s.split == "pokemon",
         "--rank and --alpha are a LoRA's: leave them out with --target full": full
         and (s.rank is not None or s.alpha is not None),
-        "--target full trains no LoRA: leave --subspace, --dropout and --format kohya out": full
-        and (s.subspace or s.dropout or s.format == "kohya"),
-        "--method dp cannot clip the gradients of norms and biases: leave --target full out": full
-        and s.method == "dp",
+        f"--method dp trains along public directions: leave {' and '.join(shape)} out": bool(
+            s.method == "dp" and shape
+        ),
+        "--method dp needs --directions FILE: python -m methods.directions makes one": s.method
+        == "dp"
+        and s.directions is None,
+        "--method dp looks at every image's gradient: leave --gradient-checkpointing out": s.method
+        == "dp"
+        and s.gradient_checkpointing,
+        "--directions goes with --method dp: leave it out": s.directions is not None
+        and s.method != "dp",
         "--public goes with --method distill: leave it out": s.public is not None
         and s.method != "distill",
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
-        "--method subspace needs --subspace FILE: python -m methods.directions makes one": s.method
-        == "subspace"
-        and s.subspace is None,
-        "--init and --subspace both say what the adapter is: leave one out": s.init and s.subspace,
-        "--gradient-checkpointing computes again with other masks: leave --dropout out": s.dropout
-        and s.gradient_checkpointing,
     }
     _refuse(problems)
 

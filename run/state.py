@@ -11,10 +11,7 @@ is always whole. Held by tests/test_checkpoint.py, which kills a run twenty time
 
 import hashlib
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,9 +60,8 @@ def load(
 ) -> tuple[int, dict[str, torch.Tensor], dict] | None:
     """(step, tensors, facts) of the newest state that is whole, None if there is no state at all.
 
-    `take(tensors, facts)` takes it up and raises one of LACKING if it lacks something.  What is
-    damaged or lacking is passed over, aloud, for the state before it.
-    Raises UserError if none is left.
+    `take(tensors, facts)` takes it up and raises one of LACKING if it lacks something.  A damaged
+    state is skipped with a note, and the one before it is used.  Raises UserError if none is left.
     """
     for path in reversed(files(folder)):
         try:
@@ -102,66 +98,3 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-# --------------------------------------------------------------------------------------------------
-# Optimisers as flat dictionaries of tensors
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{"<parameter index>.<name>": tensor}: moments and step counts of an Adam-like optimiser."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, slots in state.items() for name, value in slots.items()}
-
-
-def moments(name: str, parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `optimizer_tensors` of an Adam over `parameters` has after a step, with "<name>/" before
-    each; of the values only dtypes and shapes count.
-    """
-    slots = {"step": torch.tensor(0.0), "exp_avg": None, "exp_avg_sq": None}
-    return {
-        f"{name}/{i}.{slot}": parameter if value is None else value
-        for i, parameter in enumerate(parameters)
-        for slot, value in slots.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse; learning rate and the like stay as the optimiser was made."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    for parameter, slots in optimizer.state.items():
-        for name, value in slots.items():
-            if value.shape == parameter.shape:  # a step then goes through memory as before
-                slots[name] = torch.empty_like(parameter.detach()).copy_(value)
-
-
-# --------------------------------------------------------------------------------------------------
-# Being asked to stop
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one
-    acts at once.
-    """
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

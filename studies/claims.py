@@ -2,26 +2,22 @@
 
     claims(Results(runs, audits, smoothness))      # [Claim, ...], each with its parts
 
-A rule asks on which side of a value a 95 % interval lies; where it does not leave the value out,
-the claim is not told apart from its opposite.  Nothing here depends on the result of a run that was
-looked at.  Tested in tests/test_verdicts.py on made-up records.
+A rule asks on which side of a value a 95 % interval lies; where it holds the value, the claim is
+not told apart from its opposite.  Nothing here depends on the result of a run that was looked at.
+Tested in tests/test_verdicts.py on made-up records.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from attacks.lira import HEADLINE
-from settings import ATTACKED
-from studies import seeds
-from studies.paper_tables import CORRELATIONS, DATA, SETS
-from studies.seeds import COMBINED, LOSS, PICTURES, PROXY, Estimate, Figure, Records
+from studies import correlation, records
+from studies.correlation import Pooled
+from studies.paper_tables import CORRELATIONS, DATA, PAPER
+from studies.records import COMBINED, LOSS, PICTURES, PROXY, SHADOWED, Estimate, Figure, Records
 
 # AUCs between these are taken for chance: the paper's SMP has .57 on Pokemon, by its folded AUC
 CHANCE = (0.4, 0.6)
 MIDDLE = sum(CORRELATIONS.values()) / 2  # between the paper's two correlations
-SHADOWED = Figure(HEADLINE, "auc", HEADLINE)
 WORDS = {1: "holds", -1: "does not hold", 0: "not told apart", None: "not measured"}
 
 
@@ -40,14 +36,12 @@ class Results:
 
 @dataclass
 class Part:
-    """One measurement, and whether what the claim says of it holds: 1, -1, 0, or None for not
-    measured.
-    """
+    """One measurement, and whether what the claim says of it holds."""
 
     says: str
     here: str
-    over: str
-    side: int | None
+    over: str  # of how many seeds or adapters
+    side: int | None  # 1 holds, -1 does not, 0 is not told apart, None is not measured
 
 
 @dataclass
@@ -67,7 +61,33 @@ class Claim:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rules
+# Rules: of one measurement, and of the parts of a claim
+
+
+def at_chance(found: Estimate) -> int | None:
+    """1 where the interval of an AUC lies within CHANCE, -1 where it lies outside."""
+    if found.interval is None:
+        return None
+    (low, high), (least, most) = found.interval, CHANCE
+    if least <= low and high <= most:
+        return 1
+    return -1 if low > most or high < least else 0
+
+
+def leaks(found: Estimate) -> int | None:
+    """The opposite of at_chance."""
+    side = at_chance(found)
+    return None if side is None else -side
+
+
+def higher(found: Estimate) -> int:
+    """1 where a difference is above zero."""
+    return found.side()
+
+
+def lower(found: Estimate) -> int:
+    """1 where a difference is below zero."""
+    return -found.side()
 
 
 def every(parts: list[Part]) -> int | None:
@@ -80,8 +100,7 @@ def every(parts: list[Part]) -> int | None:
 
 def some(parts: list[Part]) -> int | None:
     """A claim that one attack is enough for: it holds with any of those that were tried."""
-    sides = [part.side for part in parts if part.side is not None]
-    return max(sides) if sides else None
+    return max((part.side for part in parts if part.side is not None), default=None)
 
 
 def better(parts: list[Part]) -> int | None:
@@ -94,25 +113,81 @@ def better(parts: list[Part]) -> int | None:
     return (1 in sides) - (-1 in sides)
 
 
-def at_chance(found: Estimate | None) -> int | None:
-    """1 where the interval of an AUC lies within CHANCE, -1 where it lies outside."""
-    if found is None or found.interval is None:
-        return None
-    (low, high), (least, most) = found.interval, CHANCE
-    if least <= low and high <= most:
-        return 1
-    return -1 if low > most or high < least else 0
+def worst(*sides: int | None) -> int | None:
+    """Of several rules, as far as they were measured: one that fails is enough."""
+    return min((side for side in sides if side is not None), default=None)
 
 
-def below(found: Estimate | None, value: float = 0.0) -> int | None:
-    """1 where the interval lies below a value, -1 where above."""
-    return None if found is None else -found.side(value)
+# --------------------------------------------------------------------------------------------------
+# Measurements
 
 
-def part(says: str, figure: Figure, found: Estimate | None, side: int | None, signed=True) -> Part:
-    """A part of runs over seeds."""
-    over = f"{len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}" if found else "-"
-    return Part(says, figure.cell(found, signed), over, side)
+def measured(
+    found: Results, says: str, figures: tuple[Figure, ...], terms: dict[str, float], rule: Callable
+) -> list[Part]:
+    """A part for each figure: the mean over seeds of the sum of a role's figure times its weight.
+
+    `says` stands behind the figure's name.
+    """
+    parts = []
+    for figure in figures:
+        at = records.weighted([(weight, found.of(role), figure) for role, weight in terms.items()])
+        if len(terms) == 1:
+            at = records.mean(found.of(*terms), figure)
+        over = f"{len(at.seeds)} seed{'s' * (len(at.seeds) > 1)}" if at else "-"
+        cell = figure.cell(at, signed=len(terms) > 1)
+        parts.append(Part(figure.title + says, cell, over, rule(at) if at else None))
+    return parts
+
+
+def against(found: Results, role: str, title: str) -> list[Part]:
+    """SMP less another, in leakage, pictures and loss: below is better."""
+    figures, terms = (COMBINED, PICTURES, LOSS), {"smp": 1.0, role: -1.0}
+    return measured(found, f", SMP - {title}", figures, terms, lower)
+
+
+def follows(found: Results) -> list[Part]:
+    """In each setting: SMP's correlation is above 0, MP's is not, and SMP's is the higher one."""
+    parts = []
+    for row in dict.fromkeys(group["row"] for group in found.smoothness):
+        of = {group["method"]: group for group in found.smoothness if group["row"] == row}
+        r = {method: Pooled(**group["norms"]) for method, group in of.items()}
+        if not {"mp", "smp"} <= set(r) or not all(r[method].runs for method in r):
+            parts.append(Part(f"r, {row}", "-", "-", None))
+            continue
+        flat = int(r["mp"].interval[1] < MIDDLE) if r["mp"].side < 1 else -1
+        side = min(r["smp"].side, flat, correlation.higher(r["smp"], r["mp"]))
+        cells = []
+        for method in ("smp", "mp"):
+            low, high = r[method].interval
+            cells.append(f"{method.upper()} {r[method].r:.2f} [{low:.2f}, {high:.2f}]")
+        seeds = f"{len(of['mp']['seeds'])} seeds"
+        parts.append(Part(f"r, {row}", ", ".join(cells), seeds, side))
+    return parts or [Part("r", "-", "-", None)]
+
+
+def shadows(found: Results) -> list[Part]:
+    """The shadow attack on SMP, as it ends and where it is best."""
+    parts = []
+    for audit in found.audits.get("smp", []):
+        for at in dict.fromkeys([list(audit["steps"])[-1], records.best_step(audit)]):
+            auc = records.of_step(audit["steps"][at])
+            says, over = f"audit, step {at}: AUC at chance", f"{len(auc.seeds)} adapters"
+            parts.append(Part(says, SHADOWED.cell(auc), over, at_chance(auc)))
+    return parts or [Part("audit: AUC at chance", "-", "-", None)]
+
+
+def equal_loss(found: Results) -> Part:
+    """The shadow attack on SMP at its best step, less that on LoRA at the same held-out loss."""
+    says, pair = "audits, AUC of shadow attacks, SMP - LoRA at the same held-out loss", None
+    for audit in found.audits.get("smp", [])[:1]:
+        step = audit["steps"][records.best_step(audit)]
+        pair = records.at_equal_loss(step, found.audits.get("lora", []))
+    if pair is None:
+        return Part(says, "-", "-", None)
+    change = records.minus(*pair)
+    over = " and ".join(str(len(auc.seeds)) for auc in pair) + " adapters"
+    return Part(says, SHADOWED.cell(change, signed=True), over, lower(change))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,231 +196,33 @@ def part(says: str, figure: Figure, found: Estimate | None, side: int | None, si
 
 def claims(found: Results) -> list[Claim]:
     """All seven, measured or not."""
-    lora, mp, smp = (SETS[DATA][m] for m in ("lora", "mp", "smp"))
-    price = "FID {:g} to {:g}".format
-    leaks = [
-        part(figure.title, figure, at, None if (side := at_chance(at)) is None else -side, False)
-        for figure in (PROXY, COMBINED)
-        for at in [seeds.mean(found.of("lora"), figure)]
-    ]
-    ruined = [
-        part(f"{f.title}, MP - LoRA", f, at, None if (side := below(at)) is None else -side)
-        for f in (PICTURES, LOSS)
-        for at in [seeds.difference(found.of("mp"), found.of("lora"), f)]
-    ]
-    kept = [_nearer(found, figure) for figure in (PICTURES, LOSS)]
-    hidden = {m: [_hidden(found.of(m), f) for f in (PROXY, COMBINED)] for m in ("mp", "smp")}
-    ratio = _against(found, "mp-matched")
-    ratio += _against(found, "smp-detached") if found.of("smp-detached") else []
-    shapes = [_follows(row, found.smoothness) for row in _rows(found.smoothness)]
-    early, shadows = _against(found, "lora-best"), _shadows(found)
-    equal = [at_equal_loss(found.audits)]
+    paper, attacks, quality = PAPER[DATA], (PROXY, COMBINED), (PICTURES, LOSS)
+    rate = {
+        method: f"ASR {100 * f['asr']:.1f} %, folded AUC {f['folded']:g}"
+        for method, f in paper.items()
+    }
+    fid = {method: f"{f['fid']:g}" for method, f in paper.items()}
+    lora = measured(found, "", attacks, {"lora": 1.0}, leaks)
+    mp = measured(found, " at chance", attacks, {"mp": 1.0}, at_chance)
+    mp += measured(found, ", MP - LoRA", quality, {"mp": 1.0, "lora": -1.0}, higher)
+    smp = measured(found, " at chance", attacks, {"smp": 1.0}, at_chance)
+    middle = {"smp": 1.0, "lora": -0.5, "mp": -0.5}
+    smp += measured(found, ", SMP - the middle of LoRA and MP", quality, middle, lower)
+    curves, equal, of_shadows = follows(found), equal_loss(found), shadows(found)
+    matched = against(found, "mp-matched", "MP at SMP's mean weight")
+    early = against(found, "lora-best", "LoRA at its best held-out loss")
+    stopped = worst(better(early), equal.side)
+    c2 = f"{rate['mp']}; FID {fid['lora']} to {fid['mp']}"
+    c3 = f"{rate['smp']}; FID {fid['lora']} to {fid['smp']}"
+    c4 = f"r {CORRELATIONS['smp']:.2f} and {CORRELATIONS['mp']:.2f}"
+    c5 = f"MP at the same lambda: FID {fid['smp']} to {fid['mp']}"
+    norms = "the Hessian's norm follows the gradient's for SMP, and not for MP"
     return [
-        Claim("C1", "LoRA leaks", _rate(lora), leaks, some(leaks)),
-        Claim(
-            "C2",
-            "MP protects, and ruins the model",
-            f"{_rate(mp)}; {price(lora['fid'], mp['fid'])}",
-            hidden["mp"] + ruined,
-            every(hidden["mp"] + ruined),
-        ),
-        Claim(
-            "C3",
-            "SMP protects, and keeps the model",
-            f"{_rate(smp)}; {price(lora['fid'], smp['fid'])}",
-            hidden["smp"] + kept,
-            every(hidden["smp"] + kept),
-        ),
-        Claim(
-            "C4",
-            "the Hessian's norm follows the gradient's for SMP, and not for MP",
-            f"r {CORRELATIONS['smp']:.2f} and {CORRELATIONS['mp']:.2f}",
-            shapes,
-            every(shapes),
-        ),
-        Claim(
-            "C5",
-            "it is the ratio, not a smaller lambda",
-            f"MP at the same lambda: {price(smp['fid'], mp['fid'])}",
-            ratio,
-            _ratio(found),
-        ),
-        Claim("C6", "SMP is better than stopping early", "-", early + equal, _both(early, equal)),
-        Claim("C7", "SMP survives shadow models", "-", shadows, every(shadows)),
+        Claim("C1", "LoRA leaks", rate["lora"], lora, some(lora)),
+        Claim("C2", "MP protects, and ruins the model", c2, mp, every(mp)),
+        Claim("C3", "SMP protects, and keeps the model", c3, smp, every(smp)),
+        Claim("C4", norms, c4, curves, every(curves)),
+        Claim("C5", "it is the ratio, not a smaller lambda", c5, matched, better(matched)),
+        Claim("C6", "SMP is better than stopping early", "-", [*early, equal], stopped),
+        Claim("C7", "SMP survives shadow models", "-", of_shadows, every(of_shadows)),
     ]
-
-
-def _rate(figures: dict) -> str:
-    return f"ASR {100 * figures['asr']:.1f} %, folded AUC {figures['folded']:g}"
-
-
-def _hidden(by_seed: Records, figure: Figure) -> Part:
-    """Whether an attack is at chance."""
-    found = seeds.mean(by_seed, figure)
-    return part(f"{figure.title} at chance", figure, found, at_chance(found), signed=False)
-
-
-def _nearer(found: Results, figure: Figure) -> Part:
-    """Whether a figure of SMP is nearer to LoRA's than to MP's."""
-    terms = [(1.0, "smp"), (-0.5, "lora"), (-0.5, "mp")]
-    at = seeds.weighted([(weight, found.of(role), figure) for weight, role in terms])
-    return part(f"{figure.title}, SMP - the middle of LoRA and MP", figure, at, below(at))
-
-
-def _against(found: Results, role: str) -> list[Part]:
-    """SMP less another, in leakage, pictures and loss: below is better."""
-    parts = []
-    for figure in (COMBINED, PICTURES, LOSS):
-        at = seeds.difference(found.of("smp"), found.of(role), figure)
-        parts.append(part(f"{figure.title}, SMP - {NAMES[role]}", figure, at, below(at)))
-    return parts
-
-
-NAMES = {
-    "mp-matched": "MP at SMP's mean weight",
-    "smp-detached": "SMP without the gain's gradient",
-    "lora-best": "LoRA at its best held-out loss",
-}
-
-
-def _ratio(found: Results) -> int | None:
-    """Better than the sum at its own weight; the other control counts where it was tried."""
-    matched, detached = (
-        better(_against(found, "mp-matched")),
-        better(_against(found, "smp-detached")),
-    )
-    if matched is None:
-        return None
-    return matched if detached is None else min(matched, detached)
-
-
-def _both(early: list[Part], equal: list[Part]) -> int | None:
-    """By runs and by audits, as far as there are any: one that fails it is enough."""
-    sides = [side for side in (better(early), every(equal)) if side is not None]
-    return min(sides) if sides else None
-
-
-# ---- curvature ----
-
-
-def _rows(groups: list[dict]) -> list[str]:
-    return list(dict.fromkeys(g["row"] for g in groups)) or ["-"]
-
-
-def _follows(row: str, groups: list[dict]) -> Part:
-    """In one setting: SMP's correlation is above 0, MP's is not, and SMP's is the higher one.
-
-    Correlations are pooled over seeds as Fisher's z with a standard error, see
-    studies/smoothness.py.
-    """
-    z = {g["method"]: g["norms"] for g in groups if g["row"] == row}
-    if not {"mp", "smp"} <= set(z) or not all(z[m]["runs"] for m in ("mp", "smp")):
-        return Part(f"r, {row}", "-", "-", None)
-    at = {m: interval(z[m]["z"], z[m]["error"]) for m in z}
-    apart = interval(z["smp"]["z"] - z["mp"]["z"], math.hypot(z["smp"]["error"], z["mp"]["error"]))
-    sides = [
-        at["smp"].side(),
-        -1 if at["mp"].side() == 1 else int(math.tanh(at["mp"].interval[1]) < MIDDLE),
-        apart.side(),
-    ]
-    said = "{:.2f} [{:.2f}, {:.2f}]".format
-    cells = [f"{m.upper()} {said(*np.tanh([at[m].value, *at[m].interval]))}" for m in ("smp", "mp")]
-    seeds_of = next(g["seeds"] for g in groups if g["row"] == row)
-    side = -1 if -1 in sides else min(sides)
-    return Part(f"r, {row}", ", ".join(cells), f"{len(seeds_of)} seeds", side)
-
-
-def interval(value: float, error: float) -> Estimate:
-    """Of a normal value with a standard error."""
-    return Estimate(value, [value - 1.96 * error, value + 1.96 * error], [])
-
-
-# ---- audits ----
-
-
-def of_step(step: dict) -> Estimate:
-    """The AUC of the shadow attack at a step of an audit, with its interval over adapters."""
-    figures = step["attacks"][HEADLINE]
-    low, high = figures["auc_t_interval"]
-    adapters = list(range(len(figures["auc_by_adapter"])))
-    value = figures["auc"]  # of all decisions together, which may lie beside the adapters' mean
-    return Estimate(value, [max(min(low, value), 0.0), min(max(high, value), 1.0)], adapters)
-
-
-def best_step(record: dict) -> str:
-    """The step with the lowest held-out loss."""
-    return min(record["steps"], key=lambda at: record["steps"][at]["held_out_loss"])
-
-
-def _shadows(found: Results) -> list[Part]:
-    """The shadow attack on SMP, as it ends and where it is best; and on single runs, if it was
-    tried.
-    """
-    parts = []
-    for record in found.audits.get("smp", []):
-        for at in dict.fromkeys([list(record["steps"])[-1], best_step(record)]):
-            auc = of_step(record["steps"][at])
-            here = SHADOWED.cell(auc)
-            over = f"{len(auc.seeds)} adapters"
-            parts.append(Part(f"audit, step {at}: AUC at chance", here, over, at_chance(auc)))
-    alone = {k: r for k, r in found.of("smp").items() if SHADOWED.read(r)}
-    if alone:
-        parts.append(_hidden(alone, SHADOWED))
-    return parts or [Part("audit: AUC at chance", "-", "-", None)]
-
-
-def at_equal_loss(
-    audits: dict[str, list[dict]], method: str = "smp", at: str | None = None
-) -> Part:
-    """AUC of SMP, or another method, at its best step, or at another, less that of LoRA stopped at
-    the same held-out loss, read off the line between LoRA's steps on the way to its own best; of
-    several audits of LoRA the lowest.
-
-    Where no audit of LoRA came down to the loss, the best step of the one that came nearest is
-    taken.  An audit of LoRA that was first asked at a lower loss than the other's says nothing:
-    LoRA has been at that before.  Intervals are over adapters, joined as if independent.
-    """
-    name = method.upper() if method in ATTACKED else method
-    says = f"audits, AUC of shadow attacks, {name} - LoRA at the same held-out loss"
-    if not audits.get(method) or not audits.get("lora"):
-        return Part(says, "-", "-", None)
-    record = audits[method][0]
-    step = record["steps"][at or best_step(record)]
-    ours, loss = of_step(step), step["held_out_loss"]
-    best = {i: r["steps"][best_step(r)]["held_out_loss"] for i, r in enumerate(audits["lora"])}
-    reached = [i for i in best if best[i] <= loss] or [min(best, key=best.get)]
-    there = [audits["lora"][i] for i in reached]
-    paths = [path for record in there if (path := _on_the_path(record, loss))]
-    if not paths:
-        return Part(says, "-", "-", None)
-    found = minus(ours, theirs := min(paths, key=lambda e: e.value))
-    over = f"{len(ours.seeds)} and {len(theirs.seeds)} adapters"
-    return Part(says, SHADOWED.cell(found, signed=True), over, below(found))
-
-
-def _on_the_path(record: dict, loss: float) -> Estimate | None:
-    """An audit's AUC where its held-out loss was `loss`, before its best step; None where it was
-    not asked that early.
-    """
-    best, path = best_step(record), []
-    for at, step in record["steps"].items():
-        path.append((step["held_out_loss"], of_step(step)))
-        if at == best:
-            break
-    path.sort(key=lambda pair: pair[0])
-    losses = [x for x, _ in path]
-    if loss > losses[-1]:
-        return None
-    value, low, high = (
-        float(np.interp(loss, losses, ends))
-        for ends in zip(*[(e.value, *e.interval) for _, e in path], strict=True)
-    )
-    return Estimate(value, [low, high], path[0][1].seeds)
-
-
-def minus(first: Estimate, second: Estimate) -> Estimate:
-    """The difference of two independent estimates (Zou 2007)."""
-    value = first.value - second.value
-    low = math.hypot(first.value - first.interval[0], second.interval[1] - second.value)
-    high = math.hypot(first.interval[1] - first.value, second.value - second.interval[0])
-    return Estimate(value, [value - low, value + high], first.seeds)

@@ -10,13 +10,25 @@ tests/test_copies.py.
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from attacks import roc
+from attacks.decisions import Decisions
+from attacks.lira import HEADLINE
 from audit import Audit
 from command import progress
-from command.errors import one_line_errors
+from command.errors import UserError, one_line_errors
 from command.flags import option, parse
+from command.whole_files import write_whole
+from report.tables import cell
+from studies.records import markdown
+
+CROP = 1 / 8  # of each side, which the copy lacks on the right and below
+COPY = "-copy"  # behind the name of its original
 
 
 @dataclass
@@ -26,37 +38,17 @@ class Study(Audit):
     images: int = option(350, "images of --data that are taken, each with a copy", group="audit")
 
 
-if __name__ == "__main__":
-    SETTINGS = parse(Study, __doc__)
-    progress.start()
-
-import numpy as np
-from PIL import Image
-
-import audit
-from attacks import roc
-from attacks.decisions import Decisions
-from attacks.lira import HEADLINE
-from command.errors import UserError
-from command.whole_files import write_whole
-from files.bases import load_base
-from files.images import load_images, near_duplicates
-from report.tables import cell
-from studies import image_folder
-
-CROP = 1 / 8  # of each side, which the copy lacks on the right and below
-COPY = "-copy"  # behind the name of its original
-
-
 def study(s: Study) -> str:
     """Audit the set with copies; returns the table, in markdown."""
+    import audit
+
     out = Path(s.out or f"runs/copies-{s.method}")
-    each = {f.name: getattr(s, f.name) for f in fields(Audit)}
-    each |= {"data": str(with_copies(s, out)), "out": str(out / "audit")}
-    audit.audit(Audit(**each))
+    own = Audit(**{f.name: getattr(s, f.name) for f in fields(Audit)})
+    audit.audit(replace(own, data=str(with_copies(s, out)), out=str(out / "audit")))
+    if s.dry_run:
+        return ""
     with np.load(out / "audit" / "scores.npz") as scores:
-        kept = {name: scores[name] for name in scores.files}
-    text = table(kept)
+        text = table(dict(scores))
     write_whole(out / "copies.md", text)
     print(f"\n{text}\nfiles:    {out}/copies.md, audit/")
     return text
@@ -69,22 +61,24 @@ def with_copies(s: Study, folder: Path) -> Path:
     Images whose copy would count as a repetition and be left out of training are not taken.
     Raises UserError if there are too few others.
     """
+    from files.images import near_duplicates
+    from studies import image_sets
+
     facts = [s.data, s.model, s.size, s.caption, s.images, s.seed]
     folder = folder / f"images-{hashlib.sha256(str(facts).encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
-    images = load_images(s.data, load_base(s.model, "cpu", "float32", s.size).size, s.caption)
-    edited = np.stack([copy_of(pixels) for pixels in images.pixels])
-    first, count = near_duplicates(np.concatenate([images.pixels, edited])), len(edited)
+    images = image_sets.read(s, s.caption)
+    copies = np.stack([copy_of(pixels) for pixels in images.pixels])
+    first, count = near_duplicates(np.concatenate([images.pixels, copies])), len(copies)
     apart = [i for i in range(count) if first[i] == i and first[count + i] == count + i]
     if not 0 < s.images <= len(apart):
         raise UserError(f"--images must be 1 to {len(apart)}, which can be copied, not {s.images}")
-    chosen = np.random.default_rng(s.seed).permutation(apart)[: s.images]
-    pixels = {"": images.pixels, COPY: edited}
-    image_folder.write(
-        folder,
-        ((f"{i:06d}{m}", pixels[m][i], images.captions[i]) for i in chosen for m in pixels),
-    )
+    files = []
+    for i in np.random.default_rng(s.seed).permutation(apart)[: s.images]:
+        files.append((f"{i:06d}", images.pixels[i], images.captions[i]))
+        files.append((f"{i:06d}{COPY}", copies[i], images.captions[i]))
+    image_sets.write(folder, files)
     return folder
 
 
@@ -104,9 +98,12 @@ def twins(names: list[str]) -> np.ndarray:
 
 
 def table(scores: dict[str, np.ndarray]) -> str:
-    """What the strongest attacker reads of each kind of image, in markdown."""
+    """What the strongest attacker reads of each kind of image, in markdown.
+
+    `scores` are the arrays of an audit's scores.npz: names (P,), member and scores (adapters, P).
+    """
     member, twin = scores["member"], twins(scores["names"].tolist())
-    lines = [["step", "images", "how many", f"{HEADLINE}: AUC"], ["---"] * 4]
+    lines = [["step", "images", "how many", f"{HEADLINE}: AUC"]]
     both = twin >= 0
     for key in (name for name in scores if name.endswith(f"/{HEADLINE}")):
         step, score = key.split("/")[0], scores[key]
@@ -117,9 +114,16 @@ def table(scores: dict[str, np.ndarray]) -> str:
         pair = x[never & beside], x[never & ~beside]
         found = {"auc": roc.auc(*pair), "auc_interval": roc.auc_interval(*pair)}
         lines.append([step, "no member: is its copy one?", str(both.sum()), cell(found)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(lines)
+
+
+def main() -> None:
+    """The command."""
+    settings = parse(Study, __doc__)
+    with one_line_errors():
+        progress.start()
+        study(settings)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        study(SETTINGS)
+    main()

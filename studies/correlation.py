@@ -1,5 +1,5 @@
-"""Correlation of two series of a run, and of several runs, with intervals that know that neighbours
-in a run are alike.
+"""Correlation of two series of a run, and of several runs.  The intervals know that neighbours in a
+run are alike.
 
 Tested in tests/test_smoothness_study.py: r to scipy, intervals to the share of simulated runs that
 they cover, the pooled one to a loop.
@@ -34,22 +34,26 @@ def correlation(x, y, enough: int = 30) -> Correlation:
     points it is about +-0.36 wide at r = 0.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(
-            np.nan, np.nan, len(x), 0.0, (-1.0, 1.0), "too few or constant points: no correlation"
-        )
+    n = len(x)
+    if n < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        warning = "too few or constant points: no correlation"
+        return Correlation(np.nan, np.nan, n, 0.0, (-1.0, 1.0), warning)
     r, p = pearsonr(x, y)
-    a, b = (
-        max(0.0, np.corrcoef(s[:-1], s[1:])[0, 1]) if np.ptp(s[:-1]) and np.ptp(s[1:]) else 0.0
-        for s in (x, y)
-    )
-    effective = len(x) * (1 - a * b) / (1 + a * b)
+    alike = _lag_one(x) * _lag_one(y)
+    effective = float(n * (1 - alike) / (1 + alike))
     half = 1.96 / np.sqrt(effective - 3) if effective > LEAST else np.inf
     interval = (float(np.tanh(_z(r) - half)), float(np.tanh(_z(r) + half)))
-    few = f"{len(x)} points count for {effective:.0f} independent ones, fewer than {enough}"
+    few = f"{n} points count for {effective:.0f} independent ones, fewer than {enough}"
     return Correlation(
-        float(r), float(p), len(x), float(effective), interval, few if effective < enough else None
+        float(r), float(p), n, effective, interval, few if effective < enough else None
     )
+
+
+def _lag_one(series: np.ndarray) -> float:
+    """Autocorrelation of neighbours, 0 where it is negative or the series is constant."""
+    if np.ptp(series[:-1]) == 0 or np.ptp(series[1:]) == 0:
+        return 0.0
+    return max(0.0, np.corrcoef(series[:-1], series[1:])[0, 1])
 
 
 def _z(r: float) -> float:
@@ -74,7 +78,14 @@ class Pooled:
     @property
     def interval(self) -> tuple[float, float]:
         """95 %."""
-        return tuple(float(np.tanh(self.z + k * self.error)) for k in (-1.96, 1.96))
+        low, high = self.z - 1.96 * self.error, self.z + 1.96 * self.error
+        return float(np.tanh(low)), float(np.tanh(high))
+
+    @property
+    def side(self) -> int:
+        """1 where the one series follows the other, -1 where it runs against it, 0 if not told."""
+        low, high = self.interval
+        return int(low > 0) - int(high < 0)
 
 
 def pooled(runs: list[Correlation]) -> Pooled:
@@ -85,25 +96,18 @@ def pooled(runs: list[Correlation]) -> Pooled:
     says, the difference is variance too.  Runs with too few points are left out.
     """
     able = [c for c in runs if c.effective_points > LEAST and not np.isnan(c.r)]
-    count = sum(c.effective_points for c in runs)
+    count = float(sum(c.effective_points for c in runs))
     if not able:
         return Pooled(np.nan, np.inf, 0, count)
-    z, weight = (
-        np.array(v) for v in ([_z(c.r) for c in able], [c.effective_points - 3 for c in able])
-    )
+    z = np.array([_z(c.r) for c in able])
+    weight = np.array([c.effective_points - 3 for c in able])
     mean = (weight * z).sum() / weight.sum()
     spread = (weight * (z - mean) ** 2).sum() - (len(able) - 1)  # Q less its expectation
     scale = weight.sum() - (weight**2).sum() / weight.sum()
     between = max(0.0, spread / scale) if len(able) > 1 else 0.0
     weight = 1 / (1 / weight + between)
     mean, error = (weight * z).sum() / weight.sum(), weight.sum() ** -0.5
-    return Pooled(float(mean), float(error), len(able), float(count))
-
-
-def direction(found: Pooled) -> str:
-    """What an interval says: the one follows the other, runs against it, or it is not told."""
-    low, high = found.interval
-    return "follows" if low > 0 else "runs against" if high < 0 else "not told"
+    return Pooled(float(mean), float(error), len(able), count)
 
 
 def higher(a: Pooled, b: Pooled) -> int:

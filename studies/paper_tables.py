@@ -2,35 +2,111 @@
 
 Figures are of Luo et al. (arXiv 2402.11989 v3), Stable Diffusion v1.5: `fid` and `kid` against the
 training images, `asr` of the paper's attack, `folded` |AUC - .5| / .5 of it, `black-box` and `GSA1`
-the ASR of those; rates in [0, 1].  Imports nothing heavy.
+the ASR of those; rates in [0, 1].
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-DATA = (
-    "pokemon"  # the set of the paper's ablations, and of figures where --data is none of its sets
-)
+from studies.grid import Row
+
+DATA = "pokemon"  # the set of the paper's ablations, also beside runs on a set it does not have
+ALL = ("asr", "combined", "pictures")
+
+SMP = {"method": "smp"}
+FULL = {"target": "full", "rank": None, "alpha": None}
+RUNS = {
+    "lora": Row("LoRA", {"method": "lora"}),
+    "mp": Row("MP", {"method": "mp"}),
+    "smp": Row("SMP", SMP),
+    "lora-full": Row("full fine-tuning", {"method": "lora", **FULL}),
+    "smp-full": Row("full fine-tuning, SMP", {"method": "smp", **FULL}),
+    "lora-token": Row("LoRA, one caption", {"method": "lora"}),
+    "smp-token": Row("SMP, one caption", SMP),
+    "mp-unclipped": Row("MP, gradients not clipped", {"method": "mp", "clip": 1e9}),
+    "mp-normalised": Row("MP, gradients normalised", {"method": "mp", "normalise": True}),
+}
+ONE_CAPTION = ("lora-token", "smp-token")  # every image has the same
+# multiples of the model's own default, as the paper's are of .05, 1e-4 and 64
+for k in (20, 10, 2, 0.2):
+    RUNS[f"smp-lambda-x{k:g}"] = Row(f"SMP, lambda x {k:g}", SMP, {"lam": k})
+for k in (0.1, 0.01):
+    RUNS[f"smp-lr-x{k:g}"] = Row(f"SMP, learning rate x {k:g}", SMP, {"lr": k})
+for k in (2, 0.5, 0.25, 0.125):
+    RUNS[f"smp-rank-x{k:g}"] = Row(f"SMP, rank x {k:g}", SMP, {"rank": k, "alpha": k})
+
+COLUMNS = ("fid", "kid", "asr", "folded", "black-box", "GSA1")
+# the set of images, or the table of an ablation on DATA; the run; COLUMNS
+FIGURES = """
+pokemon          lora             0.20   0.003  0.8227  0.73
+pokemon          mp               2.10   0.121  0.5167  0.07
+pokemon          smp              0.32   0.004  0.5197  0.14
+celeba_small     lora             -      0.05   0.9153  0.94
+celeba_small     mp               -      0.30   0.5567  0.12
+celeba_small     smp              -      0.03   0.5600  0.24
+celeba_large     lora             0.52   0.06   0.8783  0.87
+celeba_large     mp               2.34   0.30   0.5358  0.07
+celeba_large     smp              0.60   0.05   0.4883  0.19
+celeba_gender    lora             -      0.06   0.8463  0.79
+celeba_gender    mp               -      0.32   0.5543  0.14
+celeba_gender    smp              -      0.06   0.5420  0.15
+celeba_varying   lora             -      0.06   0.8730  0.83
+celeba_varying   mp               -      0.26   0.5573  0.07
+celeba_varying   smp              -      0.04   0.5397  0.15
+celeba_large_5x  lora             0.53   0.051  0.9280  0.94
+celeba_large_5x  smp              0.59   0.062  0.5185  0.15
+afhq_5x          lora             0.39   0.025  0.8820  0.86
+afhq_5x          smp              0.51   0.041  0.5600  0.26
+ms-coco_5x       lora             0.37   0.014  0.8040  0.78
+ms-coco_5x       smp              0.72   0.023  0.4610  0.14
+attackers        lora             -      -      0.8227  -       0.724      0.924
+attackers        smp              -      -      0.5197  -       0.554      0.635
+lambda           smp-lambda-x20   1.633  -      0.460
+lambda           smp-lambda-x10   1.769  -      0.462
+lambda           smp-lambda-x2    0.361  -      0.471
+lambda           smp              0.274  -      0.503
+lambda           smp-lambda-x0.2  0.214  -      0.612
+lr               smp              0.274  -      0.503
+lr               smp-lr-x0.1      0.436  -      0.462
+lr               smp-lr-x0.01     0.802  -      0.459
+rank             smp-rank-x2      0.337  -      0.561
+rank             smp              0.274  -      0.503
+rank             smp-rank-x0.5    0.512  -      0.540
+rank             smp-rank-x0.25   0.541  -      0.531
+rank             smp-rank-x0.125  0.661  -      0.489
+full             lora-full        0.176  -      0.804
+full             smp-full         1.05   -      0.545
+captions         lora-token       0.260  -      0.806
+captions         smp-token        0.748  -      0.564
+clipping         mp-unclipped     2.10   -      0.5167
+clipping         mp               3.513  -      0.462
+clipping         mp-normalised    2.390  -      0.524
+clipping         smp              0.274  -      0.503
+"""
+
+
+def _read(text: str) -> dict[str, dict]:
+    """{first column: {run: {figure: value}}}"""
+    found = {}
+    for line in text.strip().splitlines():
+        name, run, *values = line.split()
+        figures = zip(COLUMNS, values, strict=False)  # the last columns may be left out
+        found.setdefault(name, {})[run] = {k: float(v) for k, v in figures if v != "-"}
+    return found
+
+
+PAPER = _read(FIGURES)
+CORRELATIONS = {"mp": 0.043, "smp": 0.761}  # of Hessian and gradient norm, Figure 1b
 
 
 @dataclass(frozen=True)
-class Run:
-    """One kind of run, of which there is one per seed; tables share them."""
-
-    says: str
-    flags: dict  # of train.py
-    times: dict = field(default_factory=dict)  # flags as multiples of what they would be
-    one_caption: bool = False  # every image has the same, see paper.py
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That a figure of one run lies above or below that of another, as the paper's does."""
+class Change:
+    """That figures of one run lie above or below those of another, as the paper's do."""
 
     says: str
     first: str  # names of RUNS
     second: str
-    figure: str  # a key of paper.FIGURES
-    other: str | None = None  # the second run's, where that is another
+    figures: tuple[str, ...] = ALL  # keys of paper.FIGURES
+    other: str | None = None  # the second run's figure, where that is another
 
 
 @dataclass(frozen=True)
@@ -38,181 +114,75 @@ class Table:
     """One table of the paper."""
 
     title: str
-    paper: dict[str, dict]  # {set: {run: {figure: value}}}
-    claims: list[Claim]
+    paper: dict[str, dict]  # {run: {figure: value}}; of datasets those of DATA
+    changes: list[Change]
     attacks: tuple[str, ...] = ("proxy-raw-1", "combined")
-    note: str = ""
-
-    @property
-    def rows(self) -> list[str]:
-        """Names of RUNS, in the table's order."""
-        return list(self.paper[DATA])
 
 
-def claims(says: str, first: str, second: str, *figures: str) -> list[Claim]:
-    """The same of several figures."""
-    return [Claim(says, first, second, figure) for figure in figures]
-
-
-SMP = {"method": "smp"}
-FULL = {"target": "full", "rank": None, "alpha": None}
-
-RUNS = {
-    "lora": Run("LoRA", {"method": "lora"}),
-    "mp": Run("MP", {"method": "mp"}),
-    "smp": Run("SMP", SMP),
-    **{f"smp-lambda-x{k:g}": Run("SMP", SMP, {"lam": k}) for k in (20, 10, 2, 0.2)},
-    **{f"smp-lr-x{k:g}": Run("SMP", SMP, {"lr": k}) for k in (0.1, 0.01)},
-    **{f"smp-rank-x{k:g}": Run("SMP", SMP, {"rank": k, "alpha": k}) for k in (2, 0.5, 0.25, 0.125)},
-    "lora-full": Run("full fine-tuning", {"method": "lora", **FULL}),
-    "smp-full": Run("full fine-tuning, SMP", {"method": "smp", **FULL}),
-    "lora-token": Run("LoRA, one caption", {"method": "lora"}, one_caption=True),
-    "smp-token": Run("SMP, one caption", SMP, one_caption=True),
-    "mp-unclipped": Run("MP, gradients not clipped", {"method": "mp", "clip": 1e9}),
-    "mp-normalised": Run("MP, gradients normalised", {"method": "mp", "normalise": True}),
-}
-
-SETS = {
-    "pokemon": {
-        "lora": {"fid": 0.20, "kid": 0.003, "asr": 0.8227, "folded": 0.73},
-        "mp": {"fid": 2.10, "kid": 0.121, "asr": 0.5167, "folded": 0.07},
-        "smp": {"fid": 0.32, "kid": 0.004, "asr": 0.5197, "folded": 0.14},
-    },
-    "celeba_small": {
-        "lora": {"kid": 0.05, "asr": 0.9153, "folded": 0.94},
-        "mp": {"kid": 0.30, "asr": 0.5567, "folded": 0.12},
-        "smp": {"kid": 0.03, "asr": 0.5600, "folded": 0.24},
-    },
-    "celeba_large": {
-        "lora": {"fid": 0.52, "kid": 0.06, "asr": 0.8783, "folded": 0.87},
-        "mp": {"fid": 2.34, "kid": 0.30, "asr": 0.5358, "folded": 0.07},
-        "smp": {"fid": 0.60, "kid": 0.05, "asr": 0.4883, "folded": 0.19},
-    },
-    "celeba_gender": {
-        "lora": {"kid": 0.06, "asr": 0.8463, "folded": 0.79},
-        "mp": {"kid": 0.32, "asr": 0.5543, "folded": 0.14},
-        "smp": {"kid": 0.06, "asr": 0.5420, "folded": 0.15},
-    },
-    "celeba_varying": {
-        "lora": {"kid": 0.06, "asr": 0.8730, "folded": 0.83},
-        "mp": {"kid": 0.26, "asr": 0.5573, "folded": 0.07},
-        "smp": {"kid": 0.04, "asr": 0.5397, "folded": 0.15},
-    },
-    "celeba_large_5x": {
-        "lora": {"fid": 0.53, "kid": 0.051, "asr": 0.9280, "folded": 0.94},
-        "smp": {"fid": 0.59, "kid": 0.062, "asr": 0.5185, "folded": 0.15},
-    },
-    "afhq_5x": {
-        "lora": {"fid": 0.39, "kid": 0.025, "asr": 0.8820, "folded": 0.86},
-        "smp": {"fid": 0.51, "kid": 0.041, "asr": 0.5600, "folded": 0.26},
-    },
-    "ms-coco_5x": {
-        "lora": {"fid": 0.37, "kid": 0.014, "asr": 0.8040, "folded": 0.78},
-        "smp": {"fid": 0.72, "kid": 0.023, "asr": 0.4610, "folded": 0.14},
-    },
-}
-
-
-def of_pokemon(*rows: tuple) -> dict[str, dict]:
-    """(run, FID, ASR) of an ablation."""
-    return {DATA: {run: {"fid": fid, "asr": asr} for run, fid, asr in rows}}
-
-
-ALL = ("asr", "combined", "pictures")
-
+OF_PICTURES = ("pictures",)
 TABLES = {
     "datasets": Table(
         "Data sets and methods",
-        SETS,
+        PAPER[DATA],
         [
-            *claims("SMP against LoRA", "smp", "lora", *ALL),
-            *claims("MP against LoRA", "mp", "lora", *ALL),
-            *claims("SMP against MP", "smp", "mp", "pictures"),
+            Change("SMP against LoRA", "smp", "lora"),
+            Change("MP against LoRA", "mp", "lora"),
+            Change("SMP against MP", "smp", "mp", OF_PICTURES),
         ],
     ),
     "attackers": Table(
         "Black-box and white-box attackers",
-        {
-            DATA: {
-                "lora": {"asr": 0.8227, "black-box": 0.724, "GSA1": 0.924},
-                "smp": {"asr": 0.5197, "black-box": 0.554, "GSA1": 0.635},
-            }
-        },
+        PAPER["attackers"],
         [
-            *claims("SMP against LoRA", "smp", "lora", "asr", "black-box", "GSA1"),
-            Claim("SMP, read by its gradients and by its losses", "smp", "smp", "GSA1", "asr"),
+            Change("SMP against LoRA", "smp", "lora", ("asr", "black-box", "GSA1")),
+            Change("SMP, read by gradients and by losses", "smp", "smp", ("GSA1",), "asr"),
         ],
         ("proxy-raw-1", "black-box", "GSA1", "combined"),
     ),
     "lambda": Table(
         "Lambda of SMP",
-        of_pokemon(
-            ("smp-lambda-x20", 1.633, 0.460),
-            ("smp-lambda-x10", 1.769, 0.462),
-            ("smp-lambda-x2", 0.361, 0.471),
-            ("smp", 0.274, 0.503),
-            ("smp-lambda-x0.2", 0.214, 0.612),
-        ),
+        PAPER["lambda"],
         [
-            *claims("lambda x 20 against x .2", "smp-lambda-x20", "smp-lambda-x0.2", *ALL),
-            *claims("lambda x 20", "smp-lambda-x20", "smp", *ALL),
-            *claims("lambda x .2", "smp-lambda-x0.2", "smp", *ALL),
+            Change("lambda x 20 against x .2", "smp-lambda-x20", "smp-lambda-x0.2"),
+            Change("lambda x 20", "smp-lambda-x20", "smp"),
+            Change("lambda x .2", "smp-lambda-x0.2", "smp"),
         ],
     ),
     "lr": Table(
         "Learning rate of SMP",
-        of_pokemon(
-            ("smp", 0.274, 0.503), ("smp-lr-x0.1", 0.436, 0.462), ("smp-lr-x0.01", 0.802, 0.459)
-        ),
+        PAPER["lr"],
         [
-            *claims("learning rate x .1", "smp-lr-x0.1", "smp", *ALL),
-            *claims("learning rate x .01", "smp-lr-x0.01", "smp", *ALL),
+            Change("learning rate x .1", "smp-lr-x0.1", "smp"),
+            Change("learning rate x .01", "smp-lr-x0.01", "smp"),
         ],
     ),
     "rank": Table(
-        "Rank of SMP",
-        of_pokemon(
-            ("smp-rank-x2", 0.337, 0.561),
-            ("smp", 0.274, 0.503),
-            ("smp-rank-x0.5", 0.512, 0.540),
-            ("smp-rank-x0.25", 0.541, 0.531),
-            ("smp-rank-x0.125", 0.661, 0.489),
-        ),
+        "Rank of SMP, at the same alpha / rank",
+        PAPER["rank"],
         [
-            *claims("rank x .125", "smp-rank-x0.125", "smp", *ALL),
-            *claims("rank x .125 against x 2", "smp-rank-x0.125", "smp-rank-x2", *ALL),
+            Change("rank x .125", "smp-rank-x0.125", "smp"),
+            Change("rank x .125 against x 2", "smp-rank-x0.125", "smp-rank-x2"),
         ],
-        note="Alpha is scaled with the rank, so that alpha / rank stays.",
     ),
     "full": Table(
         "Full fine-tuning",
-        of_pokemon(("lora-full", 0.176, 0.804), ("smp-full", 1.05, 0.545)),
-        claims("SMP against none, full fine-tuning", "smp-full", "lora-full", *ALL),
+        PAPER["full"],
+        [Change("SMP against none, full fine-tuning", "smp-full", "lora-full")],
     ),
     "captions": Table(
         "One caption with a rare token, as in DreamBooth",
-        of_pokemon(("lora-token", 0.260, 0.806), ("smp-token", 0.748, 0.564)),
-        claims("SMP against LoRA, one caption", "smp-token", "lora-token", *ALL),
+        PAPER["captions"],
+        [Change("SMP against LoRA, one caption", "smp-token", "lora-token")],
     ),
+    # gradients are clipped by default here: plain MP is the paper's MP with clipping
     "clipping": Table(
         "MP with clipped and with normalised gradients (Table 10)",
-        of_pokemon(
-            ("mp-unclipped", 2.10, 0.5167),
-            ("mp", 3.513, 0.462),
-            ("mp-normalised", 2.390, 0.524),
-            ("smp", 0.274, 0.503),
-        ),
+        PAPER["clipping"],
         [
-            *claims("MP: clipped against not", "mp", "mp-unclipped", "pictures"),
-            *claims(
-                "MP: normalised against not clipped", "mp-normalised", "mp-unclipped", "pictures"
-            ),
-            *claims("SMP against MP, clipped", "smp", "mp", "pictures"),
-            *claims("SMP against MP, normalised", "smp", "mp-normalised", "pictures"),
+            Change("MP: clipped against not", "mp", "mp-unclipped", OF_PICTURES),
+            Change("MP: normalised against not", "mp-normalised", "mp-unclipped", OF_PICTURES),
+            Change("SMP against MP, clipped", "smp", "mp", OF_PICTURES),
+            Change("SMP against MP, normalised", "smp", "mp-normalised", OF_PICTURES),
         ],
-        note="Gradients are clipped at --clip by default here, for every method, so MP as it is "
-        "stands beside the paper's MP with clipping, and MP without beside its plain MP.",
     ),
 }
-
-CORRELATIONS = {"mp": 0.043, "smp": 0.761}  # of Hessian and gradient norm, Figure 1b

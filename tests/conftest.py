@@ -153,8 +153,8 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def subject(tiny_base, image_folder):
     """(base, encoded images): the tiny base, twelve members and twelve others."""
-    from diffusion import encode
     from files.bases import load_base
+    from files.encode import encode
     from files.images import load_images
 
     base, images = load_base(tiny_base), load_images(image_folder, 32)

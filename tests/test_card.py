@@ -1,5 +1,6 @@
 """The model card: the hub's own reader takes it, nothing private is in it, edits stay."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 import train
+from attacks.lira import HEADLINE
+from command.whole_files import read_json
 from files import lora_files
 from files.bases import load_base
 from run import card
 from settings import Settings
 
+DOCS = Path(train.__file__).parent / "docs"
 RECORD = {
     "verdict": "This adapter gives away a little.",
     "images": {"member_test": 40, "nonmember_test": 200},
@@ -19,7 +23,6 @@ RECORD = {
     "adapted": {
         "held_out_loss": 0.1234,
         "headline": {"attack": "SimA", "auc": 0.61, "auc_interval": [0.5, 0.7]},
-        "worst": {"attack": "difference", "auc": 0.72, "auc_interval": [0.6, 0.8]},
         "quality": {"frechet_members": 600.4, "frechet_held_out": 700.6},
     },
     "base": {
@@ -36,7 +39,7 @@ def made(tiny_base, image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("card") / "secret run"
     flags = {"model": tiny_base, "data": image_folder, "members": 20, "rank": 2, "alpha": 4.0}
     flags |= {"batch_size": 2, "target": "attention", "proxy": "pooled", "steps": 2, "samples": 0}
-    train.train(Settings(**flags, ema=0.5, prompt=["a secret prompt"], out=str(out)))
+    train.train(Settings(**flags, weight_decay=0.5, prompt=["a secret prompt"], out=str(out)))
     captions = [path.read_text().strip() for path in Path(image_folder).glob("*.txt")]
     names = [path.name for path in Path(image_folder).iterdir()]
     return out / "adapter", [*captions, *names, image_folder, str(out.parent), "secret"]
@@ -50,7 +53,12 @@ def test_the_hub_reads_it(made, tiny_base):
     assert {"lora", "text-to-image", "diffusers", "stable-diffusion"} <= set(data["tags"])
     assert data["pipeline_tag"] == "text-to-image"
     rows = {tuple(c.strip() for c in line.split("|")[1:-1]) for line in found.text.splitlines()}
-    assert {("member_aux", "10"), ("method", "smp"), ("--rank", "2"), ("--ema", "0.5")} <= rows
+    assert {
+        ("member_aux", "10"),
+        ("method", "smp"),
+        ("--rank", "2"),
+        ("--weight-decay", "0.5"),
+    } <= rows
     assert ("--seed", "0") in rows and ("--lam", "4.0") not in rows  # of another model
     assert not {"--flip", "--init", "--data"} & {row[0] for row in rows if row}
     assert "Trained on 20 images, 2 steps of 2." in found.text and "Held-out loss " in found.text
@@ -74,13 +82,14 @@ def test_an_evaluation_is_filled_in(made, tmp_path):
     text = path.read_text()
     start, end = edited.index(card.BEGIN), edited.index(card.END)
     assert text.startswith(edited[:start]) and text.endswith(edited[end:])
-    for words in (RECORD["verdict"], "0.61 [0.50, 0.70] | 0.52 |", "0.72 [0.60, 0.80] | - |"):
-        assert words in text
+    assert RECORD["verdict"] in text and "0.61 [0.50, 0.70] | 0.52 |" in text
     assert "held-out images | 701 | 650 |" in text and "members | 600 | 650 |" in text
     assert card.NOT_YET not in text
-    card.evaluated(folder, RECORD | {"verdict": "Other.", "shadows": 8})
+    bare = RECORD["base"] | {"attacks": {}}
+    card.evaluated(folder, RECORD | {"verdict": "Other.", "shadows": 8, "base": bare})
     text = path.read_text()
     assert RECORD["verdict"] not in text and "Other." in text and "8 adapters" in text
+    assert "0.61 [0.50, 0.70] | - |" in text
     assert ModelCard(text).data.library_name == "diffusers"
 
 
@@ -119,3 +128,42 @@ def test_the_base_is_named_as_the_hub_names_it(tmp_path, index, name):
     (folder / "model_index.json").write_text(index)
     assert card.base_name(str(folder)) == name
     assert card.base_name("owner/other") == "owner/other"
+
+
+# the audit that a figure of a sentence is from, and its step
+AUDITS = {
+    "lora": [("audit-lora", 50), ("audit-lora", 400)],
+    "smp": [("audit-smp", 50), ("audit-smp", 400)],
+    "mp": [("audit-mp", 400)],
+    "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],
+    "dp": [("screen/dp", 100)],
+}
+
+
+def test_what_was_audited_is_said_as_the_records_say_it():
+    """A sentence for every method that was audited, word for word in docs/defences.md, with the
+    figures of its audits in their order.
+    """
+    page = " ".join((DOCS / "defences.md").read_text().split())
+    assert set(card.AUDITED) == set(AUDITS)
+    for method, sentence in card.AUDITED.items():
+        assert sentence in page, method
+        said = re.findall(r"\d?\.\d\d", sentence)
+        for figure, (audit, step) in zip(said, AUDITS[method], strict=False):
+            record = read_json(DOCS / "records" / audit / "audit.json")
+            found = record["steps"][str(step)]["attacks"][HEADLINE]["auc"]
+            assert float(figure) == pytest.approx(found, abs=0.00501), (method, audit)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, True),
+        ({"method": "smp-detached"}, False),
+        ({"target": "full"}, False),
+        ({"model": "runwayml/stable-diffusion-v1-5"}, False),
+    ],
+)
+def test_audits_are_said_of_the_embedded_model_alone(changed, said):
+    """Another model leaks otherwise, and so do a whole UNet and a method that was not audited."""
+    assert bool(card.audited(Settings(**{"method": "lora"} | changed))) == said

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import train
 from command.errors import UserError
-from diffusion import encode
 from files.bases import load_base
+from files.encode import encode
 from files.images import load_images
 from run import pictures, state
 from run import prepare as prepared

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +79,6 @@ def worker(dask, tmp_path):
 # An audit
 
 
-def undisturbed(monkeypatch, **flags) -> dict:
-    """The record of the same audit in a thread of this process."""
-    monkeypatch.setattr(workers, "processes", lambda jobs: ThreadPoolExecutor(1))
-    return audit.audit(audit.Audit(**FLAGS | flags))
-
-
 def begin(out: Path, **flags) -> subprocess.Popen:
     """`python audit.py` with these flags, its bar in audit.log beside `out`."""
     command = [sys.executable, str(ROOT / "audit.py"), "--out", str(out)]
@@ -137,7 +130,7 @@ def assert_equal_audits(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, monkeypatch):
+def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, in_thread):
     """One of two goes away in the middle of an adapter: the other one trains that again and no
     more, and the audit is the same as one in this process.
     """
@@ -145,7 +138,7 @@ def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, m
     doomed = worker(address, "--preload", "audit")  # its imports, while the other audit runs
     worker(address, "--preload", "audit")
     given = {"model": tiny_base, "data": image_folder}
-    undisturbed(monkeypatch, out=str(tmp_path / "quiet"), **given)
+    audit.audit(audit.Audit(**FLAGS | given, out=str(tmp_path / "quiet")))
     with pytest.importorskip("distributed").Client(address) as client:
         client.wait_for_workers(2, timeout=240)
     process = begin(tmp_path / "killed", cluster=address, **given)

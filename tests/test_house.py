@@ -16,8 +16,7 @@ FILES = {
     if path.name != "__init__.py"
 }
 SCRIPTS = {"train", "evaluate", "audit", "embedded.pretrain", "methods.directions"}
-SCRIPTS |= {f"studies.{s}" for s in ("defences", "copies")}
-SCRIPTS |= {f"studies.{s}" for s in ("as_released", "smoothness", "paper", "verdicts")}
+SCRIPTS |= {name for name in FILES if name.startswith("studies.")}
 PAPER = {"lora", "attacker", "objectives", "smoothness", "diffusion"}
 
 

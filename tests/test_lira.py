@@ -3,7 +3,7 @@ none, however many features there are."""
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import norm
 
 from attacks import lira, roc
 
@@ -55,27 +55,6 @@ def test_formulas(adapters):
         np.testing.assert_allclose(lira.online(x, member, target), ratio.sum(1))
 
 
-def test_joint_is_a_ratio_of_gaussians():
-    """Against scipy's density in two dimensions, covariances by hand."""
-    member = halves(6, 10)
-    x = np.random.default_rng(2).normal(size=(6, 10, 2)) @ [[1, 0.8], [0, 0.6]]
-    target, logs = 3, []
-    for side in (True, False):
-        mean, _ = by_hand(x, member, target, side)
-        rows, freedom = [], 0
-        for i in range(10):
-            there = np.array([x[k, i] for k in (0, 1, 4, 5) if member[k, i] == side])
-            rows.extend(there - there.mean(0))
-            freedom += len(there) - 1
-        covariance = np.array(rows).T @ np.array(rows) / freedom
-        covariance[0, 1] *= 0.9
-        covariance[1, 0] *= 0.9
-        logs.append(
-            [multivariate_normal.logpdf(x[target, i], mean[i], covariance) for i in range(10)]
-        )
-    np.testing.assert_allclose(lira.joint(x, member, target), np.subtract(*logs))
-
-
 def test_projection_by_hand():
     """Image by image; each of the K predictions weighed by its own noise."""
     member = halves(6, 8)
@@ -101,7 +80,7 @@ def test_levelling_by_hand():
     """
     member = halves(6, 12)
     x = np.random.default_rng(4).normal(size=(6, 12, 2)) + 3 * np.arange(12)[:, None]
-    target, found = 5, lira.level(x, member, 5)
+    target, found = 5, lira.without_difficulty(x, member, 5)
     for f in range(2):
         hard = [
             np.mean(
@@ -179,16 +158,8 @@ def test_planted_signals_are_found():
     found = {name: area(s, member) for name, s in lira.attacks(answers, member).items()}
     assert found[lira.THRESHOLD] < 0.65
     assert found["LiRA online, loss"] > 0.9 and found["LiRA offline, loss"] > 0.9
-    assert found["LiRA online, all"] > 0.9 and found["projected prediction"] > 0.8
     assert found["LiRA pooled, all"] >= found["LiRA pooled, loss"] > 0.9
-    assert (
-        min(
-            found[f"LiRA {kind}, {s}"]
-            for kind in ("online", "offline")
-            for s in ("SimA", "gradient")
-        )
-        > 0.6
-    )
+    assert found["projected prediction"] > 0.8
 
 
 def test_nothing_is_found_where_nothing_is():
@@ -197,7 +168,7 @@ def test_nothing_is_found_where_nothing_is():
     answers, member = planted(0.0, seed=5)
     scores = lira.attacks(answers, member)
     found = {name: area(score, member) for name, score in scores.items()}
-    assert len(found) == 12
+    assert len(found) == 6
     assert all(0.44 < value < 0.56 for value in found.values()), found
 
 
@@ -227,5 +198,5 @@ def test_the_targets_own_labels_are_not_read():
 def test_four_adapters_have_no_projection():
     """Which needs two shadows on each side; the others do with one."""
     scores = lira.attacks(*planted(1.0, adapters=4))
-    assert "projected prediction" not in scores and len(scores) == 11
+    assert "projected prediction" not in scores and len(scores) == 5
     assert all(np.isfinite(score).all() for score in scores.values())

@@ -1,5 +1,5 @@
 """Every notebook runs from top to bottom on the tiny model, in a few steps; what is committed has
-run, without errors.
+run, without errors.  The walks of notebook 3 against a bowl.
 """
 
 from pathlib import Path
@@ -8,8 +8,10 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+import torch
 
 from command.whole_files import write_json
+from notebooks.surface import descend, linear_reach, moved
 from studies import smoothness
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -93,3 +95,59 @@ def test_committed_outputs(path):
 
 def test_there_are_five():
     assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_"]
+
+
+# ---- walks on a surface ----
+
+
+def bowl():
+    """((a - 3)^2 + 100 b^2) / 2 in float64, and its parameters at (0, 1)."""
+    a, b = (torch.nn.Parameter(torch.tensor([x], dtype=torch.float64)) for x in (0.0, 1.0))
+    return lambda: (((a - 3) ** 2 + 100 * b**2) / 2).sum(), [a, b]
+
+
+def test_a_move_is_taken_back():
+    """Inside the parameters stand elsewhere; afterwards, also after an error, where they were."""
+    value, parameters = bowl()
+    before = [p.detach().clone() for p in parameters]
+    with moved(parameters, torch.tensor([1.0, -1.0], dtype=torch.float64), 0.5):
+        assert [p.item() for p in parameters] == [0.5, 0.5]
+        assert value().item() == pytest.approx((2.5**2 + 100 * 0.25) / 2)
+    with pytest.raises(ZeroDivisionError), moved(parameters, torch.ones(2, dtype=torch.float64)):
+        _ = 1 / 0
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+
+
+def test_a_descent_follows_the_gradient():
+    """The flow of the bowl is exp(-t) and exp(-100 t): at b = 0.1, a is where that has it.  The
+    path goes on to the minimum, ends where the gradient is zero, and is taken back.
+    """
+    value, parameters = bowl()
+    places = {
+        length: [p.item() for p in parameters]
+        for length in descend(value, parameters, size=1e-3, steps=5000)
+    }
+    lengths = list(places)
+    assert lengths == pytest.approx(1e-3 * np.arange(5001))
+    steps = np.linalg.norm(np.diff(list(places.values()), axis=0), axis=1)
+    assert steps == pytest.approx(1e-3)
+    a = next(a for a, b in places.values() if b < 0.1)
+    assert a == pytest.approx(3 * (1 - 0.1 ** (1 / 100)), rel=0.02)
+    assert places[lengths[-1]] == pytest.approx([3, 0], abs=0.05)
+    assert [p.item() for p in parameters] == [0, 1]
+    walk = descend(value, parameters, size=1e-3, steps=5)
+    assert next(walk) == 0 and next(walk) == 1e-3
+    walk.close()
+    assert [p.item() for p in parameters] == [0, 1]
+    assert list(descend(lambda: 0 * value(), parameters, size=1.0, steps=5)) == [0]
+
+
+def test_how_far_a_gradient_describes():
+    """x + x^2 is its slope to a quarter up to x = 1/4, on the worse side too; a kink or a
+    wrong slope nowhere.
+    """
+    steps = [0.05, 0.1, 0.2, 0.25, 0.3, 0.05]
+    both = {sign: [sign * x + x * x for x in steps] for sign in (1, -1)}
+    assert linear_reach(steps, both, 1.0) == 0.25
+    kink = {1: steps, -1: steps}
+    assert linear_reach(steps, kink, 1.0) == 0 == linear_reach(steps, both, 3.0)

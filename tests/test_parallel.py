@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run.learner import Learner
 from safetensors.torch import load_file
 from torch import nn
 
 import train
 from files.bases import resolve_dtype
 from objectives import adaptation_loss, mi_gain, objective
-from run.learner import Learner
 from run.processes import Processes, WholeBatch, pull_back
 from settings import Settings
 

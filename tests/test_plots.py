@@ -1,4 +1,4 @@
-"""Rows of pictures against the pictures themselves, and what two figures of runs draw."""
+"""Rows of pictures against the pictures themselves, and what other figures draw."""
 
 import numpy as np
 import pytest
@@ -60,6 +60,58 @@ def test_large_pictures_are_made_smaller():
     assert plots.short("one two three four five six", 9, 2) == "one two\nthree..."
 
 
+def test_captioned_pictures_fill_rows(tmp_path):
+    """Five in rows of three, without labels beside them: two rows, of which the second has a
+    blank.
+    """
+    pictures = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((50, 50, 3), np.uint8)
+    plots.captioned(pictures, list("abcde"), 3, tmp_path / "pictures.png")
+    with Image.open(tmp_path / "pictures.png") as image:
+        found = np.asarray(image.convert("RGB"))
+    sizes = [(found == k).all(2).sum() for k in range(1, 6)]
+    assert min(sizes) == 150 * 150 and found.shape[1] == 8 + 3 * 156 + 2
+    rows = [np.nonzero((found == k).all(2).any(1))[0][0] for k in range(1, 6)]
+    assert rows[0] == rows[2] < rows[3] == rows[4]
+
+
+def test_roc_curve_against_a_loop():
+    """At the i-th highest score of a non-member: the share of non-members and of members that are
+    not below it, from nobody to everybody.
+    """
+    rng = np.random.default_rng(0)
+    member, nonmember = rng.normal(1, 1, 9), rng.normal(size=7)
+    rates, hits = plots.roc_curve(member, nonmember)
+    assert (rates[0], hits[0], rates[-1]) == (0, 0, 1)
+    for i, cut in enumerate(sorted(nonmember, reverse=True), 1):
+        assert rates[i] == pytest.approx((nonmember >= cut).mean())
+        assert hits[i] == pytest.approx((member >= cut).mean())
+
+
+def test_privacy_against_quality():
+    """Every adapter at its loss and the AUC of its headline attack, with the ends of the interval;
+    the steps of one run are joined, and named.
+    """
+
+    def model(loss, auc):
+        head = {"attack": "SimA", "auc": auc, "auc_interval": [auc - 0.1, auc + 0.05]}
+        return {"held_out_loss": loss, "headline": head}
+
+    places = {"runs/lora @400": (0.1, 0.9), "runs/lora @50": (0.2, 0.7), "runs/smp": (0.15, 0.8)}
+    records = [
+        {"run": run, "step": int(run[-3:].strip("@")) if "@" in run else None}
+        | {"method": run[5:].split(" ")[0], "adapted": model(*at), "base": model(0.3, 0.5)}
+        for run, at in places.items()
+    ]
+    (axis,) = plots.privacy_against_quality(records).axes
+    bars = {bar.get_label(): bar for bar in axis.containers}
+    assert set(bars) == {"base, no adapter", "lora", "smp"}
+    line, _, (ends,) = bars["lora"]
+    assert line.get_color() == plots.COLOURS["lora"]
+    np.testing.assert_allclose(line.get_xydata(), [(0.2, 0.7), (0.1, 0.9)])
+    np.testing.assert_allclose(ends.get_segments()[1][:, 1], [0.8, 0.95])
+    assert [text.get_text() for text in axis.texts] == ["step 50", "step 400"]
+
+
 def test_runs_are_drawn_in_their_colours():
     """A method has its colour, a control of it the same one dashed; both lines hold the values."""
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
@@ -82,17 +134,13 @@ def test_long_runs_are_smoothed():
     """Of 60 values and more the line is the mean of the last five, over a pale one of all."""
     values = np.random.default_rng(0).normal(size=80) + 5
     rows = [{"step": k, "loss": v} for k, v in enumerate(values)]
-    pale, line = figures.runs_over_steps({"smp": rows}, {"loss": "a title " * 9}).axes[0].lines
+    (axis,) = figures.runs_over_steps({"smp": rows}, {"loss": "a title " * 9}).axes
+    pale, line = axis.lines
     np.testing.assert_array_equal(pale.get_ydata(), values)
     for k in (0, 3, 50, 79):
         window = [values[max(i, 0)] for i in range(k - 4, k + 1)]
         assert line.get_ydata()[k] == pytest.approx(np.mean(window))
-    assert (
-        figures.runs_over_steps({"smp": rows}, {"loss": "a title " * 9})
-        .axes[0]
-        .get_title()
-        .count("\n")
-    )
+    assert "\n" in axis.get_title()
 
 
 def test_a_walk_shades_what_is_described():

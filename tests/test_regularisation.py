@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from run.learner import Learner, share_of_rate
 from safetensors.torch import load_file
 
 import train
@@ -14,7 +15,6 @@ from diffusion import encode_captions, encode_images
 from objectives import clip_, norm
 from run import watch as monitor
 from run.folder import RunFolder
-from run.learner import Learner, share_of_rate
 from run.prepare import Batch, assemble
 from run.processes import Processes
 from run.resolve import resolve

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from run.learner import Learner
+from run.released import NAMES, chosen
 from torch.nn import functional as F
 
 import train
 from command.errors import UserError
 from diffusion import draw_noise, squared_error
-from run.learner import Learner
 from run.prepare import prepare
 from run.processes import Processes
-from run.released import NAMES, chosen
 from run.resolve import resolve
 from settings import METHODS, Settings
 

@@ -18,7 +18,7 @@ from PIL import Image
 from attacks import quality, roc
 from diffusion import Encoded
 from files.images import PARTS, SIDES
-from report import figures, plots
+from report import figures
 from report import page as report
 
 SIZES = {"member": (14, 6, 10), "nonmember": (14, 6, 20)}
@@ -33,7 +33,9 @@ ORDINARY = {3: ("d.png", "a word")}
 
 
 def measured(rng, member, leak: float, pictures: np.ndarray | None, seed: int):
-    """A `Measured` whose members score `leak` higher, three attacks; the third knows no aux."""
+    """What is measured of a model: members score `leak` higher by three attacks; the third knows
+    no aux.
+    """
     scores = {n: rng.normal(size=len(member)) + leak * member for n in ("loss", "SimA", "black")}
     scores["black"][: SIZES["member"][0]] = NAN
     generator = torch.Generator().manual_seed(seed)
@@ -69,20 +71,16 @@ def made_up(pictures: int | None = 8, names: dict = ORDINARY, size: int = 16):
     held_out = rng.integers(0, 256, (9, size, size, 3), np.uint8)
     real = {"members": torch.rand(30, 6), "held_out": torch.rand(9, 6)} if pictures else {}
     said = [f"held out {i}" for i in range(9)]
-    subject = SimpleNamespace(data=data, held_out=held_out, held_out_captions=said)
-    return SimpleNamespace(subject=subject, real=real), adapted, base, record
+    images = SimpleNamespace(data=data, real=real, held_out=held_out, held_out_captions=said)
+    return images, adapted, base, record
 
 
 def leakage(data, scores) -> dict:
-    """A record as attacks/examination.py makes it, as far as the report reads it."""
+    """What eval.json holds of a model, as far as the report reads it."""
     found = {n: roc.summary(*data.pair(s, "test"), 0.0) for n, s in scores.items()}
     headline = {"attack": "SimA"} | found["SimA"]
-    return {
-        "attacks": found,
-        "headline": headline,
-        "worst": headline,
-        "auc_by_timestep": {"50": 0.6, "500": 0.7},
-    }
+    areas = {"50": 0.6, "500": 0.7}
+    return {"attacks": found, "headline": headline, "null": 0.6, "auc_by_timestep": areas}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +172,7 @@ def test_the_most_exposed_come_first():
 def test_exposure_table(written):
     """Read back: every image with a role once, members first, most exposed first, rates, blanks."""
     folder, examination, adapted = written
-    data = examination.subject.data
+    data = examination.data
     with open(folder / "exposure.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["name", "caption", "side", "part", "SimA", "loss", "black"]
@@ -240,7 +238,7 @@ def test_every_image_decodes(written):
             png.load()
             if image.get("width"):  # a thumbnail and no figure
                 assert png.size == (16, 16)
-    assert images[0]["src"] == report.thumbnail(written[1].subject.data.pixels[0])
+    assert images[0]["src"] == report.thumbnail(written[1].data.pixels[0])
 
 
 def test_what_the_list_is_held_against(written):
@@ -248,7 +246,7 @@ def test_what_the_list_is_held_against(written):
     images; the rest is said to be in the table.
     """
     folder, examination, adapted = written
-    data, score = examination.subject.data, adapted.scores["SimA"]
+    data, score = examination.data, adapted.scores["SimA"]
     others = np.sort(data.pair(score, "test")[1])
     caught = score > others[-2]  # one of 20 may be above
     text = " ".join("".join(read(folder).texts).split())
@@ -332,37 +330,26 @@ def test_samples_lie_beside_their_captions(members, count):
     assert len(set(images)) == len(images) == min(8, members, count)
 
 
-def test_nearest_figure_has_three_rows(written, tmp_path, monkeypatch):
-    """Drawn, the member and the held-out picture nearest to it by features, each with its caption
-    and distance.
+def test_nearest_pictures_stand_beside_each_other():
+    """Generated, the member and the held-out picture nearest to it by features, each with its own
+    caption and distance; the closest first.
     """
-    _, examination, adapted = written
-    kept, path = {}, tmp_path / "nearest.png"
-
-    honest = plots.picture_rows
-
-    def seen(rows, above, below, title):
-        kept.update(rows=rows, above=above, below=below)
-        return honest(rows, above, below, title=title)
-
-    monkeypatch.setattr(plots, "picture_rows", seen)
-    figures.nearest_pictures(examination, adapted, path, columns=3)
-    assert path.stat().st_size > 0
-    drawn, member, held_out = (row[0] for row in kept["rows"].values())
-    subject, data = examination.subject, examination.subject.data
+    examination, adapted, base, _ = made_up()
+    row = report.nearest(examination, adapted, base)["rows"][0]
+    data = examination.data
     far, index = quality.nearest(examination.real["members"], adapted.features)
     best = far.argmin()
-    np.testing.assert_array_equal(drawn, adapted.pictures[best])
-    assert kept["above"][0] == data.captions[np.resize(data.members(), len(far))[best]]
-    found = data.members()[index[best]]
-    np.testing.assert_array_equal(member, data.pixels[found])
     far_held, index_held = quality.nearest(examination.real["held_out"], adapted.features)
-    np.testing.assert_array_equal(held_out, subject.held_out[index_held[best]])
-    labels = [texts[0] for texts in kept["below"].values()]
-    assert labels == [
-        f"{far[best]:.3f}  {data.captions[found]}",
-        f"{far_held[best]:.3f}  {subject.held_out_captions[index_held[best]]}",
-    ]
+    member, held_out = data.members()[index[best]], index_held[best]
+    assert row == {
+        "generated": report.thumbnail(adapted.pictures[best]),
+        "member": report.pictured(data, member) | {"distance": f"{far[best]:.3f}"},
+        "held_out": {
+            "image": report.thumbnail(examination.held_out[held_out]),
+            "distance": f"{far_held[best]:.3f}",
+            "caption": examination.held_out_captions[held_out],
+        },
+    }
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,16 +10,16 @@ from itertools import combinations
 
 import pytest
 import torch
+from run.learner import Learner
 from safetensors.torch import load_file
 
 import train
-from diffusion import encode
 from files.bases import load_base
+from files.encode import encode
 from files.images import load_images
 from run import pictures
 from run import prepare as prepared
 from run import watch as monitor
-from run.learner import Learner
 from run.processes import Processes
 from settings import Settings
 

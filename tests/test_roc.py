@@ -217,8 +217,8 @@ def test_headline_is_chosen_on_known_images():
     found = comparisons.headline(known | {"unknown": (member + 9, nonmember)}, test)
     assert found["attack"] == "good" and found["auc"] == roc.auc(*test["good"])
     assert found["auc_interval"] == roc.auc_interval(*test["good"])
-    worst, chosen, own = coverage.choice_coverage(8, 0.0, 60)
-    assert worst > 0.9 and chosen > 0.88 and own < 0.9
+    chosen, own = coverage.choice_coverage(8, 0.0, 60)
+    assert chosen > 0.88 and own < 0.9
 
 
 def test_bad_scores_are_refused():

@@ -84,7 +84,7 @@ def test_evaluation_with_shadows(run, monkeypatch):
     """
     settings = evaluate.Settings(runs=[run], pictures=0, bootstrap=50, shadow=8, jobs=2)
     (record,) = evaluate.evaluate(settings)
-    wanted = {"LiRA online, loss", "LiRA offline, SimA", "LiRA online, all", "projected prediction"}
+    wanted = {*lira.ATTACKS, "projected prediction"}
     for model in ("adapted", "base"):
         assert wanted <= set(record[model]["attacks"])
         assert record[model]["worst"]["auc"] == max(

@@ -3,19 +3,19 @@ worth.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
 
+import train
 from command.errors import UserError
 from run.resolve import resolve
 from settings import Settings
 from studies import smoothness
-from studies.correlation import Correlation, correlation, direction, higher, pooled
-from studies.smoothness import ROWS, Study
+from studies.correlation import Correlation, correlation, higher, pooled
+from studies.smoothness import SETTINGS, Study
 
 # ---- correlation ----
 
@@ -89,11 +89,10 @@ def test_pooled_by_hand():
     assert nothing.runs == 0 and nothing.error == np.inf
 
 
-def test_verdicts():
+def test_sides():
     """An interval above, below and across 0; a difference that is told and one that is not."""
     up, down, wide = (pooled([made(*pair)]) for pair in ((0.7, 40), (-0.7, 40), (0.3, 10)))
-    assert [direction(x) for x in (up, down, wide)] == ["follows", "runs against", "not told"]
-    assert direction(pooled([])) == "not told"
+    assert [x.side for x in (up, down, wide, pooled([]))] == [1, -1, 0, 0]
     assert (higher(up, down), higher(down, up), higher(up, wide)) == (1, -1, 0)
     assert higher(up, pooled([])) == 0
 
@@ -109,20 +108,25 @@ def small(tiny_base, image_folder, tmp_path_factory):
     return small | {"out": str(tmp_path_factory.mktemp("study"))}
 
 
-def test_runs_join_the_table(small, monkeypatch, capsys):
+def test_runs_join_the_table(small, in_thread, monkeypatch, capsys):
     """One seed, then one more: the first is not trained again; the numbers are those of
     metrics.jsonl.
     """
-    monkeypatch.setattr(smoothness.workers, "processes", lambda _: InThread(1))
     first = smoothness.study(Study(rows=["paper"], seeds=1, **small))
-    trained, honest = [], smoothness.train
-    monkeypatch.setattr(smoothness, "train", lambda s: trained.append(s.out) or honest(s))
-    out = smoothness.Path(small["out"])
-    before = (out / "paper-mp-0" / "metrics.jsonl").read_bytes()
+    trained, honest = [], train.train
+
+    def seen(s, extra=()):
+        trained.append(s.out)
+        return honest(s)
+
+    monkeypatch.setattr(train, "train", seen)
+    out = Path(small["out"])
+    before = (out / "seed-0" / "paper-mp" / "metrics.jsonl").read_bytes()
     both = smoothness.study(Study(rows=["paper"], seeds=2, **small))
-    assert (out / "paper-mp-0" / "metrics.jsonl").read_bytes() == before
-    assert len(trained) == 4 and both == (out / "table.md").read_text() != first
-    assert len({line.count("|") for line in both.splitlines() if "|" in line}) == 1
+    assert (out / "seed-0" / "paper-mp" / "metrics.jsonl").read_bytes() == before
+    assert trained == [str(out / "seed-1" / f"paper-{method}") for method in ("mp", "smp")]
+    assert both == (out / "table.md").read_text() != first
+    assert len({line.count("|") for line in both.splitlines()}) == 1
     found = smoothness.read(out)
     assert [(g["row"], g["method"], g["seeds"]) for g in found["groups"]] == [
         ("paper", "mp", [0, 1]),
@@ -130,33 +134,19 @@ def test_runs_join_the_table(small, monkeypatch, capsys):
     ]
     for run in found["runs"]:
         assert run["flags"]["proxy"] == "raw" and run["flags"]["lam"] == 0.05
-    name = out / smoothness.folder("paper", "smp", 1) / "metrics.jsonl"
-    rows = [r for r in map(json.loads, name.read_text().splitlines()) if "hessian_norm" in r]
-    pair = [[r[k] for r in rows] for k in ("hessian_norm", "fixed_grad_norm")]
+    lines = (out / "seed-1" / "paper-smp" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "hessian_norm" in row]
+    pair = [[row[k] for row in rows] for k in ("hessian_norm", "fixed_grad_norm")]
     assert len(rows) == 5 and found["groups"][1]["r"][1] == pytest.approx(pearsonr(*pair)[0])
     assert found["groups"][1]["held"] == [10, 10] and found["groups"][0]["slope_share"] == 0
     assert (out / "correlations.png").is_file()
-    assert "paper-mp-0: " in capsys.readouterr().out
-    assert smoothness.read(out / "paper-mp-0") is None
-
-
-class InThread(ThreadPoolExecutor):
-    """An executor that does a task when it is given."""
-
-    def submit(self, function, *given):
-        from concurrent.futures import Future
-
-        future = Future()
-        future.set_result(function(*given))
-        return future
+    assert smoothness.read(out / "seed-0") is None
 
 
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
         ({"rows": ["papers"]}, "no row papers"),
-        ({"seeds": 0}, "--seeds"),
-        ({"jobs": 0}, "--jobs"),
         ({"hessian_every": 0}, "--hessian-every"),
         ({"lr": -1.0}, "--lr"),
     ],
@@ -169,10 +159,10 @@ def test_what_cannot_work_is_refused(small, tmp_path, flags, problem):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("name", smoothness.ROWS)
+@pytest.mark.parametrize("name", smoothness.SETTINGS)
 def test_every_row_can_be(name):
     """Flags that resolve on the embedded model, and say what they are to say."""
-    s = resolve(Settings(method="mp", **smoothness.ROWS[name]))
+    s = resolve(Settings(method="mp", **smoothness.SETTINGS[name]))
     assert s.proxy == ("pooled" if name == "pooled" else "raw")
     assert (s.lam == 0.05) == (name == "paper")
 
@@ -186,17 +176,12 @@ def test_a_trend_that_both_share():
     assert found["norms"] > 0.9 and found["logarithms"] > 0.9 and abs(found["changes"]) < 0.2
 
 
-def test_the_table_of_the_docs_is_that_of_its_record():
-    """Every cell that docs/results.md shows, of three settings over three seeds."""
-    docs = Path(__file__).parent.parent / "docs"
-
-    def cells(text):
-        heads, _, *rows = [x.strip("| ").split(" | ") for x in text.splitlines() if x[:1] == "|"]
-        return [dict(zip(heads, row, strict=True)) for row in rows]
-
-    section = (docs / "results.md").read_text().split("## Local smoothness")[1].split("\n## ")[0]
-    said = cells(section)
-    kept = smoothness.read(docs / "records" / "smoothness")
-    assert {g["row"]: g["seeds"] for g in kept["groups"]} == {key: [0, 1, 2] for key in ROWS}
-    found = cells(smoothness.table(kept))
-    assert said == [{head: row[head] for head in said[0]} for row in found] and len(said[0]) > 9
+def test_the_record_is_whole():
+    """Three settings over three seeds, whose pooled r is that of its runs."""
+    kept = smoothness.read(Path(__file__).parent.parent / "docs" / "records" / "smoothness")
+    assert {g["row"]: g["seeds"] for g in kept["groups"]} == {key: [0, 1, 2] for key in SETTINGS}
+    for g in kept["groups"]:
+        runs = [r for r in kept["runs"] if (r["row"], r["method"]) == (g["row"], g["method"])]
+        again = smoothness.group(g["row"], g["method"], runs)
+        assert again["norms"]["z"] == pytest.approx(g["norms"]["z"])
+        assert again["mean"]["hessian_norm"] == pytest.approx(g["mean"]["hessian_norm"])

@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run.learner import Batches, Learner
 from safetensors.torch import load_file
 
 import evaluate
 import train
 from command.errors import one_line_errors
 from command.flags import parse
-from run import advice
-from run.learner import Batches, Learner
 from run.resolve import resolve
-from settings import METHODS
 
 ROOT = Path(train.__file__).parent
 SMALL = [
@@ -345,11 +343,3 @@ def test_evaluate_refuses_changed_data(tiny_base, image_folder, tmp_path):
     with pytest.raises(SystemExit):
         call(evaluate, [run])
     assert np.all([not (run / "eval.json").exists()])
-
-
-def test_what_was_audited_is_said_as_the_page_says_it():
-    """A sentence for every method but the control, word for word in docs/defences.md."""
-    page = " ".join((Path(train.__file__).parent / "docs/defences.md").read_text().split())
-    assert {*advice.AUDITED} == {*METHODS} - {"smp-detached"}
-    for method, sentence in advice.AUDITED.items():
-        assert sentence in page, method

@@ -1,17 +1,15 @@
 """The verdicts on C1 to C7: their rules on made-up records, and the command on made-up folders."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from attacks.decisions import Decisions
 from attacks.lira import HEADLINE
 from command.errors import UserError
-from command.whole_files import write_json
-from studies import claims, verdicts
+from command.whole_files import read_json, write_json
+from studies import claims, records, verdicts
 from studies.claims import Part, Results
-from studies.seeds import Estimate
+from studies.records import Estimate
 from studies.verdicts import Verdicts
 
 SEEDS = (0, 1, 2)
@@ -111,35 +109,33 @@ def test_what_the_data_do_not_say():
 )
 def test_at_chance(interval, says):
     """Also an attack whose sign is turned gives members away."""
-    assert claims.at_chance(Estimate(0.5, interval, [0])) == says
+    found = Estimate(0.5, interval, [0])
+    assert claims.at_chance(found) == says and claims.leaks(found) == -says
+    assert claims.at_chance(Estimate(0.5, None, [0])) is None
 
 
-def test_how_parts_make_a_verdict():
+@pytest.mark.parametrize(
+    "rule, sides, says",
+    [
+        (claims.every, (1, 1), 1),
+        (claims.every, (1, 0), 0),
+        (claims.every, (1, -1), -1),
+        (claims.every, (None, -1), -1),
+        (claims.every, (None, 1), None),
+        (claims.some, (1, -1), 1),
+        (claims.some, (0, -1), 0),
+        (claims.some, (None, 1), 1),
+        (claims.some, (None,), None),
+        (claims.better, (1, 0), 1),
+        (claims.better, (1, -1), 0),
+        (claims.better, (0, 0), 0),
+        (claims.better, (-1, 0), -1),
+        (claims.better, (1, None), None),
+    ],
+)
+def test_how_parts_make_a_verdict(rule, sides, says):
     """All, any, or better in one and worse in none."""
-
-    def parts(*sides):
-        return [Part("", "", "", side) for side in sides]
-
-    assert [claims.every(parts(*x)) for x in ((1, 1), (1, 0), (1, -1), (None, -1), (None, 1))] == [
-        1,
-        0,
-        -1,
-        -1,
-        None,
-    ]
-    assert [claims.some(parts(*x)) for x in ((1, -1), (0, -1), (None, 1), (None,))] == [
-        1,
-        0,
-        1,
-        None,
-    ]
-    assert [claims.better(parts(*x)) for x in ((1, 0), (1, -1), (0, 0), (-1, 0), (1, None))] == [
-        1,
-        0,
-        0,
-        -1,
-        None,
-    ]
+    assert rule([Part("", "", "", side) for side in sides]) == says
 
 
 def test_curvature_in_several_settings():
@@ -161,21 +157,26 @@ def test_audits_at_the_same_loss():
         at10=(0.12, 0.6, 0.02), at30=(0.10, 0.8, 0.04), at50=(0.09, 0.9, 0.02), at99=(0.12, 1, 0)
     )
     smp = audit(at50=(0.11, 0.75, 0.03), at99=(0.14, 0.55, 0.1))
-    found = claims.at_equal_loss({"lora": [lora], "smp": [smp]})
+    part = claims.equal_loss(Results(audits={"lora": [lora], "smp": [smp]}))
     half = np.hypot(0.03, 0.03)  # the middle of .02 and .04
-    assert found.here == f"+0.05 [{0.05 - half:+.2f}, {0.05 + half:+.2f}]" and found.side == -1
+    assert part.here == f"+0.05 [{0.05 - half:+.2f}, {0.05 + half:+.2f}]" and part.side == -1
+
+    def at_loss(loss, *loras):
+        (step,) = audit(at50=(loss, 0.75, 0.03))["steps"].values()
+        found = records.at_equal_loss(step, list(loras))
+        return found and pytest.approx(found[1].value)
+
+    assert at_loss(0.11, lora) == 0.7
     higher = audit(at10=(0.12, 0.9, 0.02), at30=(0.10, 0.9, 0.02))
-    assert claims.at_equal_loss({"lora": [higher, lora], "smp": [smp]}) == found
-    # beyond LoRA's best loss its best step is the nearest
-    ahead = claims.at_equal_loss({"lora": [lora], "smp": [audit(at50=(0.08, 0.7, 0.01))]})
-    assert ahead.here.startswith("-0.20") and ahead.side == 1
+    assert at_loss(0.11, higher, lora) == 0.7
+    assert at_loss(0.08, lora) == 0.9  # beyond LoRA's best loss its best step is the nearest
     # where one audit of LoRA reached the loss and another did not, the first counts
     far = audit(at10=(0.12, 0.6, 0.02), at50=(0.115, 0.65, 0.02))
-    assert claims.at_equal_loss({"lora": [far, lora], "smp": [smp]}) == found
+    assert at_loss(0.11, far, lora) == 0.7
     # LoRA was first asked when its loss was lower than SMP's: it has been there before
     late = audit(at30=(0.10, 0.8, 0.04), at50=(0.09, 0.9, 0.02))
-    assert claims.at_equal_loss({"lora": [late], "smp": [smp]}).side is None
-    assert claims.at_equal_loss({"lora": [late, lora], "smp": [smp]}) == found
+    assert at_loss(0.11, late) is None and at_loss(0.11, late, lora) == 0.7
+    assert at_loss(0.11) is None
 
 
 def test_a_step_as_audits_write_it():
@@ -183,11 +184,10 @@ def test_a_step_as_audits_write_it():
     rng = np.random.default_rng(0)
     member = np.tile([True, False], (4, 15))
     figures = Decisions(member).figures(rng.normal(size=member.shape) + member)
-    found = claims.of_step({"attacks": {HEADLINE: figures}})
+    found = records.of_step({"attacks": {HEADLINE: figures}})
     assert found.value == figures["auc"] and found.seeds == [0, 1, 2, 3]
-    assert found.interval == pytest.approx(
-        [figures["auc_t_interval"][0], min(figures["auc_t_interval"][1], 1)]
-    )
+    low, high = figures["auc_t_interval"]
+    assert found.interval == pytest.approx([low, min(high, 1)])
 
 
 # ---- the command ----
@@ -195,22 +195,22 @@ def test_a_step_as_audits_write_it():
 
 @pytest.fixture
 def results(tmp_path):
-    """Run folders of three seeds, evaluated, an audit and a study of curvature."""
+    """A study of three seeds, evaluated, an audit and a study of curvature."""
 
-    def run(name, method, lam, weight, at="", **figures):
+    def run(name, lam, weight, at="", **figures):
         for seed in SEEDS:
-            folder = tmp_path / f"{name}-{seed}"
+            folder = tmp_path / "study" / f"seed-{seed}" / name
             (folder / at).mkdir(parents=True, exist_ok=True)
-            settings = {"method": method, "lam": lam, "seed": seed, "steps": 4, "out": name}
+            settings = {"method": name.split("-")[0], "lam": lam, "seed": seed, "steps": 4}
             summary = {"lambda_effective_mean": weight}
             write_json(folder / "config.json", {"settings": settings, "summary": summary})
             write_json(folder / at / "eval.json", record(seed, **figures))
 
-    run("lora", "lora", 4.0, 0.0, **LORA)
-    run("lora", "lora", 4.0, 0.0, at="at-best", combined=0.7, pictures=650.0)
-    run("smp", "smp", 4.0, 0.125, pictures=610.0)
-    run("mp", "mp", 4.0, 4.0, **RUINED)
-    run("matched", "mp", 0.13, 0.13, pictures=700.0)
+    run("lora", 4.0, 0.0, **LORA)
+    run("lora", 4.0, 0.0, at="at-best", combined=0.7, pictures=650.0)
+    run("smp", 4.0, 0.125, pictures=610.0)
+    run("mp", 4.0, 4.0, **RUINED)
+    run("mp-matched", 0.13, 0.13, pictures=700.0)
     (tmp_path / "audit").mkdir()
     made = audit(at50=(0.10, 0.75, 0.02)) | {"settings": {"method": "smp"}}
     write_json(tmp_path / "audit" / "audit.json", made)
@@ -222,9 +222,7 @@ def results(tmp_path):
 
 def test_the_command(results, capsys):
     """Folders say themselves what they are; every claim has its line, and the file is the table."""
-    names = ["lora", "smp", "mp", "matched"]
-    folders = [str(results / f"{name}-{seed}") for name in names for seed in SEEDS]
-    folders += [str(results / "audit"), str(results / "curves")]
+    folders = [str(results / name) for name in ("study", "audit", "curves")]
     out = results / "new" / "verdicts.md"
     found = verdicts.verdicts(Verdicts(folders, str(out)))
     assert out.read_text() == found and found in capsys.readouterr().out
@@ -237,55 +235,29 @@ def test_the_command(results, capsys):
     assert "| combined attack, AUC |  | 0.95 [0.92, 0.98] | 3 seeds | holds |" in found
 
 
-def test_a_study_is_read_too(results):
-    """seed-S/RUN, as studies.paper leaves them."""
-    for seed in SEEDS:
-        place = results / "study" / f"seed-{seed}"
-        place.mkdir(parents=True)
-        for name in ("lora", "smp"):
-            (results / f"{name}-{seed}").rename(place / name)
-    found = verdicts.gather([results / "study", results / "mp-0"])
-    assert {role: list(r) for role, r in found.runs.items()} == {
-        "lora": [0, 1, 2], "lora-best": [0, 1, 2], "smp": [0, 1, 2], "mp": [0]
-    }  # fmt: skip
-
-
-def test_each_seed_may_have_its_own_weight(results):
-    """The matched MP of a seed is held to SMP's weight of that seed; nothing else may differ."""
-    folders = [results / f"{name}-{seed}" for name in ("smp", "matched") for seed in SEEDS]
-    config = {"settings": {"method": "mp", "lam": 0.2, "seed": 1, "steps": 4, "out": "matched"}}
-    write_json(results / "matched-1" / "config.json", config)
-    assert list(verdicts.gather(folders).runs["mp-matched"]) == [0, 1, 2]
-    config["settings"]["steps"] = 5
-    write_json(results / "matched-1" / "config.json", config)
-    with pytest.raises(UserError, match="both mp-matched and differ in --steps"):
-        verdicts.gather(folders)
-
-
 def test_folders_that_are_refused(results):
-    """Without results; twice of a seed; of other flags; MP that is no control."""
-    smp = [results / f"smp-{seed}" for seed in SEEDS]
+    """Without results; a seed twice; MP that is no control, or beside its name."""
+    study = results / "study"
+
+    def change(name, seed, **settings):
+        path = study / f"seed-{seed}" / name / "config.json"
+        config = read_json(path)
+        write_json(path, config | {"settings": config["settings"] | settings})
+
     with pytest.raises(UserError, match="holds no results"):
         verdicts.gather([results])
-    with pytest.raises(UserError, match="smp-0 are both smp of seed 0"):
-        verdicts.gather([smp[0], smp[0]])
-    (results / "smp-1" / "eval.json").unlink()
-    with pytest.raises(UserError, match="smp-1 has not been evaluated"):
-        verdicts.gather(smp)
-    config = {"settings": {"method": "smp", "lam": 4.0, "seed": 2, "steps": 5}}
-    write_json(results / "smp-2" / "config.json", config | {"summary": None})
-    with pytest.raises(UserError, match="differ in --steps"):
-        verdicts.gather([smp[0], smp[2]])
-    config = {"method": "mp", "lam": 1.0, "seed": 0}
-    write_json(results / "matched-0" / "config.json", {"settings": config, "summary": {}})
-    with pytest.raises(UserError, match="nor near its mean weight"):
-        verdicts.gather([smp[0], results / "matched-0"])
-
-
-def test_the_table_of_the_docs_is_that_of_its_records():
-    """Word for word, of the folders that its command names."""
-    root = Path(__file__).parent.parent
-    page = (root / "docs" / "results.md").read_text()
-    command = page.split("python -m studies.verdicts ")[1].splitlines()[0]
-    found = verdicts.gather([root / folder for folder in command.split()])
-    assert verdicts.table(found) in page
+    with pytest.raises(UserError, match="has lora of seed 0 once more"):
+        verdicts.gather([study, study])
+    change("mp-matched", 1, lam=0.2)  # each seed may have its own weight
+    assert list(verdicts.gather([study]).runs["mp-matched"]) == [0, 1, 2]
+    change("mp-matched", 1, lam=1.0)
+    with pytest.raises(UserError, match="lambda 1, not near smp's mean weight"):
+        verdicts.gather([study])
+    change("mp-matched", 1, lam=0.13)
+    change("mp", 2, lam=0.13)
+    with pytest.raises(UserError, match="is it mp-matched"):
+        verdicts.gather([study])
+    change("mp", 2, lam=4.0)
+    change("smp", 1, steps=5)
+    with pytest.raises(UserError, match="smp of seed 0 and of seed 1 differ in --steps"):
+        verdicts.gather([study])

@@ -1,0 +1,94 @@
+"""From what the adapters of an audit answered to the figures in audit.json.
+
+    record, scores = measure(plan, settings)
+
+Tested in tests/test_audit.py.
+"""
+
+import numpy as np
+import torch
+
+from attacks import audit_tasks, lira, quality
+from attacks.audit_plan import Plan
+from attacks.decisions import Decisions
+from command import progress
+from files.images import load_images
+from run.folder import provenance
+
+EXPOSED = 20  # images listed
+
+
+def measure(plan: Plan, settings: dict) -> tuple[dict, dict[str, np.ndarray]]:
+    """The record of an audit by `settings`, and its scores (N, P) as "<step>/<attack>" beside names
+    and member.
+
+    Canaries are kept apart from the other images.
+    """
+    answers, facts = audit_tasks.collect(plan)
+    member, canary = plan.members(), np.isin(np.arange(plan.pool), plan.canaries)
+    groups = {"attacks": ~canary} | ({"canaries": canary} if plan.canaries else {})
+    decisions = {name: Decisions(member[:, g], plan.settings.seed) for name, g in groups.items()}
+    kept = {"names": np.array(plan.names[: plan.pool]), "member": member, "canary": canary}
+    real, steps = real_features(plan), {}
+    for step, answer in progress.over([*zip(plan.due(), answers, strict=True)], "attacks"):
+        scores = lira.attacks(answer, member)
+        kept |= {f"{step}/{name}": score for name, score in scores.items()}
+        steps[str(step)] = quality_of(answer, real) | {
+            name: {attack: decisions[name].figures(x[:, g]) for attack, x in scores.items()}
+            for name, g in groups.items()
+        }
+    found = steps[str(step)]["attacks"]
+    strongest = max(found, key=lambda name: found[name]["auc"])  # judged on the same images
+    made = provenance() | {"trained_at": facts["commits"]}
+    made["measured"] = made.pop("started")
+    record = {
+        "settings": settings,
+        "provenance": made,
+        "adapters": len(plan),
+        "pool": plan.pool,
+        "steps": steps,
+        "exposed": exposed(plan, member, scores[strongest]),
+        "seconds": facts["seconds"],
+    }
+    return record, kept
+
+
+def quality_of(answer: dict[str, np.ndarray], real: dict[str, torch.Tensor]) -> dict:
+    """How well the adapters do at a step: held-out losses, and the Frechet distance of all their
+    pictures to each set of `real` features.
+    """
+    losses = answer["held_out"].mean(1)
+    found = {
+        "held_out_loss": float(losses.mean()),
+        "held_out_loss_by_adapter": losses.tolist(),
+    }
+    for name, features in real.items():
+        drawn = torch.from_numpy(np.concatenate(answer["features"]))
+        found[f"frechet_{name}"] = quality.frechet_distance(features, drawn)
+    return found
+
+
+def real_features(plan: Plan) -> dict[str, torch.Tensor]:
+    """Features of the held-out images and of the pool; nothing without --pictures."""
+    if not plan.pictures:
+        return {}
+    s = plan.settings
+    pixels = load_images(s.data, s.size, s.caption).pixels[plan.images]
+    parts = {"held_out": pixels[plan.held_out], "pool": pixels[: plan.pool]}
+    return {name: quality.features(audit_tasks.feature_network(), x) for name, x in parts.items()}
+
+
+def exposed(plan: Plan, member: np.ndarray, score: np.ndarray) -> list[dict]:
+    """The images that a score gives away most, caught at 1 % FPR; the count is of memberships."""
+    caught = Decisions(member).caught(score)
+    gap = np.where(member, score, 0).sum(0) - np.where(member, 0, score).sum(0)
+    return [
+        {
+            "name": plan.names[i],
+            "caption": plan.captions[i],
+            "caught": int(caught[i]),
+            "of": len(member) // 2,
+            "canary": int(i) in plan.canaries,
+        }
+        for i in np.lexsort([-gap, -caught])[:EXPOSED]
+    ]

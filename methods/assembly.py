@@ -1,0 +1,52 @@
+"""Which classes a run is made of, by its settings: `algorithm.Run`, and before it those that attach
+what goes beyond the paper.
+"""
+
+import torch
+
+from algorithm import Run
+from diffusion import Base, Encoded
+from methods import dp, subspace
+from methods.calibrated import Calibrated
+from methods.distill import Student, with_public
+from run import prepare
+from run.processes import Parallel, Processes
+from run.regularised import Mirrored, Scheduled
+from run.watch import Curved
+from settings import Settings
+
+
+def assemble(
+    s: Settings, base: Base, data: Encoded, processes: Processes, extra: tuple[type, ...] = ()
+) -> Run:
+    """The run, ready to train, with a new adapter in the base; the classes of `extra` come first.
+
+    Raises UserError for an adapter or public pictures that cannot be used.
+    """
+    if s.method == "dp":
+        directions, target = subspace.load(s.directions)
+        adapter = subspace.inject(base.unet, subspace.leading(directions, dp.CORE), target)
+    else:
+        adapter = prepare.new_adapter(s, base)
+    s = prepare.complete(s, adapter, data, processes.count)
+    if s.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    kinds, given = [*extra], {}
+    if s.method == "distill":
+        given["public"], data = with_public(s, base, data)
+        kinds.append(Student)
+    if s.flip:
+        kinds.append(Mirrored)
+    if s.proxy == "calibrated":
+        kinds.append(Calibrated)
+    if s.hessian_every:
+        kinds.append(Curved)
+    if s.schedule != "constant":
+        kinds.append(Scheduled)
+    if s.method == "dp":
+        kinds.append(dp.Private)
+    in_parts = processes.count * s.accumulate > 1 or base.unet.dtype != torch.float32
+    if in_parts or s.method in ("distill", "dp"):
+        given["processes"] = processes
+        kinds.append(Parallel)
+    return type("Assembled", (*kinds, Run), {})(s, base, data, adapter, **given)

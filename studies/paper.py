@@ -24,7 +24,7 @@ from command import progress
 from command.errors import UserError, one_line_errors
 from command.flags import option, parse
 from command.whole_files import write_whole
-from settings import EMBEDDED_SETS
+from files import EMBEDDED_SETS
 from studies import grid, records
 from studies.grid import WHERE, EvaluatedStudy, GridRun
 from studies.paper_tables import DATA, ONE_CAPTION, PAPER, RUNS, TABLES, Change, Table

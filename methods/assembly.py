@@ -5,6 +5,7 @@ what goes beyond the paper.
 import torch
 
 from algorithm import Run
+from command.errors import UserError
 from diffusion import Base, Encoded
 from methods import dp, subspace
 from methods.calibrated import Calibrated
@@ -25,7 +26,10 @@ def assemble(
     """
     if s.method == "dp":
         directions, target = subspace.load(s.directions)
-        adapter = subspace.inject(base.unet, subspace.leading(directions, dp.CORE), target)
+        try:
+            adapter = subspace.inject(base.unet, subspace.leading(directions, dp.CORE), target)
+        except ValueError as error:
+            raise UserError(f"{s.model} cannot be adapted along {s.directions}: {error}") from None
     else:
         adapter = prepare.new_adapter(s, base)
     s = prepare.complete(s, adapter, data, processes.count)

@@ -160,6 +160,7 @@ def kind(target: Target) -> str:
     """
     flags = {f.name: f.default for f in fields(Settings)}
     retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
+    retired = {name: neutral for name, neutral in retired.items() if neutral is not ...}
     chosen = flags | retired | target.config
     for name in ("seed", *FREE, *LOOKS):
         chosen.pop(name, None)

@@ -67,7 +67,6 @@ class Audit(Method):
     cluster: str | None = option(
         None, "address of a Dask scheduler whose workers train, in place of --jobs", group=OWN
     )
-    threads: int = option(0, "CPU threads of a process; 0 is one")
 
     RETIRED: ClassVar[dict] = Settings.RETIRED
 

@@ -65,7 +65,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
     with _lock:
         if finished(plan, index):  # by a worker that died before it could say so
             return
-        torch.set_num_threads(plan.settings.threads or 1)
+        torch.set_num_threads(1)  # a process per core
         base, data = _subject(plan)
         data = replace(data, roles=plan.roles[index])
         folder = plan.folder(index)

@@ -140,7 +140,7 @@ def complete(s: Study, runs: list[GridRun]) -> None:
     trained = {}
     for run in todo:
         log = run.folder.with_name(f"{run.folder.name}.log")
-        trained[run.folder] = (train.train, log, run.settings.threads, *run)
+        trained[run.folder] = (train.train, log, *run)
     _work(s, "runs trained", trained, "adapter")
     if evaluated:
         _work(s, "runs evaluated", _evaluations(s, todo), "eval.json")
@@ -158,13 +158,12 @@ def _evaluations(s: EvaluatedStudy, runs: list[GridRun]) -> dict[Path, tuple]:
         judge = evaluate.Settings(
             runs=[str(run.folder)],
             device=s.device,
-            threads=s.threads,
             pictures=s.pictures,
             features=s.features,
             test_nonmembers=s.test_nonmembers,
         )
         log = run.folder.with_name(f"{run.folder.name}.log")
-        tasks[run.folder] = (evaluate.evaluate, log, s.threads, judge)
+        tasks[run.folder] = (evaluate.evaluate, log, judge)
     return tasks
 
 
@@ -183,11 +182,11 @@ def _work(s: Study, title: str, tasks: dict[Path, tuple], leaves: str) -> None:
         workers.complete(pool, _quietly, dict(enumerate(tasks.values())), show)
 
 
-def _quietly(function: Callable, log: Path, threads: int, *given) -> None:
+def _quietly(function: Callable, log: Path, *given) -> None:
     """function(*given); what it prints goes to the end of the file `log`."""
     import torch
 
-    torch.set_num_threads(threads or 1)
+    torch.set_num_threads(1)  # a process per core
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(file))

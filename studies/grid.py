@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from attacks import workers
 from command import progress
-from command.errors import UserError
-from command.flags import option
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
 from run.precheck import precheck
 from run.resolve import resolve
 from settings import Settings
@@ -69,6 +69,14 @@ class GridRun(NamedTuple):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.settings.out)
+
+
+def command(flags: type, run: Callable, doc: str, positional: str | None = None) -> None:
+    """Run a study with the flags of the command line; `doc` is its --help."""
+    settings = parse(flags, doc, positional)
+    with one_line_errors():
+        progress.start()
+        run(settings)
 
 
 def chosen(names: list[str] | None, there: dict, what: str = "row") -> list[str]:
@@ -183,10 +191,10 @@ def _work(s: Study, title: str, tasks: dict[Path, tuple], leaves: str) -> None:
 
 
 def _quietly(function: Callable, log: Path, *given) -> None:
-    """function(*given); what it prints goes to the end of the file `log`."""
+    """function(*given) on one thread; what it prints goes to the end of the file `log`."""
     import torch
 
-    torch.set_num_threads(1)  # a process per core
+    torch.set_num_threads(1)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(file))

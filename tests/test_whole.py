@@ -157,7 +157,6 @@ def test_default_learning_rates(tmp_path):
 WRONG = [
     ({"rank": 4}, "--rank"),
     ({"alpha": 4.0}, "--alpha"),
-    ({"format": "kohya"}, "kohya"),
     ({"method": "dp"}, "dp"),
 ]
 

@@ -71,7 +71,6 @@ class Settings:
     dtype: str | None = option(
         None, "of the base (default: as trained)", ("float32", "bfloat16", "float16")
     )
-    threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
 
 def evaluate(s: Settings) -> list[dict]:
@@ -84,15 +83,11 @@ def evaluate(s: Settings) -> list[dict]:
 
     found = target.targets(s)
     with progress.stage("loading the libraries"):
-        import torch
-
         from attacks import quality
         from attacks.examination import examine
         from attacks.model import ASKED, measured
         from files.bases import resolve_device
     s = replace(s, device=resolve_device(s.device))
-    if s.threads:
-        torch.set_num_threads(s.threads)
     network, examination, records, models = quality.load_network(s.features), None, [], []
     for one in found:
         if examination is None or target.sources(one) != examination.sources:

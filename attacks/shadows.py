@@ -37,7 +37,7 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
     s, data = as_trained(target), examination.data
     sizes = {role: len(index) for role, index in data.roles.items()}
     images, members = len(data.names), len(data.members())
-    s = replace(s, seed=s.seed + SEED, members=members, device=device, threads=0)
+    s = replace(s, seed=s.seed + SEED, members=members, device=device)
     roles = [shadow_roles(sizes, inside) for inside in blocks(images, members, count, s.seed)]
     times = np.bincount([i for r in roles for i in members_of(r)], minlength=images)
     if min(times.min(), count - times.max()) < LEAST:
@@ -62,8 +62,8 @@ def as_trained(target: Target) -> Settings:
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
     now = {name: target.config.get(name) for name in ("model", "data", "nonmembers")}
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
-    looks = {"samples": 0, "sample_every": None, "prompt": None, "hessian_every": 0, "track": None}
-    looks |= {"norms_every": 10**9, "save_every": None, "stop": "last"}
+    looks = {"samples": 0, "prompt": None, "hessian_every": 0, "norms_every": 10**9}
+    looks |= {"track": None, "save_every": None, "stop": "last"}
     free = {"accumulate": whole, "dtype": target.config["dtype"], "dry_run": False, "resume": False}
     return replace(s, **now, **looks, **free)
 

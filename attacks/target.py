@@ -26,7 +26,6 @@ NUMBERS = {  # lowest and highest
     "pictures": (0, 10**5),
     "sampling_steps": (1, 999),  # schedules have at least 1,000, some begin at 1
     "shadow": (0, 1000),
-    "threads": (0, 4096),
 }
 
 
@@ -162,7 +161,8 @@ def kind(target: Target) -> str:
     retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
     retired = {name: neutral for name, neutral in retired.items() if neutral is not ...}
     chosen = flags | retired | target.config
-    for name in ("seed", *FREE, *LOOKS):
+    nothing = [name for name, neutral in retired.items() if neutral is ...]  # whatever it was
+    for name in ("seed", *FREE, *LOOKS, *nothing):
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")
     return json.dumps([chosen, "best" if best else target.step], sort_keys=True)

@@ -110,7 +110,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
             ("pictures", -1), ("pictures", 1), ("test_nonmembers", -1),
             ("sampling_steps", 0), ("sampling_steps", 1000), ("shadow", -1), ("shadow", 2),
             ("shadow", 7), ("jobs", 0),
-            ("threads", -1), ("at", "nonsense"), ("at", ""), ("at", "-3"), ("device", "cud"),
+            ("at", "nonsense"), ("at", ""), ("at", "-3"), ("device", "cud"),
         )
     ]  # fmt: skip
     cases += [

@@ -33,7 +33,7 @@ def entered(call: Callable[[], object]) -> set[tuple[str, int]]:
 
 
 def definitions(functions: set[tuple[str, int]]) -> dict[str, dict[str, int]]:
-    """{file: {definition: lines}}: the top-level functions and classes that hold these functions."""
+    """{file: {definition: lines}}: the top-level functions and classes that these are in."""
     found: dict[str, dict[str, int]] = {}
     for file in sorted({name for name, _ in functions}):
         lines = {line for name, line in functions if name == file}

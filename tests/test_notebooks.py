@@ -36,7 +36,7 @@ SHORT = {
     "LAMBDAS": (),
     "LOW_RANK": 2,
     "EARLY": (4,),
-    "EVALUATE": {"bootstrap": 50, "threads": 1},
+    "EVALUATE": {"threads": 1},
 }
 
 

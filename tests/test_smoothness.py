@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import train
-from attacker import PROXIES, attacker_step
+from attacker import PROXIES, ascend, attacker_gain
 from diffusion import squared_error
 from files.bases import load_base
 from lora import inject
@@ -57,18 +57,18 @@ def setting(model, dtype, proxy="pooled", rank=2, batch=4):
         return squared_error(base, latents, text, timesteps, noise)
 
     torch.manual_seed(0)
-    attacker = PROXIES[proxy](shape).eval()
+    attacker = PROXIES[proxy](shape)
     optimizer = torch.optim.Adam(attacker.parameters(), lr=1e-3)
     with torch.no_grad():
         e = error().float()
     for _ in range(20):
-        attacker_step(attacker, optimizer, (e, timesteps), (1.5 * e, timesteps))
-    attacker.to(dtype)
+        ascend(optimizer, attacker_gain(attacker(e, timesteps), attacker(1.5 * e, timesteps))[0])
+    attacker.to(dtype).eval()
 
     def terms(method):
         with plain_attention():
             e = error()
-            gain = None if method == "lora" else mi_gain(attacker, e, timesteps)
+            gain = None if method == "lora" else mi_gain(attacker(e, timesteps))
             return objective(method, adaptation_loss(e), gain, LAM, DELTA)
 
     return terms, adapter.parameters()

@@ -62,7 +62,7 @@ def study(s: Study) -> str:
                 folder = out / f"seed-{seed}" / f"{name}-{method}"
                 runs.append(grid.run_of(s, row, folder, seed))
     if s.dry_run:
-        grid.announce(s, runs, "adapter")
+        grid.announce(s, runs)
         return ""
     grid.complete(s, runs)
     found = gather(out)

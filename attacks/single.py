@@ -14,7 +14,7 @@ import torch
 
 from command import progress
 from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, at_once, squared_error
-from lora import PerImage
+from methods.per_image import PerImage
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
 AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA

@@ -149,7 +149,7 @@ def test_two_processes_follow_one(small, tmp_path, big_batch):
         "keeper.Keeper.__init__ = made_by\n"
         f"train.train(flags.parse(settings.Settings, '', argv={flags!r}))\n"
         "run, rank = made[0]\n"
-        f"torch.save(snapshot.tensors_of(run), {str(tmp_path)!r} + f'/{rank}.pt')\n"
+        f"torch.save(snapshot.tensors_of(run), {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
     )
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, "-m", *launcher, str(script)]

@@ -189,7 +189,7 @@ def picture(found: dict, path: Path | None = None):
     """
     import matplotlib.pyplot as plt
 
-    from report import plots
+    from curves import plots
 
     groups = found["groups"]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(groups)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Public directions for `train.py --subspace`: where the base moves when it is adapted to public
+"""Public directions for `train.py --method dp`: where the base moves when it is adapted to public
 pictures.
 
     python -m methods.directions openmoji --out directions.safetensors

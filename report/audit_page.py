@@ -86,8 +86,8 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict, path: Path) -> N
         steps = {at: s for at, s in record["steps"].items() if attack in s["attacks"]}
         x = np.array([step["held_out_loss"] for step in steps.values()])
         y = np.array([step["attacks"][attack]["auc"] for step in steps.values()])
-        intervals = [step["attacks"][attack]["auc_interval"] for step in steps.values()]
-        plots.point(axis, x, y, intervals, "o-", ms=4, color=colours[label], label=label)
+        ends = [step["attacks"][attack]["auc_interval"] for step in steps.values()]
+        plots.intervals(axis, x, y, ends, "o-", ms=4, color=colours[label], label=label)
         for at, *place in zip(steps, x, y, strict=True):
             axis.annotate(at, place, **look)
     low, high = axis.get_xlim()

@@ -1,6 +1,6 @@
 """How much a reader has to read: the definitions that one call passes through, by file.
 
-    python -m bench.reading                 # one step of SMP; the local smoothness at one point
+    python -m bench.reading       # a step of SMP, the paper's evaluation, the local smoothness
 
 The call is made, and every function of this repository that it enters is noted.  What counts is the
 whole function, or the whole class of a method, with its docstring and comments: a lower figure per
@@ -51,25 +51,49 @@ def definitions(functions: set[tuple[str, int]]) -> dict[str, dict[str, int]]:
 
 def smp_step() -> Callable[[], object]:
     """The second step of SMP with the embedded model, with gradient norms of L and G."""
-    import torch
-
     from algorithm import algorithm_1
-    from diffusion import Encoded
-    from files.bases import load_base
     from methods.assembly import assemble
     from run.processes import Processes
     from run.resolve import resolve
     from settings import Settings
 
     s = Settings(method="smp", out="/nowhere", norms_every=1, steps=3, schedule="constant")
-    base = load_base(s.model, "cpu", "float32", None)
-    latents, text = torch.randn(20, *base.latent_shape), torch.randn(20, 16, 128)
-    roles = {"member_aux": [*range(8)], "member_val": [8], "member_test": [9]}
-    roles |= {"nonmember_aux": [*range(10, 18)], "nonmember_val": [18], "nonmember_test": [19]}
-    data = Encoded([""] * 20, [""] * 20, None, latents, text, roles)
+    base, data = images()
     rows = algorithm_1(assemble(resolve(s), base, data, Processes()), range(1, 4))
     next(rows)
     return lambda: next(rows)
+
+
+def images() -> tuple:
+    """(the embedded model, twenty random images)."""
+    import torch
+
+    from diffusion import Encoded
+    from files.bases import load_base
+    from settings import EMBEDDED
+
+    base = load_base(EMBEDDED, "cpu", "float32", None)
+    latents, text = torch.randn(20, *base.latent_shape), torch.randn(20, 16, 128)
+    roles = {"member_aux": [*range(8)], "member_val": [8], "member_test": [9]}
+    roles |= {"nonmember_aux": [*range(10, 18)], "nonmember_val": [18], "nonmember_test": [19]}
+    return base, Encoded([""] * 20, [""] * 20, None, latents, text, roles)
+
+
+def paper_evaluation() -> Callable[[], object]:
+    """The paper's evaluation of a model: fresh attacker, held-out loss, pictures."""
+    import torch
+
+    from attacks import paper, quality
+
+    base, data = images()
+    network = quality.load_network("embedded")
+    real = {"members": torch.randn(4, 320)}
+
+    def call():
+        paper.EPOCHS = 2
+        return paper.evaluation(base, data, 0, network, real, pictures=2, steps=2)
+
+    return call
 
 
 def local_smoothness() -> Callable[[], object]:
@@ -101,6 +125,7 @@ def table(title: str, found: dict[str, dict[str, int]]) -> str:
 def main() -> None:
     """Print the tables."""
     print(table("one step of SMP", definitions(entered(smp_step()))))
+    print(table("the paper's evaluation", definitions(entered(paper_evaluation()))))
     print(table("local smoothness", definitions(entered(local_smoothness()))))
 
 

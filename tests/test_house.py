@@ -147,15 +147,16 @@ def test_a_statement_a_line_in_algorithm_1():
                 assert getattr(called, "attr", getattr(called, "id", "")) not in effects
 
 
-@pytest.mark.parametrize(("what", "lines", "files"), [("step", 550, 5), ("smoothness", 330, 3)])
-def test_what_a_reader_has_to_read(what, lines, files):
+@pytest.mark.parametrize(
+    ("call", "lines", "files"), [("smp_step", 550, 5), ("local_smoothness", 330, 3)]
+)
+def test_what_a_reader_has_to_read(call, lines, files):
     """Of one step of SMP, and of the local smoothness at one point; counted by following the
     calls.
     """
     from bench import reading
 
-    call = {"step": reading.smp_step, "smoothness": reading.local_smoothness}[what]()
-    found = reading.definitions(reading.entered(call))
+    found = reading.definitions(reading.entered(getattr(reading, call)()))
     found.pop("bench/reading.py", None)
     assert sum(sum(named.values()) for named in found.values()) <= lines
     assert len(found) <= files

@@ -26,7 +26,6 @@ SHORT = {
         "proxy": "pooled",
         "lr": 1e-3,
         "samples": 1,
-        "threads": 1,
     },
     "HESSIAN_EVERY": 2,
     "POINTS": 3,

@@ -148,7 +148,8 @@ def written(target, model, trained, started: float) -> dict:
 def conclude(s: Settings, found: list, models: list, records: list[dict]) -> None:
     """The tables and figures of all targets together."""
     from attacks.target import kind
-    from report import figures, plots, tables
+    from curves import plots
+    from report import figures, tables
 
     beside: Path = found[0].run.parent
     scores = [{n: m.data.pair(score, "test") for n, score in m.scores.items()} for m in models]

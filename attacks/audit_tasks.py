@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import lora
+from algorithm import Diverged
 from attacks import quality, single, workers
 from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, digest_of, hash_of
 from command import progress
@@ -76,7 +77,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
         settings = replace(plan.settings, seed=plan.settings.seed + index)
         answers, due, commit = [], plan.due(), git_commit()
         began, asking = time.time(), 0.0
-        with contextlib.closing(train(base, data, settings)) as steps:
+        with _training(train, base, data, settings) as steps:
             for step, adapter in steps:
                 last = step == due[-1]
                 if step in due:
@@ -97,6 +98,16 @@ def work(plan: Plan, index: int, train: Train) -> None:
         arrays |= {"training": time.time() - began - asking, "queries": asking}
         arrays |= {"key": plan.key(index), "commit": commit}
         write_arrays(folder / "answers.npz", arrays)
+
+
+@contextlib.contextmanager
+def _training(train: Train, base: Base, data: Encoded, s: Settings) -> Iterator:
+    """The steps of `train`, which ends with the block; raises UserError where it diverges."""
+    try:
+        with contextlib.closing(train(base, data, s)) as steps:
+            yield steps
+    except Diverged as error:
+        raise UserError(f"training with --seed {s.seed} is {error}: lower --lr") from None
 
 
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
@@ -234,7 +245,7 @@ def cost(plan: Plan, train: Train) -> dict[str, float]:
     if s.method == "distill":  # a step of a teacher is one of LoRA
         counts["lora"] = s.teachers * (plan.settings.teacher_steps or -(-s.steps // 4))
     for method, count in counts.items():
-        with contextlib.closing(train(base, data, replace(s, method=method))) as steps:
+        with _training(train, base, data, replace(s, method=method)) as steps:
             next(steps)
             began = time.time()
             _, adapter = next(steps)

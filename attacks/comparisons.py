@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import stdtrit
 from scipy.stats import rankdata
 
-from attacks import roc
+from curves import roc
 
 ROUNDS = 1000  # permutations of the labels
 

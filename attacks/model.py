@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import lora
-from attacks import audit_tasks, comparisons, paper, quality, roc, shadows, single
+from attacks import audit_tasks, comparisons, paper, quality, shadows, single
 from attacks.audit_plan import Plan
 from attacks.classifiers import blind_features, classifier_score
 from attacks.examination import CROPS, CUTS, Examination, cut
@@ -28,6 +28,7 @@ from attacks.store import Store
 from attacks.target import Target, adapter_digest
 from command import progress
 from command.errors import UserError
+from curves import roc
 from diffusion import (
     ALL_TIMESTEPS,
     DRAWS,

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from attacker import MEMBER, PROXIES, ascend, attacker_gain
-from attacks import quality, roc
+from attacks import quality
+from curves import roc
 from diffusion import (
     DRAWS,
     GRID_BATCH,

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from attacks import roc
 from attacks.decisions import Decisions, difference
 from attacks.lira import HEADLINE, THRESHOLD
 from command.errors import UserError
 from command.whole_files import read_json, write_json
-from report import plots
+from curves import plots, roc
 from report.tables import cell, rounded, say
 
 PRINTED = 5  # exposed images in the table

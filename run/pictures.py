@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from command import progress
+from curves import plots
 from diffusion import encode_captions, sample
-from report import plots
 from run.folder import RunFolder
 
 FEW, FEW_STEPS = 2, 10  # on the way: columns of either kind, DDIM steps

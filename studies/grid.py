@@ -18,6 +18,7 @@ from attacks import workers
 from command import progress
 from command.errors import UserError, one_line_errors
 from command.flags import option, parse
+from command.whole_files import read_json
 from run.precheck import precheck
 from run.resolve import resolve
 from settings import Settings
@@ -117,14 +118,24 @@ def run_of(s: Study, row: Row, folder: Path, seed: int, **flags) -> GridRun:
     return GridRun(settings, row.extra)
 
 
-def announce(s: Study, runs: list[GridRun], leaves: str = "eval.json") -> None:
-    """Print what a study would do; a run is finished that has left the file `leaves`.
+def missing(s: Study, runs: list[GridRun]) -> list[GridRun]:
+    """The runs that are not evaluated, or of a study that does not evaluate, not finished."""
+    if isinstance(s, EvaluatedStudy):
+        return [run for run in runs if not (run.folder / "eval.json").is_file()]
+    return [run for run in runs if not finished(run.folder)]
 
-    Raises UserError for flags that cannot be.
-    """
+
+def finished(folder: Path) -> bool:
+    """Whether a run has a summary."""
+    config = folder / "config.json"
+    return config.is_file() and bool(read_json(config).get("summary"))
+
+
+def announce(s: Study, runs: list[GridRun]) -> None:
+    """Print what a study would do; raises UserError for flags that cannot be."""
     for run in runs:
         resolve(run.settings)
-    todo = [run for run in runs if not (run.folder / leaves).exists()]
+    todo = missing(s, runs)
     names = ", ".join(dict.fromkeys(run.folder.name for run in todo))
     print(f"dry run: {len(todo)} of {len(runs)} runs are missing, {processes(s)} at a time")
     if todo:
@@ -142,15 +153,13 @@ def complete(s: Study, runs: list[GridRun]) -> None:
 
     for run in runs:
         precheck(run.settings)
-    evaluated = isinstance(s, EvaluatedStudy)
-    leaves = "eval.json" if evaluated else "adapter"
-    todo = [run for run in runs if not (run.folder / leaves).exists()]
+    todo = missing(s, runs)
     trained = {}
     for run in todo:
         log = run.folder.with_name(f"{run.folder.name}.log")
         trained[run.folder] = (train.train, log, *run)
     _work(s, "runs trained", trained, "adapter")
-    if evaluated:
+    if isinstance(s, EvaluatedStudy):
         _work(s, "runs evaluated", _evaluations(s, todo), "eval.json")
 
 

@@ -62,7 +62,7 @@ def study(s: Study) -> str:
                 folder = out / f"seed-{seed}" / f"{name}-{method}"
                 runs.append(grid.run_of(s, row, folder, seed))
     if s.dry_run:
-        grid.announce(s, runs, "adapter")
+        grid.announce(s, runs)
         return ""
     grid.complete(s, runs)
     found = gather(out)
@@ -189,7 +189,7 @@ def picture(found: dict, path: Path | None = None):
     """
     import matplotlib.pyplot as plt
 
-    from report import plots
+    from curves import plots
 
     groups = found["groups"]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(groups)), layout="constrained")

@@ -2,8 +2,10 @@
 test run.
 """
 
+import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -166,27 +168,110 @@ def subject(tiny_base, image_folder):
     return base, encode(base, images, roles)
 
 
+# --------------------------------------------------------------------------------------------------
+# Small runs
+
+SMALL = {
+    "members": 20, "rank": 2, "alpha": 4.0, "batch_size": 4, "target": "attention",
+    "proxy": "pooled", "lr": 0.01, "attacker_lr": 0.01, "schedule": "constant", "samples": 1,
+    "save_every": 1000, "steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small(tiny_base, image_folder):
+    """A function: the settings of a small run into a folder, changed by keywords."""
+    from settings import Settings
+
+    common = {"model": tiny_base, "data": image_folder} | SMALL
+    return lambda out, **more: Settings(**common | {"out": str(out)} | more)
+
+
+def assembled(settings):
+    """The run of some settings, ready to train, as train.py makes it."""
+    from methods.assembly import assemble
+    from run import prepare
+    from run.precheck import precheck
+    from run.processes import Processes
+
+    settings = prepare.on_device(precheck(settings)[0])
+    processes = Processes(settings.device)
+    settings, base, data = prepare.load(settings, processes)
+    return assemble(settings, base, data, processes)
+
+
+def rows(out):
+    """The rows of metrics.jsonl, without the seconds that a step took."""
+    lines = Path(out, "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def tensors(out):
+    """The tensors of the adapter, and of the attacker if there is one."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(out).glob("a*/*.safetensors"))
+    return {f"{file.parent.name}/{k}": t for file in files for k, t in load_file(file).items()}
+
+
+def assert_same_run(one, two, steps):
+    """Two run folders hold the same rows and weights, bit for bit."""
+    import torch
+
+    assert rows(one) == rows(two) and len(rows(one)) == steps + 1
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys() and len(a) >= 8
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
 @pytest.fixture
-def stopped_and_gone_on_with(monkeypatch):
-    """A function: begins a run by `begin(folder)`, stops it after two steps, goes on with it."""
+def no_pictures(monkeypatch):
+    """They take most of a tiny run's time."""
+    from run import pictures
+
+    monkeypatch.setattr(pictures, "sample_grid", lambda *_: None)
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: None)
+
+
+@pytest.fixture
+def unfinished():
+    """A function: trains, and stops when all steps are done, as if killed before the end."""
+    import train
+    from run import watch
+
+    def run(settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watch, "finish", lambda *_: {})
+            train.train(settings)
+
+    return run
+
+
+@pytest.fixture
+def stopped_and_gone_on_with():
+    """A function: begins a run by `begin(folder)`, stops it after the row of its n-th step, those
+    of teachers counted, and before the state of that step; then goes on with it.
+    """
     import torch
 
     import train
+    from run.keeper import Keeper
     from settings import Settings
 
-    def run(begin, folder) -> None:
-        real = train.record
+    def run(begin, folder, n=2) -> None:
+        honest, steps = Keeper.state_due, []
 
-        def record(*given):
-            real(*given)
-            if given[2]["step"] == 2:
+        def state_due(*given):
+            steps.append(1)
+            if len(steps) == n:
                 raise KeyboardInterrupt
+            return honest(*given)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "record", record)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Keeper, "state_due", state_due)
             with pytest.raises(KeyboardInterrupt):
                 begin(folder)
-        torch.manual_seed(5)
+        torch.manual_seed(5)  # another process would be elsewhere in the global stream
         train.train(Settings(out=str(folder), resume=True))
 
     return run

@@ -8,8 +8,9 @@ import torch
 
 import diffusion
 import lora
-from attacks import paper, roc
+from attacks import paper
 from attacks import single as attacks
+from curves import roc
 from diffusion import GRID_SEED, TIMESTEPS, Base, Encoded, loss_grid
 from files.bases import load_base
 

@@ -1,4 +1,4 @@
-"""The audit: its plan, its figures against attacks/roc.py and scipy, a whole one on the tiny base,
+"""The audit: its plan, its figures against curves/roc.py and scipy, a whole one on the tiny base,
 killed and gone on with, with a process killed, and two compared."""
 
 import json
@@ -21,9 +21,10 @@ from scipy.stats import binomtest
 import audit
 import lora
 import train
-from attacks import audit_plan, audit_tasks, decisions, lira, quality, roc, workers
+from attacks import audit_plan, audit_tasks, decisions, lira, quality, workers
 from command.errors import UserError
 from command.flags import parse
+from curves import roc
 from diffusion import GRID_SEED, encode_captions, encode_images, loss_grid, sample
 from files import lora_files
 from files.bases import load_base
@@ -266,7 +267,7 @@ def test_perfect_separation_has_an_interval_of_some_width():
 
 
 def test_figures_against_roc():
-    """AUC and TPR as attacks/roc.py has them on the same decisions, ties and all."""
+    """AUC and TPR as curves/roc.py has them on the same decisions, ties and all."""
     score, member = scored()
     found = decisions.Decisions(member).figures(score)
     pair = score[member], score[~member]

@@ -1,4 +1,4 @@
-"""checkpoint.py and --resume: killed twenty times at random moments, a run ends in the same bits as
+"""run/state.py and --resume: killed twenty times at random moments, a run ends in the same bits as
 one left alone.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, assert_same_run
 from safetensors.torch import load_file
 
 import train
@@ -21,8 +22,7 @@ from command.errors import UserError
 from files.bases import load_base
 from files.encode import encode
 from files.images import load_images
-from run import pictures, state
-from run import prepare as prepared
+from run import pictures, prepare, snapshot, state
 from run.precheck import going_on, stored
 from settings import Settings
 
@@ -71,29 +71,14 @@ def lives(model, images, tmp):
     torch.set_num_threads(1)
     rng, base, images_once = random.Random(0), load_base(model), load_images(images, 32)
     encoded = encode(base, images_once, {})
-    prepared.load_base, prepared.load_images = lambda *_: base, lambda *_: images_once
-    prepared.encode = lambda *args: replace(encoded, roles=args[2])
+    prepare.load_base, prepare.load_images = lambda *_: base, lambda *_: images_once
+    prepare.encode = lambda base, images, roles, few: replace(encoded, roles=roles)
     pictures.sample_grid = pictures.training_curves = lambda *_: None
 
     def settings(out, resume=False):
-        return Settings(
-            model=model,
-            data=images,
-            out=f"{tmp}/{out}",
-            resume=resume,
-            steps=STEPS,
-            state_every=2,
-            members=20,
-            rank=2,
-            alpha=4.0,
-            batch_size=2,
-            target="attention",
-            proxy="raw",
-            lr=0.01,
-            attacker_lr=0.01,
-            save_every=15,
-            norms_every=7,
-        )
+        often = {"steps": STEPS, "state_every": 2, "save_every": 15, "norms_every": 7}
+        small = SMALL | often | {"batch_size": 2, "proxy": "raw"}
+        return Settings(model=model, data=images, out=f"{tmp}/{out}", resume=resume, **small)
 
     codes = {"alone": end(life(settings("alone"))), "killed": [], "kept": 0}
     for k in range(KILLS):
@@ -130,19 +115,10 @@ def three_runs(tiny_base, image_folder, tmp_path_factory):
 
 
 def same(a, b):
-    """Assert that two run folders hold the same numbers, bit for bit."""
-    one, two = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (a, b)
-    )
-    for row in one + two:
-        row.pop("seconds", None)
-    assert one == two and len(one) == STEPS + 1
-    files = sorted(path.relative_to(a) for path in a.rglob("*.safetensors"))
-    assert (
-        files == sorted(path.relative_to(b) for path in b.rglob("*.safetensors"))
-        and len(files) == 4
-    )
+    """Assert that two run folders hold the same numbers, bit for bit, also on the way."""
+    assert_same_run(a, b, STEPS)
+    files = sorted(path.relative_to(a) for path in a.glob("checkpoints/*/*.safetensors"))
+    assert len(files) == 2
     for name in files:
         x, y = load_file(a / name), load_file(b / name)
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
@@ -154,9 +130,8 @@ def test_killed_twenty_times(three_runs):
     """
     tmp, codes = three_runs
     assert codes["alone"] == 0 and codes["killed"] == [-signal.SIGKILL] * KILLS + [0]
-    assert (
-        2 <= codes["kept"] <= 3
-    )  # a kill may fall between the new state and the end of the oldest
+    # a kill may fall between the new state and the end of the oldest
+    assert 2 <= codes["kept"] <= 3
     same(tmp / "alone", tmp / "killed")
     assert not (tmp / "killed" / "state").exists() and not list((tmp / "killed").rglob("*.tmp"))
 
@@ -182,8 +157,9 @@ def test_resume_takes_the_settings_of_the_run(three_runs):
     taken.
     """
     out = str(three_runs[0] / "alone")
-    settings, _ = stored(Settings(out=out, resume=True, keep=5))
-    assert (settings.steps, settings.rank, settings.proxy, settings.keep) == (STEPS, 2, "raw", 5)
+    settings, _ = stored(Settings(out=out, resume=True, state_every=5))
+    assert (settings.steps, settings.rank, settings.proxy) == (STEPS, 2, "raw")
+    assert settings.state_every == 5
     with pytest.raises(UserError, match="begun with --rank 2, not 4"):
         stored(Settings(out=out, resume=True, rank=4))
     with pytest.raises(UserError, match="begun with --method smp, not lora"):
@@ -195,8 +171,8 @@ def test_the_command_that_goes_on(three_runs, monkeypatch, tmp_path):
     again.
     """
     out = str(three_runs[0] / "alone")
-    s = Settings(out=out, method="smp", rank=2, keep=5, track="tensorboard", threads=1)
-    flags = "--threads 1 --keep 5 --track tensorboard --resume"
+    s = Settings(out=out, method="smp", rank=2, state_every=5, track="tensorboard", device="cpu")
+    flags = "--device cpu --state-every 5 --track tensorboard --resume"
     words = going_on(s).split()
     assert words[:4] == ["python", "train.py", "--out", out]
     assert sorted(words[4:]) == sorted(flags.split()) and words[-1] == "--resume"
@@ -210,12 +186,11 @@ def test_the_command_that_goes_on(three_runs, monkeypatch, tmp_path):
 
 
 def test_newest_whole_state(tmp_path, capsys):
-    """At most K files are kept, and a damaged one is passed over."""
+    """At most K files are kept, and in place of a damaged one the one before it is taken."""
     for step in range(1, 6):
         state.save(tmp_path, step, {"x": torch.full((3,), float(step))}, {"seconds": 1.5}, keep=3)
-    assert [p.name for p in state.files(tmp_path)] == [
-        f"step-00000{k}.safetensors" for k in (3, 4, 5)
-    ]
+    names = [f"step-00000{k}.safetensors" for k in (3, 4, 5)]
+    assert [p.name for p in state.files(tmp_path)] == names
     newest = state.files(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-5])
     step, tensors, facts = state.load(tmp_path)
@@ -238,8 +213,8 @@ def test_optimizer_goes_on():
         step(0, x)
     with torch.no_grad():
         weights[1].copy_(weights[0])
-    tensors = {name: t.clone() for name, t in state.optimizer_tensors(optimizers[0]).items()}
-    state.restore_optimizer(optimizers[1], tensors)
+    tensors = {name: t.clone() for name, t in snapshot.optimizer_tensors(optimizers[0]).items()}
+    snapshot.restore_optimizer(optimizers[1], tensors)
     for k in (0, 1):
         step(k, 5)
     assert torch.equal(*weights) and not torch.equal(weights[0], torch.ones(4))

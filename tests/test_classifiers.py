@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from attacks import classifiers, roc
+from attacks import classifiers
+from curves import roc
 
 KNOWN = list(range(50)), list(range(100, 150))
 

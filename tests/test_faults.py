@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import train
 from command.errors import UserError, one_line_errors
 from diffusion import encode_captions
-from files import lora_files
+from files import lora_files, lora_writing
 from files.bases import load_base
 from files.images import load_images
 from run import lock, pictures, state
@@ -539,14 +539,16 @@ def tiny_base_loaded(tiny_base):
 
 
 @pytest.fixture
-def kohya_run(small, tmp_path):
-    """A run that wrote both forms, and its folder."""
-    train.train(small(out=str(tmp_path / "first"), format="kohya"))
+def kohya_run(small, tiny_base, tmp_path):
+    """The folder of a run, with its adapter in both forms."""
+    train.train(small(out=str(tmp_path / "first")))
+    adapter, _ = lora_files.load(load_base(tiny_base).unet, tmp_path / "first" / "adapter")
+    lora_writing.save(adapter, tmp_path / "first" / "kohya", kohya=True)
     return tmp_path / "first"
 
 
 def test_both_forms_and_starting_from_either(small, kohya_run, tmp_path):
-    """--format kohya adds a file that says the same; --init starts at exactly that adapter, with
+    """kohya's form says the same; --init starts at exactly that adapter, with
     its rank and alpha.
     """
     one = lora_files.read(kohya_run / "adapter")[0]

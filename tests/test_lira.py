@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from attacks import lira, roc
+from attacks import lira
+from curves import roc
 
 
 def halves(adapters, images, seed=0):

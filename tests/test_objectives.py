@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import settings
-from attacker import MEMBER, PROXIES, attacker_step
+from attacker import MEMBER, PROXIES, ascend, attacker_gain
 from diffusion import squared_error
 from files.bases import load_base
 from lora import inject
@@ -45,13 +45,16 @@ class Setting:
         return adaptation_loss(self.error())
 
     def gain(self):
-        return mi_gain(self.attacker, self.error(), self.timesteps)
+        return mi_gain(self.attacker(self.error(), self.timesteps))
 
     def terms(self, method, lam=LAM):
         """The objective on one forward, as an outer step computes it."""
         e = self.error()
-        gain = None if method == "lora" else mi_gain(self.attacker, e, self.timesteps)
+        gain = None if method == "lora" else mi_gain(self.attacker(e, self.timesteps))
         return objective(method, adaptation_loss(e), gain, lam, DELTA)
+
+    def gradients(self, value, keep_graph=False):
+        return gradients(value, self.parameters, keep_graph)
 
 
 @pytest.fixture(scope="module", params=["raw", "pooled"])
@@ -76,9 +79,10 @@ def setting(request, tiny_base):
     optimizer = torch.optim.Adam(attacker.parameters(), lr=1e-3)
     e = error().detach()
     for _ in range(5):
-        attacker_step(attacker, optimizer, (e, timesteps), (1.5 * e, timesteps))
+        G, _ = attacker_gain(attacker(e, timesteps), attacker(1.5 * e, timesteps))
+        ascend(optimizer, G)
     assert e.dtype == torch.float64
-    return Setting(attacker, adapter.parameters(), error, timesteps)
+    return Setting(attacker.eval(), adapter.parameters(), error, timesteps)
 
 
 def flat(tensors) -> np.ndarray:
@@ -98,22 +102,19 @@ def test_values_equal_numpy(setting):
     e = setting.error().detach()
     h = setting.attacker(e, setting.timesteps).detach().exp().numpy()[:, MEMBER]
     loss, gain = np.mean(e.numpy()), 0.5 * np.mean(np.log(h))
-    mp = setting.terms("mp")
-    smp = setting.terms("smp")
+    mp, smp = setting.terms("mp"), setting.terms("smp")
     assert mp.total.item() == pytest.approx(loss + LAM * gain, rel=1e-12)
     assert smp.total.item() == pytest.approx(loss / (1 - LAM * gain + DELTA), rel=1e-12)
     assert (mp.denominator, mp.lambda_effective) == (1.0, LAM)
     assert smp.denominator == pytest.approx(1 - LAM * gain + DELTA, rel=1e-12)
     assert smp.lambda_effective == pytest.approx(LAM * smp.total.item(), rel=1e-12)
-    assert smp.loss.item() == pytest.approx(loss, rel=1e-12) and smp.gain.item() == pytest.approx(
-        gain, rel=1e-12
-    )
+    assert (smp.loss.item(), smp.gain.item()) == pytest.approx((loss, gain), rel=1e-12)
 
 
 def test_lambda_zero_is_lora(setting):
     """SMP at lambda = 0 is L / (1 + delta), MP is L."""
     e, t = setting.error().detach(), setting.timesteps
-    loss, gain = adaptation_loss(e), mi_gain(setting.attacker, e, t)
+    loss, gain = adaptation_loss(e), mi_gain(setting.attacker(e, t))
     lora = objective("lora", loss, None, LAM)
     assert lora.gain is None and lora.total.item() == e.mean().item()
     assert objective("mp", loss, gain, 0.0).total.item() == lora.total.item()
@@ -149,7 +150,7 @@ def test_gradients_equal_the_closed_forms(setting):
         ("smp", (grad_loss + LAM * j * grad_gain) / d),
     ):
         terms = setting.terms(method)
-        got = flat(gradients(terms.total, setting.parameters))
+        got = flat(setting.gradients(terms.total))
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-8 * np.abs(want).max())
 
 
@@ -204,9 +205,7 @@ def test_detached_denominator_is_a_shorter_plain_step(setting):
     want = gradient(setting, setting.loss()) / denominator(gain, LAM, DELTA).item()
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
     terms = setting.terms("smp-detached")
-    np.testing.assert_allclose(
-        flat(gradients(terms.total, setting.parameters)), want, rtol=1e-10, atol=1e-14
-    )
+    np.testing.assert_allclose(flat(setting.gradients(terms.total)), want, rtol=1e-10, atol=1e-14)
     smp = setting.terms("smp")
     assert (terms.total.item(), terms.denominator) == (smp.total.item(), smp.denominator)
     assert terms.lambda_effective == 0
@@ -218,9 +217,9 @@ def test_outer_step_leaves_the_attacker_alone(setting):
     """
     before = [p.detach().clone() for p in setting.attacker.parameters()]
     terms = setting.terms("smp")
-    gradient_norms(terms, lambda value: gradients(value, setting.parameters, keep_graph=True))
+    gradient_norms(terms, setting.gradients)
     optimizer = torch.optim.SGD(setting.parameters, lr=0.0)
-    for p, grad in zip(setting.parameters, gradients(terms.total, setting.parameters), strict=True):
+    for p, grad in zip(setting.parameters, setting.gradients(terms.total), strict=True):
         assert p.grad is None
         p.grad = grad
     optimizer.step()
@@ -234,15 +233,15 @@ def test_outer_step_leaves_the_attacker_alone(setting):
 def test_gradient_norms_equal_separate_calls(setting):
     """||grad L||, ||grad G|| and their cosine; the graph is still there for the step itself."""
     terms = setting.terms("smp")
-    got = gradient_norms(terms, lambda value: gradients(value, setting.parameters, keep_graph=True))
+    got = gradient_norms(terms, setting.gradients)
     grad_loss, grad_gain = gradient(setting, setting.loss()), gradient(setting, setting.gain())
     assert got["grad_norm_loss"] == pytest.approx(np.linalg.norm(grad_loss), rel=1e-8)
     assert got["grad_norm_gain"] == pytest.approx(np.linalg.norm(grad_gain), rel=1e-8)
     assert got["grad_cosine"] == pytest.approx(cosine(grad_loss, grad_gain), rel=1e-8)
     assert -1 <= got["grad_cosine"] <= 1
-    assert norm(gradients(terms.total, setting.parameters)) > 0
+    assert norm(setting.gradients(terms.total)) > 0
     lora = setting.terms("lora")
-    only = gradient_norms(lora, lambda value: gradients(value, setting.parameters))
+    only = gradient_norms(lora, setting.gradients)
     assert only == {"grad_norm_loss": pytest.approx(got["grad_norm_loss"])}
 
 

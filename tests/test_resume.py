@@ -3,144 +3,133 @@ which ends in the same bits whether it was interrupted or not.
 """
 
 import copy
-import json
-import shutil
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from run.learner import Learner
-from safetensors.torch import load_file
+from conftest import assembled, assert_same_run
 
 import train
+from algorithm import algorithm_1
 from files.bases import load_base
 from files.encode import encode
 from files.images import load_images
-from run import pictures
-from run import prepare as prepared
-from run import watch as monitor
-from run.processes import Processes
-from settings import Settings
+from run import pictures, prepare, snapshot, watch
 
-AFTER = 2  # steps after the interruption
-FLAGS = ("method", "proxy", "attacker_members", "accumulate", "gradient_checkpointing")
-FLAGS += ("init", "dtype", "target", "batch_size")
-COMBINATIONS = [
-    # step of the interruption, then a value for each of FLAGS
-    (6, "smp", "raw", "reused", 2, False, False, "float32", "attention", 2),
-    (3, "smp-detached", "pooled", "drawn", 1, True, True, "bfloat16", "all", 3),
-    (2, "mp", "raw", "drawn", 2, True, False, "bfloat16", "attention", 3),
-    (4, "mp", "pooled", "reused", 1, False, True, "float32", "all", 2),
-    (3, "lora", "raw", "drawn", 1, False, False, "bfloat16", "all", 2),
-    (2, "lora", "pooled", "reused", 2, True, True, "float32", "attention", 3),
-    (3, "smp", "raw", "reused", 1, True, True, "bfloat16", "attention", 2),
-    (4, "smp-detached", "pooled", "reused", 2, True, False, "float32", "all", 2),
-    (2, "smp-detached", "raw", "drawn", 1, False, True, "float32", "attention", 3),
-    (3, "smp", "pooled", "drawn", 2, True, True, "float32", "all", 3),
+STEPS = 6
+FLAGS = ("method", "proxy", "accumulate", "gradient_checkpointing", "init", "dtype", "target")
+FLAGS += ("batch_size", "regularised")
+COMBINATIONS = [  # a value for each of FLAGS
+    ("lora", "calibrated", 1, False, True, "bfloat16", "attention", 2, False),
+    ("lora", "pooled", 1, True, False, "bfloat16", "full", 3, True),
+    ("lora", "raw", 2, False, False, "float32", "all", 3, False),
+    ("mp", "calibrated", 2, True, False, "bfloat16", "all", 2, False),
+    ("mp", "pooled", 1, False, False, "float32", "attention", 3, False),
+    ("mp", "raw", 1, False, True, "float32", "full", 3, True),
+    ("smp", "calibrated", 2, True, False, "float32", "attention", 3, True),
+    ("smp", "pooled", 1, False, True, "bfloat16", "full", 2, True),
+    ("smp", "raw", 1, False, True, "bfloat16", "all", 2, False),
+    ("smp-detached", "calibrated", 1, False, False, "float32", "full", 2, False),
+    ("smp-detached", "pooled", 2, False, False, "float32", "all", 2, True),
+    ("smp-detached", "raw", 2, False, False, "float32", "attention", 2, False),
+    ("smp-detached", "raw", 2, True, True, "bfloat16", "full", 3, False),
 ]
+REGULARISED = {"schedule": "cosine", "flip": True, "normalise": True}
 
 
 @pytest.fixture(scope="module")
-def prepare_once(tiny_base, image_folder):
+def loaded_once(tiny_base, image_folder):
     """Base and images are loaded and encoded once per dtype; what is only looked at is left out."""
     images = load_images(image_folder, 32)
     bases = {d: load_base(tiny_base, dtype=d) for d in ("float32", "bfloat16")}
-    encoded = {d: encode(base, images, {}) for d, base in bases.items()}
+    encoded = {base.unet.dtype: encode(base, images, {}) for base in bases.values()}
 
     def load(model, device, dtype, size):
         return replace(bases[dtype], unet=copy.deepcopy(bases[dtype].unet))
 
-    def encode_again(base, images, roles):
-        return replace(encoded[str(base.unet.dtype).removeprefix("torch.")], roles=roles)
+    def encode_again(base, images, roles, few):
+        return replace(encoded[base.unet.dtype], roles=roles)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "load_base", load)
-        patch.setattr(prepared, "load_images", lambda *_: images)
-        patch.setattr(prepared, "encode", encode_again)
+        patch.setattr(prepare, "load_base", load)
+        patch.setattr(prepare, "load_images", lambda *_: images)
+        patch.setattr(prepare, "encode", encode_again)
         patch.setattr(pictures, "sample_grid", lambda *_: None)
         patch.setattr(pictures, "training_curves", lambda *_: None)
-        patch.setattr(monitor, "held_out", lambda *_: {"nonmember_val_loss": 1.0})
-        patch.setattr(monitor, "verdict", lambda *_: (0.5, (0.0, 1.0)))
-        yield Settings(
-            model=tiny_base,
-            data=image_folder,
-            members=20,
-            rank=2,
-            alpha=4.0,
-            lr=0.01,
-            attacker_lr=0.01,
-            schedule="constant",
-            save_every=1000,
-            norms_every=1000,
-        )
+        patch.setattr(watch, "held_out", lambda *_: {"nonmember_val_loss": 1.0})
+        patch.setattr(watch, "verdict", lambda *_: (0.5, (0.0, 1.0)))
+        yield
 
 
 @pytest.fixture(scope="module")
-def first_adapter(prepare_once, tmp_path_factory):
-    """Folder of an adapter to start from."""
-    out = tmp_path_factory.mktemp("first") / "run"
-    made = {"method": "lora", "target": "attention", "batch_size": 2, "steps": 1}
-    train.train(replace(prepare_once, out=str(out), **made))
-    return str(out / "adapter")
+def first_adapters(loaded_once, small, tmp_path_factory):
+    """Folders of adapters to start from, by target."""
+    tmp, full = tmp_path_factory.mktemp("first"), {"rank": None, "alpha": None, "lr": 1e-4}
+    for target in ("attention", "full"):
+        more = full if target == "full" else {}
+        train.train(small(tmp / target, method="lora", target=target, steps=1, **more))
+    return {"full": tmp / "full" / "adapter", "LoRA": tmp / "attention" / "adapter"}
 
 
 def test_every_pair_of_values_is_there():
-    """Of the three flags that decide the attacker's batches every triple is."""
-    values = [sorted({c[k] for c in COMBINATIONS}, key=str) for k in range(1, len(FLAGS) + 1)]
+    """Nothing is said of triples."""
+    values = [{c[k] for c in COMBINATIONS} for k in range(len(FLAGS))]
+    assert [len(v) for v in values] == [4, 3, 2, 2, 2, 2, 3, 2, 2]
     for i, j in combinations(range(len(FLAGS)), 2):
-        pairs = {(c[i + 1], c[j + 1]) for c in COMBINATIONS}
+        pairs = {(c[i], c[j]) for c in COMBINATIONS}
         assert len(pairs) == len(values[i]) * len(values[j]), (FLAGS[i], FLAGS[j])
-    triples = {c[2:5] for c in COMBINATIONS if c[1] != "lora"}
-    assert len(triples) == 8
 
 
-def result(out):
-    """Rows without their times, and the tensors of adapter and attacker."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    tensors = {}
-    for file in sorted(out.glob("a*/*.safetensors")):
-        tensors |= {f"{file.parent.name}/{k}": t for k, t in load_file(file).items()}
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], tensors
+def flags(first_adapters, combination):
+    """The settings that a combination stands for."""
+    found = dict(zip(FLAGS, combination, strict=True))
+    full = found["target"] == "full"
+    found |= {"rank": None, "alpha": None, "lr": 1e-4} if full else {}
+    found |= REGULARISED if found.pop("regularised") else {}
+    init = str(first_adapters["full" if full else "LoRA"]) if found["init"] else None
+    return found | {"init": init, "steps": STEPS, "norms_every": 1000, "samples": 0}
 
 
-REGULARISED = {"schedule": "cosine", "ema": 0.9, "caption_dropout": 0.3, "flip": True}
-REGULARISED |= {"dropout": 0.2, "normalise": True}
-
-
-MORE = [COMBINATIONS[0] + (added,) for added in (REGULARISED, {"proxy": "calibrated"})]
-
-
-@pytest.mark.parametrize("combination", [*COMBINATIONS, *MORE], ids=str)
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: "-".join(map(str, c)))
 def test_interrupted_is_uninterrupted(
-    prepare_once, first_adapter, tmp_path, monkeypatch, combination
+    small, first_adapters, tmp_path, stopped_and_gone_on_with, combination
 ):
-    """The folder as it is after step k, continued, ends as the run that went on."""
-    stop, *values = combination
-    flags = dict(zip(FLAGS, values, strict=False))
-    flags["init"] = first_adapter if flags["init"] else None
-    flags |= values[len(FLAGS)] if len(values) > len(FLAGS) else {}
-    settings = replace(prepare_once, steps=stop + AFTER, state_every=stop, **flags)
-    record = train.record
+    """Killed in its fifth step, with states of every second: it goes on from the fourth."""
+    more = flags(first_adapters, combination)
+    train.train(small(tmp_path / "whole", state_every=STEPS, **more))
 
-    def record_and_copy(run, learner, row, *rest):
-        record(run, learner, row, *rest)
-        if row["step"] == stop:
-            shutil.copytree(run.folder.path, tmp_path / "part")
+    def begin(folder):
+        train.train(small(folder, state_every=2, **more))
 
-    monkeypatch.setattr(train, "record", record_and_copy)
-    train.train(replace(settings, out=str(tmp_path / "whole")))
-    monkeypatch.setattr(train, "record", record)
-    torch.manual_seed(1)  # another process would be elsewhere in the global stream
-    train.train(Settings(out=str(tmp_path / "part"), resume=True))
-    (rows, whole), (rows_again, part) = result(tmp_path / "whole"), result(tmp_path / "part")
-    assert len(rows) == stop + AFTER + 1 and rows == rows_again
-    assert whole.keys() == part.keys() and len(whole) > 8
-    different = [name for name in whole if not torch.equal(whole[name], part[name])]
-    assert not different, different
+    stopped_and_gone_on_with(begin, tmp_path / "part", 5)
+    assert_same_run(tmp_path / "whole", tmp_path / "part", STEPS)
 
 
-def test_what_a_kill_left_half_written_is_removed(prepare_once, tmp_path):
+DISTILL = {"method": "distill", "teachers": 2, "teacher_steps": 2, "public": "none", "flip": True}
+
+
+@pytest.fixture(scope="module")
+def distilled(loaded_once, small, tmp_path_factory):
+    """A run of two teachers of two steps and a student of three that was left alone."""
+    out = tmp_path_factory.mktemp("distilled") / "whole"
+    train.train(small(out, **DISTILL))
+    return out
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_interrupted_among_teachers(small, distilled, tmp_path, stopped_and_gone_on_with, step):
+    """In any step of a teacher or of the student: the finished teachers are as they were."""
+
+    def begin(folder):
+        train.train(small(folder, state_every=1, **DISTILL))
+
+    stopped_and_gone_on_with(begin, tmp_path / "part", step)
+    assert_same_run(distilled, tmp_path / "part", 3)
+    assert not (tmp_path / "part" / "state").exists()
+
+
+def test_what_a_kill_left_half_written_is_removed(loaded_once, small, tmp_path):
     """Of the training alone: an evaluation may be writing beside it."""
     ours = ["config.json", "metrics.jsonl", "curves.png", "adapter/a.safetensors"]
     ours += ["checkpoints/step-000001/a.safetensors", "samples/step-000001.png"]
@@ -149,31 +138,27 @@ def test_what_a_kill_left_half_written_is_removed(prepare_once, tmp_path):
         path = tmp_path / "run" / f"{name}.0123456789ab.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
-    flags = {"method": "lora", "target": "attention", "batch_size": 2, "steps": 1, "resume": True}
-    train.train(replace(prepare_once, out=str(tmp_path / "run"), **flags))
+    train.train(small(tmp_path / "run", method="lora", steps=1, resume=True))
     left = {str(p.relative_to(tmp_path / "run")) for p in tmp_path.rglob("*.tmp")}
     assert left == {f"{name}.0123456789ab.tmp" for name in theirs}
 
 
-def test_restored_tensors_are_fresh(prepare_once, tmp_path):
+def test_restored_tensors_are_fresh(loaded_once, small, tmp_path):
     """A view into a file lies where it may, and sums round by where they lie: every tensor that a
-    learner takes up is an allocation of its own, aligned as torch aligns them.
+    run takes up is an allocation of its own, aligned as torch aligns them.
     """
-    flags = {"method": "smp", "proxy": "raw", "attacker_members": "reused"}
-    flags |= {"target": "attention", "batch_size": 4, "dtype": "float32", "lam": 1.0, "epochs": 1}
-    run = train.prepare(replace(prepare_once, out=str(tmp_path / "run"), **flags), Processes())
-    learner = Learner(run)
-    for _ in train.algorithm_1(run, learner, (1, 2, 3)):
+    run, second = (assembled(small(tmp_path / "run", proxy="raw")) for _ in range(2))
+    for _ in algorithm_1(run, (1, 2, 3)):
         pass
     given, askew = {}, {}
-    for name, tensor in learner.tensors().items():
+    for name, tensor in snapshot.tensors_of(run).items():
         room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)  # one element off
         askew[name] = room
         given[name] = room[1:].view(tensor.shape).copy_(tensor)
-    second = Learner(run)
-    second.restore(given)
-    kept = second.tensors()
-    assert kept.keys() == given.keys() and {"reused/0", "attacker_optimizer/0.exp_avg"} <= set(kept)
+    snapshot.restore(second, given)
+    kept = snapshot.tensors_of(second)
+    assert kept.keys() == given.keys()
+    assert {"queue/0", "optimizer/0.exp_avg", "attacker_optimizer/0.exp_avg"} <= set(kept)
     for name, tensor in kept.items():
         assert torch.equal(tensor, given[name]), name
         where = askew[name].data_ptr(), askew[name].data_ptr() + askew[name].nbytes

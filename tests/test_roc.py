@@ -5,8 +5,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
-from attacks import comparisons, roc
+from attacks import comparisons
 from bench import coverage
+from curves import roc
 
 
 def scores(seed=0, shift=1.0, n=250):

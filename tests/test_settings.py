@@ -1,6 +1,7 @@
 """settings.py: defaults by model, limits, the run folder, and the settings of a stored run."""
 
 import json
+import re
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -37,9 +38,9 @@ def flags(*argv):
 )
 def test_flags_left_out_depend_on_the_model(tmp_path, model, table):
     settings = Settings(model=model, out=str(tmp_path))
-    found = asdict(resolve(settings))
+    found = resolve(settings)
     by_images = {"members": None}  # how many serve is seen later
-    assert {k: found[k] for k in table} == table | by_images
+    assert {k: getattr(found, k) for k in table} == table | by_images
     assert most_members(settings) == table["members"]
     kept = resolve(Settings(model=model, out=str(tmp_path), rank=3, lam=0.0))
     assert (kept.rank, kept.lam, kept.lr) == (3, 0.0, table["lr"])
@@ -48,7 +49,7 @@ def test_flags_left_out_depend_on_the_model(tmp_path, model, table):
 def test_paper_values():
     """Those of Luo et al. 2025 for Stable Diffusion."""
     expected = {"lam": 0.05, "lr": 1e-4, "attacker_lr": 1e-5, "epochs": 400, "rank": 64}
-    assert PAPER | expected == PAPER and Settings().delta == 1e-5
+    assert PAPER | expected == PAPER
     assert PAPER.keys() == FAST.keys()
 
 
@@ -62,8 +63,8 @@ def test_resolve_leaves_its_argument_alone(tmp_path, monkeypatch):
 
 def test_vocabulary():
     names = {f.name for f in fields(Settings)}
-    assert {*FREE, *LOOKS, *PAPER, *ABOVE_ZERO, *FROM_ZERO} <= names
-    assert not set(FREE) & set(LOOKS) and "attacker_every" not in names
+    assert {*FREE, *LOOKS, *PAPER, *ABOVE_ZERO, *FROM_ZERO} <= names | {"epochs"}
+    assert not set(FREE) & set(LOOKS) and not names & set(Settings.RETIRED)
     numbers = {f.name for f in fields(Settings) if f.type in (int, float, int | None, float | None)}
     assert numbers == {*ABOVE_ZERO, *FROM_ZERO}  # every number has its limits
 
@@ -87,7 +88,8 @@ def test_help_shows_both_defaults(capsys, monkeypatch):
     assert "(default: 7e-3 embedded, 1e-4 Stable Diffusion)" in text
     assert "(default: pooled embedded, raw Stable Diffusion)" in text
     view = text[: text.index("\nregularisation:")]
-    assert 12 <= view.count("\n  --") <= 21 and "--attacker-lr" not in view
+    assert 12 <= view.count("\n  --") <= 21 and len(re.findall(r"^  --", text, re.M)) <= 46
+    assert "--attacker-lr" not in view
 
 
 # ---- limits ----
@@ -97,8 +99,8 @@ REFUSED = [
     *((name, 0) for name in ABOVE_ZERO),
     *((name, -1) for name in FROM_ZERO),
     *((name, 2 * highest) for name, highest in HIGH.items()),
-    *((name, float("inf")) for name in ("lr", "clip", "lam", "delta", "alpha")),
-    *((name, float("nan")) for name in ("lr", "clip", "lam", "delta", "alpha")),
+    *((name, float("inf")) for name in ("lr", "clip", "lam", "alpha")),
+    *((name, float("nan")) for name in ("lr", "clip", "lam", "alpha")),
     ("rank", 10**400),
 ]  # fmt: skip
 
@@ -185,10 +187,10 @@ def store(folder, summary=None, **changes):
 
 
 def test_stored_settings_and_what_may_change(tmp_path):
-    store(tmp_path, {"seconds": 3.0}, threads=1)
-    given = flags("--out", tmp_path, "--resume", "--threads", 2, "--steps", 5)
+    store(tmp_path, {"seconds": 3.0}, state_every=1)
+    given = flags("--out", tmp_path, "--resume", "--state-every", 2, "--steps", 5)
     found, summary = stored(given)
-    assert (found.rank, found.steps, found.threads, found.resume) == (2, 5, 2, True)
+    assert (found.rank, found.steps, found.state_every, found.resume) == (2, 5, 2, True)
     assert found.out == str(tmp_path) and summary == {"seconds": 3.0}
     assert resolve(found) == found
     with pytest.raises(UserError, match="begun with --steps 5, not 6: leave --steps out"):
@@ -209,29 +211,53 @@ def test_nothing_stored(tmp_path):
     assert stored(settings) == (settings, None)
 
 
-def test_runs_of_older_versions(tmp_path):
-    """A flag that is gone is passed over if it changed nothing; a new one has its default."""
-    path = store(tmp_path, attacker_every=1)
+ANY = [name for name, (_, *neutral) in Settings.RETIRED.items() if neutral == [...]]
+
+
+@pytest.mark.parametrize("flag", Settings.RETIRED)
+def test_flags_of_older_versions(tmp_path, capsys, flag):
+    """In the config of a run, such a flag is dropped where it changed nothing, and else refused
+    with the last commit that had it, as it is on the command line.
+    """
+    commit, *neutral = Settings.RETIRED[flag]
+    typed = "--" + flag.replace("_", "-")
+    for value in ["whatever", 7] if flag in ANY else neutral:
+        path = store(tmp_path, **{flag: value})
+        found, _ = stored(Settings(out=str(tmp_path), resume=True))
+        assert found.rank == 2 and flags("--config", path, "--seed", 7).seed == 7
+    if flag not in ANY:
+        path = store(tmp_path, **{flag: 0.3})
+        with pytest.raises(UserError, match=f"{typed} 0.3 is .* does not have.*{commit}"):
+            stored(Settings(out=str(tmp_path), resume=True))
+        with pytest.raises(SystemExit):
+            flags("--config", path)
+        capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        flags(typed, 3)
+    assert stop.value.code == 2 and commit in capsys.readouterr().err
+
+
+def test_what_changed_a_run_is_not_dropped():
+    """Only flags that say what was looked at, or where a default stands for them, may have any
+    value.
+    """
+    looks = {"epochs", "keep", "threads", "format", "sample_every"}
+    assert set(ANY) == looks | {"image_clip", "draws"}
+
+
+def test_a_flag_that_an_older_version_did_not_have(tmp_path):
+    """It has its default."""
+    path = store(tmp_path)
     config = json.loads(path.read_text())
-    del config["settings"]["delta"]
+    del config["settings"]["flip"]
     write_json(path, config)
-    found, _ = stored(Settings(out=str(tmp_path), resume=True))
-    assert found.rank == 2 and found.delta == Settings().delta
-    store(tmp_path, attacker_every=3)
-    with pytest.raises(
-        UserError,
-        match="--attacker-every 3 is a flag that this version does not have; commit 7ba68a5",
-    ):
-        stored(Settings(out=str(tmp_path), resume=True))
+    assert stored(Settings(out=str(tmp_path), resume=True))[0].flip is Settings().flip
 
 
 def test_config_of_a_run_as_flags(tmp_path):
     """A copy of a run: all of its settings but the folder."""
-    path = store(tmp_path, attacker_every=1)
-    found = flags("--config", path, "--seed", 7)
+    found = flags("--config", store(tmp_path), "--seed", 7)
     assert (found.rank, found.steps, found.seed, found.out) == (2, 5, 7, None)
-    epochs = flags("--config", path, "--epochs", 3)
-    assert (epochs.steps, epochs.epochs) == (None, 3)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +274,7 @@ def test_config_of_a_run_as_flags(tmp_path):
         b'{"settings": {"method": "gan"}}',
         b'{"settings": {"method": null}}',
         b'{"settings": {"resume": 1}}',
-        b'{"settings": {"epsilon": 1}}',
+        b'{"settings": {"epsilom": 1}}',
         b'{"settings": {"model": "\\u0000"}}',
         b'{"settings": {"model": "\xff"}}',
         b'{"settings": {}, "summary": [1]}',

@@ -9,10 +9,11 @@ import pytest
 
 import evaluate
 import train
-from attacks import audit_tasks, lira, roc, shadows
+from attacks import audit_tasks, lira, shadows
 from attacks.examination import prepare
 from attacks.target import read_run
 from command.errors import UserError
+from curves import roc
 from settings import Settings
 
 

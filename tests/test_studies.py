@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import audit
 import evaluate
 import train
 from attacks.lira import HEADLINE
@@ -134,13 +133,13 @@ def test_audits_join_the_table(small, in_thread, monkeypatch, capsys):
     # no LoRA to compare with
     ends = [[line.strip("| ").split(" | ")[k] for k in (0, 6, 7, 8)] for line in first[2:]]
     assert ends == [[f"distill, {at}", "-", "-", "not measured"] for at in (1, 2)]
-    trained, honest = [], audit.train_adapter
+    trained, honest = [], train.train_adapter
 
     def seen(base, data, s):
         trained.append(s.method)
         return honest(base, data, s)
 
-    monkeypatch.setattr(audit, "train_adapter", seen)
+    monkeypatch.setattr(train, "train_adapter", seen)
     both = defences.study(defences.Study(rows=["lora", "distill"], **small)).splitlines()
     assert trained == ["lora"] * 4
     assert [line.split()[1] for line in both[2:]] == ["lora,"] * 2 + ["distill,"] * 2

@@ -21,9 +21,9 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from attacks import roc
 from command.errors import shown
 from command.whole_files import write_whole
+from curves import roc
 
 COLOURS = {
     "base": "#000000",

@@ -3,9 +3,9 @@ their controls.
 
 Scores are one number per image, higher = member.  Everything is unfolded: an AUC below 0.5 says
 that the scores point the wrong way, which an attacker who knows it can use.  Empty sets and NaN
-scores raise ValueError.  Intervals are of 95 %, never of zero width, and
-measured by bench/coverage.py: tests/test_roc.py holds the figures to scikit-learn, DeLong's
-variance to a loop over pairs, and the intervals to the share of simulations that they cover.
+scores raise ValueError.  Intervals are of 95 % and never of zero width.  tests/test_roc.py holds
+the figures to scikit-learn, and the intervals to the share of simulations that they cover
+(bench/coverage.py).
 """
 
 import numpy as np

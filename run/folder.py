@@ -14,13 +14,12 @@ tests/test_evaluate_faults.py.
 """
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
 
 from command.errors import UserError
-from command.whole_files import read_json, write_json, write_whole
+from command.whole_files import read_json, to_disk, write_json, write_whole
 
 
 class RunFolder:
@@ -235,8 +234,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Everything so far is on the disk when this returns."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            to_disk(self.file)
 
     def __enter__(self) -> "MetricsLog":
         return self

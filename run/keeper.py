@@ -29,6 +29,7 @@ from run import cost, due, pictures, snapshot, state, watch
 from run.folder import MetricsLog, RunFolder, provenance, tensorboard
 from run.precheck import going_on
 from run.processes import Processes
+from settings import PLACES
 
 INSISTENT = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK")  # a second one acts at once
 ENDING = (*INSISTENT, "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
@@ -57,6 +58,8 @@ class Keeper:
             self.folder.sweep()
         if self.settings.resume and any(self.folder.state.glob("**/step-*.safetensors")):
             self.require_same_images()
+            if self.processes.main:
+                self.folder.move({name: getattr(self.settings, name) for name in PLACES})
         elif self.processes.main:
             self.begin()
         self.signals = stop_signals(self.caught)

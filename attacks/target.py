@@ -246,8 +246,9 @@ def kind(target: Target) -> str:
     """
     flags = {f.name: f.default for f in fields(Settings)}
     retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
+    looks = [name for name, neutral in retired.items() if neutral is ...]
     chosen = flags | retired | target.config
-    for name in ("seed", *FREE, *LOOKS):
+    for name in ("seed", *FREE, *LOOKS, *looks):
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")
     return json.dumps([chosen, "best" if best else target.step], sort_keys=True)

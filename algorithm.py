@@ -68,6 +68,8 @@ class Run:
     def __init__(self, settings, base: Base, data: Encoded, adapter: Adapter):
         s = self.settings = settings
         self.base, self.data, self.adapter = base, data, adapter
+        self.attacked = s.attacked  # whether there is an attacker in the loop
+        self.objective = s.objective  # "lora", "mp", "smp" or "smp-detached"
         # two streams, so that every method has the same batches and noise in its outer steps
         self.outer = torch.Generator().manual_seed(s.seed * 2 + 1)
         self.inner = torch.Generator().manual_seed(s.seed * 2 + 2)
@@ -133,7 +135,7 @@ def algorithm_1(run: Run, steps: Iterable[int]) -> Iterator[dict]:
     for step in steps:
         row = {"step": step}
 
-        if s.attacked:  # inner step: h ascends on G
+        if run.attacked:  # inner step: h ascends on G
             b = run.batch(run.D_m, run.D_n)
             with torch.no_grad(), run.adapter.folded():  # A and B do not move here
                 e = run.error(b)
@@ -150,8 +152,8 @@ def algorithm_1(run: Run, steps: Iterable[int]) -> Iterator[dict]:
         b = run.batch(run.D_tr)  # outer step: A and B descend on J
         e = run.error(b)  # serves L and G
         L = adaptation_loss(e)  # Eq. 3
-        G = mi_gain(run.log_h(e, b)) if s.attacked else None  # Eq. 5, its member half
-        J = objective(s.objective, L, G, s.lam)  # Eq. 6, the sum, or Eq. 10, the ratio
+        G = mi_gain(run.log_h(e, b)) if run.attacked else None  # Eq. 5, its member half
+        J = objective(run.objective, L, G, s.lam)  # Eq. 6, the sum, or Eq. 10, the ratio
         if step == 1 or step % s.norms_every == 0:
             row |= gradient_norms(J, run.gradients)  # |grad L|, |grad G| and their cosine
         g = run.gradients(J.total)

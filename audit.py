@@ -27,8 +27,8 @@ WHERE, OWN = "what and where", "audit"  # groups of --help
 POOL, MIN_POOL = 200, 10  # images; every role of a run has one
 # Flags of train.py that an audit does not have: they change nothing in it, or say what it decides
 # itself, at these values.
-WITHOUT_EFFECT = (*LOOKS, "state_every", "keep", "track", "resume")
-DECIDED = {"nonmembers": None, "split": "default", "stop": "last"}
+WITHOUT_EFFECT = (*LOOKS, "state_every", "track", "resume")
+DECIDED = {"nonmembers": None, "stop": "last"}
 
 
 def _flags_of_the_method() -> list[tuple]:
@@ -67,7 +67,6 @@ class Audit(Method):
     cluster: str | None = option(
         None, "address of a Dask scheduler whose workers train, in place of --jobs", group=OWN
     )
-    threads: int = option(0, "CPU threads of a process; 0 is one")
 
     RETIRED: ClassVar[dict] = Settings.RETIRED
 
@@ -77,6 +76,7 @@ class Audit(Method):
 
         Raises UserError for a setting that an audit decides in another way.
         """
+        values = {name.replace("-", "_"): value for name, value in values.items()}
         for name, neutral in DECIDED.items():
             if values.get(name, neutral) != neutral:
                 raise UserError(f"{path}: an audit has no {name}, here {values[name]}: remove it")
@@ -177,7 +177,7 @@ def dry_run(s: Audit, plan) -> dict[str, float]:
     import torch
 
     from attacks import audit_tasks
-    from run.cost import lasting, peak_memory
+    from run.cost import duration, peak_memory
     from train import train_adapter
 
     todo, jobs = len(audit_tasks.missing(plan)), 1 if s.cluster else s.jobs
@@ -186,8 +186,8 @@ def dry_run(s: Audit, plan) -> dict[str, float]:
     memory = peak_memory(torch.device(s.device))
     print(
         f"adapters: {todo} of {s.adapters} are to train, {s.steps} steps each, {jobs} at a time\n"
-        f"time:     about {lasting(training + queries)}: {lasting(training)} of training, "
-        f"{lasting(queries)} of queries\n"
+        f"time:     about {duration(training + queries)}: {duration(training)} of training, "
+        f"{duration(queries)} of queries\n"
         f"disk:     {todo * found['bytes'] / 1e9:.2g} GB\n"
         f"memory:   {memory:.1f} GiB in each of {jobs} processes\n"
         f"dry run: nothing was written to {s.out}"

@@ -77,7 +77,7 @@ class Encoded:
 
     def members(self) -> list[int]:
         """All images that the adapter is trained on."""
-        return sorted(self.sides(*PARTS)[0])
+        return sorted(i for part in PARTS for i in self.roles[f"member_{part}"])
 
     def known(self) -> list[int]:
         """The images that the attacker may choose on: auxiliary and validation."""

@@ -77,11 +77,10 @@ class Plan:
         return Path(self.out) / "adapters" / f"{index:02d}"
 
     def due(self) -> list[int]:
-        """The steps at which an adapter is asked, trained to the last of them: `steps`, or every
-        --save-every and the last.
+        """The steps at which an adapter is asked; training ends at the last of them.
 
-        Without the flag an eighth, a quarter, half and the whole: leakage grows early, and asking
-        should not cost more than training.
+        `steps`, or every --save-every and the last.  Without the flag an eighth, a quarter, half
+        and all: leakage grows early, and asking should not cost more than training.
         """
         if self.steps:
             return self.steps
@@ -94,12 +93,12 @@ class Plan:
 def deal(
     images: Images, settings: Settings, adapters: int, pool: int, canaries: int, out: str
 ) -> Plan:
-    """A pool, non-members for the method's attacker and held-out images, all at random; adapter
-    2k + 1 trains on the half of the pool that 2k does not.
+    """A pool, non-members for the method's attacker and held-out images, all at random.
 
-    Each adapter's attacker gets other non-members: any one set of them is harder or easier than the
-    pool by chance, and a defence that trains against it goes by that.  Copies of other images are
-    left out.  Raises UserError if there are too few images.
+    Adapter 2k + 1 trains on the half of the pool that 2k does not.  Each adapter's attacker gets
+    other non-members: one set for all would be harder or easier than the pool by chance, and a
+    defence that trains against it would learn that.  Copies of other images are left out.
+    `canaries` images of the pool exchange their captions.  Raises UserError for too few images.
     """
     first = near_duplicates(images.pixels)
     kept = [i for i, f in enumerate(first) if i == f]
@@ -124,7 +123,9 @@ def deal(
     digest = hash_of(Images(names, captions, images.pixels[chosen]))
     roles = []
     for index in range(adapters):
-        members = half(settings.seed, pool, index)
+        # in random order; 2k + 1 has what 2k has not
+        order = np.random.default_rng([settings.seed, index // 2]).permutation(pool).tolist()
+        members = order[pool // 2 :] if index % 2 else order[: pool // 2]
         others = np.random.default_rng([settings.seed, index, 1]).permutation(outside).tolist()
         dealt = {
             "member_aux": members[:aux],
@@ -136,12 +137,6 @@ def deal(
         }
         roles.append({role: sorted(dealt.get(role, [])) for role in ROLES})
     return Plan(settings, out, chosen, pool, roles, held_out, wrong, names, captions, digest)
-
-
-def half(seed: int, pool: int, index: int) -> list[int]:
-    """Positions of the members of an adapter, in random order; 2k + 1 has what 2k has not."""
-    order = np.random.default_rng([seed, index // 2]).permutation(pool).tolist()
-    return order[: pool // 2] if index % 2 == 0 else order[pool // 2 :]
 
 
 def hash_of(images: Images) -> str:

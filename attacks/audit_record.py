@@ -1,4 +1,4 @@
-"""From what the adapters of an audit answered to the figures in audit.json.
+"""From the answers of an audit's adapters to the figures in audit.json.
 
     record, scores = measure(plan, settings)
 
@@ -57,11 +57,8 @@ def quality_of(answer: dict[str, np.ndarray], real: dict[str, torch.Tensor]) -> 
     """How well the adapters do at a step: held-out losses, and the Frechet distance of all their
     pictures to each set of `real` features.
     """
-    losses = answer["held_out"].mean(1)
-    found = {
-        "held_out_loss": float(losses.mean()),
-        "held_out_loss_by_adapter": losses.tolist(),
-    }
+    losses = answer["held_out"].mean(1)  # (N,)
+    found = {"held_out_loss": float(losses.mean()), "held_out_loss_by_adapter": losses.tolist()}
     for name, features in real.items():
         drawn = torch.from_numpy(np.concatenate(answer["features"]))
         found[f"frechet_{name}"] = quality.frechet_distance(features, drawn)

@@ -1,14 +1,15 @@
-"""The parts of an audit that are done once per adapter: train on a part of a pool, answer queries.
+"""The tasks of an audit, one per adapter: train on a part of a pool, answer the attacks' queries.
 
-A plan (attacks/audit_plan.py) says who trains on what.  One task is one adapter; it needs nothing
-of the others, so tasks run in any order, in any process, on any machine that sees the same files.
-It leaves the adapter of the last step and adapters/<index>/answers.npz, which is written whole and
-holds a key of all that it depends on.  Tested in tests/test_audit.py.
+A plan (attacks/audit_plan.py) says who trains on what.  A task needs nothing of the others, so
+tasks run in any order, in any process, on any machine that sees the same files.  A task writes
+adapters/<index>/adapter, of the last step, and answers.npz, whole, with a key of all that the
+answers depend on.  Tested in tests/test_audit.py.
 """
 
 import contextlib
 import functools
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 import lora
+from algorithm import Diverged
 from attacks import quality, single, workers
 from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, digest_of, hash_of
 from command import progress
@@ -63,9 +65,9 @@ def work(plan: Plan, index: int, train: Train) -> None:
     Raises UserError if its numbers are no longer finite.
     """
     with _lock:
-        if finished(plan, index):  # by a worker that died before it could say so
+        if finished(plan, index):  # by a worker that died before it reported
             return
-        torch.set_num_threads(plan.settings.threads or 1)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         base, data = _subject(plan)
         data = replace(data, roles=plan.roles[index])
         folder = plan.folder(index)
@@ -75,7 +77,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
         settings = replace(plan.settings, seed=plan.settings.seed + index)
         answers, due, commit = [], plan.due(), git_commit()
         began, asking = time.time(), 0.0
-        with contextlib.closing(train(base, data, settings)) as steps:
+        with _training(train, base, data, settings) as steps:
             for step, adapter in steps:
                 last = step == due[-1]
                 if step in due:
@@ -98,13 +100,23 @@ def work(plan: Plan, index: int, train: Train) -> None:
         write_arrays(folder / "answers.npz", arrays)
 
 
+@contextlib.contextmanager
+def _training(train: Train, base: Base, data: Encoded, s: Settings) -> Iterator:
+    """The steps of `train`, which ends with the block; raises UserError where it diverges."""
+    try:
+        with contextlib.closing(train(base, data, s)) as steps:
+            yield steps
+    except Diverged as error:
+        raise UserError(f"training with --seed {s.seed} is {error}: lower --lr") from None
+
+
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
     """The base and the images of the plan, from the last call if it was for the same plan."""
     s = plan.settings
     key = digest_of([plan.trained, s.device, plan.images, plan.digest])
     if key not in _loaded:
         _loaded.clear()
-        with contextlib.redirect_stdout(io.StringIO()):  # whoever made the plan has said it all
+        with contextlib.redirect_stdout(io.StringIO()):  # printed when the plan was made
             base = load_base(s.model, s.device, s.dtype, s.size)
             images = load_images(s.data, base.size, s.caption, s.nonmembers)
             images = Images(plan.names, plan.captions, images.pixels[plan.images])
@@ -122,15 +134,14 @@ def ask(
     last: bool,
     drawn: list[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What the attacks want to know of an adapter, and its held-out loss; small arrays.
+    """What the attacks want to know of an adapter, and its held-out loss.
 
     losses (P, T, NOISES), predictions (P, T, C h w) float16, sima (P, 1 + SIMA_TIMESTEPS), held_out
     (H,); features (D, F) of pictures from the captions of images `drawn`, if there are any; at the
     last step also gradient (P,), the mean log norm, which costs as much as all the others.
 
-    With --flip the attacker asks about every image and its mirror image.  They stand side by side
-    in the second axis of predictions and sima and the third of losses; of the gradient there is the
-    mean.
+    With --flip the attacker asks about every image and its mirror image: the second axis of
+    predictions and sima and the third of losses are twice as long, the gradient is the mean.
     """
     data = text_encoder.seen(base, data, adapter)
     text, index = data.text[: plan.pool], plan.held_out
@@ -234,7 +245,7 @@ def cost(plan: Plan, train: Train) -> dict[str, float]:
     if s.method == "distill":  # a step of a teacher is one of LoRA
         counts["lora"] = s.teachers * (plan.settings.teacher_steps or -(-s.steps // 4))
     for method, count in counts.items():
-        with contextlib.closing(train(base, data, replace(s, method=method))) as steps:
+        with _training(train, base, data, replace(s, method=method)) as steps:
             next(steps)
             began = time.time()
             _, adapter = next(steps)
@@ -275,7 +286,7 @@ def finished(plan: Plan, index: int) -> bool:
 
 
 def steps_done(plan: Plan, index: int) -> int:
-    """Steps that an adapter has behind it, as far as its process has said."""
+    """Steps of an adapter that are done, by its file `progress`."""
     if (plan.folder(index) / "answers.npz").is_file():
         return plan.due()[-1]
     try:

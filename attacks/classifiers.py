@@ -44,19 +44,30 @@ def logs(score: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(-score.reshape(len(score), -1), 1e-12))
 
 
-def combined_features(
-    raw: dict[str, np.ndarray], scores: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """What the combined attacker asks of one model, (N, K) each: every attack's score, of several
-    candidates all, and the mean log gradient norm.
+def combined_features(model) -> list[np.ndarray]:
+    """What the combined attacker asks of one model (model.Model), (N, K) each: every attack's
+    score, of several candidates all, and the mean log gradient norm.
 
     Proxies are left out, since they have seen the auxiliary images; pictures, since not all images
     have them.
     """
-    found = {"loss": -np.log(raw["losses"]).mean((1, 2))[:, None]}
-    found |= {name: logs(raw[name]) for name in ("SecMI-stat", "PIA", "PIAN", "SimA", "ReDiffuse")}
-    found |= {name: scores[name][:, None] for name in ("PFAMI", "CLiD", "GSA1")}
-    return found | {"gradient": -raw["gradients"].mean(1)[:, None]}
+    scores = model.scores | model.shadow_scores
+    found = [-np.log(model.grid["losses"]).mean((1, 2))[:, None]]
+    for name in ("SecMI-stat", "PIA", "PIAN", "SimA", "ReDiffuse"):
+        found.append(logs(model.candidates[name]))
+    found += [scores[name][:, None] for name in ("PFAMI", "CLiD", "GSA1")]
+    found.append(-model.gradients.mean(1)[:, None])
+    beside = (*model.shadow_scores, "difference")
+    return found + [scores[name][:, None] for name in beside if name in scores]
+
+
+def combined(model) -> np.ndarray:
+    """One logistic regression over all that is known of an image, (N,), of this model and of the
+    base, which the attacker has as well (after CDI, Dubinski et al. 2025).
+    """
+    table = combined_features(model)
+    table += combined_features(model.control) if model.control else []
+    return classifier_score(np.hstack(table), model.data.sides("aux", "val"))
 
 
 def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
@@ -65,14 +76,8 @@ def blind_features(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    n, size = pixels.shape[:2]
-    edge = size // 6
-    thumbs = (
-        pixels[:, : 6 * edge, : 6 * edge]
-        .reshape(n, 6, edge, 6, edge, 3)
-        .mean((2, 4))
-        .reshape(n, -1)
-        / 255
-    )
+    n, edge = len(pixels), pixels.shape[1] // 6
+    blocks = pixels[:, : 6 * edge, : 6 * edge].reshape(n, 6, edge, 6, edge, 3)
+    thumbs = blocks.mean((2, 4)).reshape(n, -1) / 255
     words = TfidfVectorizer(token_pattern=r"\S+").fit_transform(captions).toarray()
     return np.c_[thumbs, words]

@@ -5,10 +5,13 @@ share of simulations that they cover (bench/coverage.py).
 """
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import stdtrit
 from scipy.stats import rankdata
 
-from attacks import roc
+from curves import roc
+
+ROUNDS = 1000  # permutations of the labels
+
 
 # --------------------------------------------------------------------------------------------------
 # Several attacks, several models
@@ -23,15 +26,6 @@ def delong(scores: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     centred = [v - v.mean(1, keepdims=True) for v in (above, below)]
     parts = [v @ v.T / (v.shape[1] * max(v.shape[1] - 1, 1)) for v in centred]
     return above.mean(1), parts[0] + parts[1]
-
-
-def _correlation(covariance: np.ndarray) -> np.ndarray:
-    """Of (K, K), 0 beside a variance of 0."""
-    deviation = np.sqrt(np.diag(covariance))
-    scale = np.outer(deviation, deviation)
-    found = np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0)
-    np.fill_diagonal(found, 1)
-    return found
 
 
 def headline(known: dict[str, tuple], test: dict[str, tuple]) -> dict:
@@ -52,39 +46,20 @@ def headline(known: dict[str, tuple], test: dict[str, tuple]) -> dict:
     }
 
 
-def worst_case(scores: dict[str, tuple], rounds: int = 1000, seed: int = 0) -> dict:
-    """The highest AUC over attacks {name: (member, nonmember)} on the same images: a maximum, and
-    biased upwards as such; `headline` is what to report.
+def permutation_null(scores: dict[str, tuple], rounds: int = ROUNDS, seed: int = 0) -> float:
+    """What the highest AUC of all attacks {name: (member, nonmember)} reaches without any leak: the
+    95th percentile of that maximum with the labels of the images permuted in `rounds` ways.
 
-    The interval is of the largest true AUC.  Its lower end is the largest of simultaneous lower
-    bounds, at the quantile of the maximum of normals that are correlated as the AUCs are (DeLong);
-    its upper end is the largest upper end of one attack alone, which needs no correction.
-
-    A maximum of many noisy figures lies above 0.5 without any leak.  `null` is the 95th percentile
-    of the same maximum with the labels of the images permuted in `rounds` ways: what no leakage at
-    all looks like.
+    A maximum of many noisy figures lies above 0.5; an attack below this one may be luck.
     """
-    pairs, rng = list(scores.values()), np.random.default_rng(seed)
-    areas, covariance = np.array([roc.auc(*pair) for pair in pairs]), delong(pairs)[1]
-    normals = rng.multivariate_normal(
-        np.zeros(len(areas)), _correlation(covariance), 10_000, method="eigh"
-    )
-    level = 2 * ndtr(np.quantile(normals.max(1), (1 + roc.LEVEL) / 2)) - 1
-    members, nonmembers = (np.array(s) for s in zip(*pairs, strict=True))  # (K, M), (K, N)
+    rng = np.random.default_rng(seed)
+    members, nonmembers = (np.array(s) for s in zip(*scores.values(), strict=True))
     m, n = members.shape[1], nonmembers.shape[1]
     ranks = rankdata(np.concatenate([members, nonmembers], 1), axis=1)  # (K, M + N)
     labels = np.tile(np.arange(m + n) < m, (rounds, 1))
     sums = rng.permuted(labels, axis=1) @ ranks.T  # (R, K)
     null = (sums.max(1) - m * (m + 1) / 2) / (m * n)
-    return {
-        "attack": list(scores)[areas.argmax()],
-        "auc": float(areas.max()),
-        "auc_interval": [
-            max(roc.auc_interval(members, nonmembers, level)[0]),
-            max(roc.auc_interval(members, nonmembers)[1]),
-        ],
-        "null": float(np.percentile(null, 95)),
-    }
+    return float(np.percentile(null, 95))
 
 
 def paired_difference(first: tuple, second: tuple) -> tuple[float, list[float]]:
@@ -99,13 +74,13 @@ def paired_difference(first: tuple, second: tuple) -> tuple[float, list[float]]:
     """
     areas, covariance = delong([first, second])
     low, high = np.array(roc.auc_interval(*(np.array(s) for s in zip(first, second, strict=True))))
-    c = _correlation(covariance)[0, 1]
+    deviation = np.sqrt(covariance[0, 0] * covariance[1, 1])
+    c = covariance[0, 1] / deviation if deviation > 0 else 0.0
     down, up = areas - low, high - areas
     change = float(areas[0] - areas[1])
-    below, above = (
-        float(np.sqrt(x**2 + y**2 - 2 * c * x * y)) for x, y in ((down[0], up[1]), (up[0], down[1]))
-    )
-    return change, [change - below, change + above]
+    below = np.sqrt(down[0] ** 2 + up[1] ** 2 - 2 * c * down[0] * up[1])
+    above = np.sqrt(up[0] ** 2 + down[1] ** 2 - 2 * c * up[0] * down[1])
+    return change, [change - float(below), change + float(above)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,28 +105,10 @@ def over_seeds(values: list[float], intervals: list[list[float]]) -> tuple[float
 
 
 def pooled(pairs: list[tuple]) -> dict:
-    """Mean AUC over seeds of one attack, [(member, nonmember), ...], its interval and the AUCs."""
+    """Mean AUC over seeds, of one (member, nonmember) each, its interval and the AUCs."""
     areas = [roc.auc(*pair) for pair in pairs]
     mean, (low, high) = over_seeds(areas, [roc.auc_interval(*pair) for pair in pairs])
     return {"auc": mean, "auc_interval": [max(low, 0.0), min(high, 1.0)], "auc_by_seed": areas}
-
-
-def _shared(seeds: list[dict[str, tuple]]) -> list[str]:
-    """Attacks of every seed."""
-    return [name for name in seeds[0] if all(name in s for s in seeds)]
-
-
-def pooled_worst(seeds: list[dict[str, tuple]]) -> dict:
-    """The attack with the highest AUC on average over seeds, each {attack: (member, nonmember)}.
-
-    The interval is that of this attack and includes the seeds, not the choice among attacks;
-    `auc_by_seed` is each seed's own worst attack.
-    """
-    names = _shared(seeds)
-    areas = np.array([[roc.auc(*s[name]) for s in seeds] for name in names])  # (K, S)
-    name = names[areas.mean(1).argmax()]
-    found = {"attack": name} | pooled([s[name] for s in seeds])
-    return found | {"auc_by_seed": areas.max(0).tolist()}
 
 
 def pooled_difference(pairs: list[tuple]) -> tuple[float, list[float]]:

@@ -6,7 +6,7 @@
 An image comes N times, so the bootstrap draws images, each with all its decisions.  How far
 adapters are apart is stated beside it.  Where the bootstrap is narrower than the interval of
 independent decisions, as at perfect separation, where it has no width, the latter counts as well.
-Tested in tests/test_audit.py against attacks/roc.py and scipy.
+Tested in tests/test_audit.py against curves/roc.py and scipy.
 """
 
 import math
@@ -14,7 +14,7 @@ import math
 import numpy as np
 from scipy.stats import binomtest, t
 
-from attacks import roc
+from curves import roc
 
 ROUNDS = 300  # of the bootstrap
 MIN_FALSE_POSITIVES = 5  # that a false-positive rate must allow for its TPR to be stated

@@ -1,196 +1,190 @@
-"""All figures of one adapter and of its base: the attacks, the headline, the pictures' quality.
+"""The images that a target is judged on, as the base model sees them.
 
-    examination = Examination(target, settings, network)       # images and base, encoded once
-    base = examination.measure_base(target)                    # the control
-    adapted = examination.measure_adapter(target)
+    examination = prepare(target, "cpu", nonmembers=200)    # base and images, encoded once
+    examination = examine(target, s, network)               # the same with a store and features
 
-Tested in tests/test_evaluate.py and, on an over-fitted adapter, in tests/test_leaks.py.
+Only images with a role are encoded; `roles` are positions among them.  The images of a run are
+found by what they show and say, whatever they are called now.  Held by tests/test_evaluate.py and
+tests/test_evaluate_faults.py.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torchvision.transforms.functional import InterpolationMode, affine
 
-import lora
-from attacks import comparisons, quality, roc
-from attacks.audit_plan import Plan
-from attacks.classifiers import blind_features, classifier_score, combined_features
-from attacks.queries import ASKED, Model, attack_scores, draw, known_pair, query, threshold
-from attacks.shadows import ask as ask_as_shadows
-from attacks.shadows import scores as shadow_scores
+from attacks import quality
 from attacks.store import Store
-from attacks.target import Subject, Target, adapter_digest, fingerprint, prepare, sources
-from command import progress
-from command.errors import UserError
-from diffusion import ALL_TIMESTEPS
-from files import adapters as files
-from files import text_encoder
+from attacks.target import Target, base_stamp, sources
+from command.errors import UserError, shown
+from diffusion import GRID_SEED, Base, Encoded, encode_images
+from files.bases import load_base
+from files.encode import encode
+from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
+
+SUBSET_SEED = 0  # of the choice of test non-members
+CROPS = np.linspace(0.95, 0.7, 10).tolist()  # shares of a side, as PFAMI's authors have them
+CUTS = (0.75, 0.5, 0.25, 0)  # shares of the words of a caption that CLiD keeps
 
 
-@dataclass
-class Measured:
-    """One model: the record that goes into eval.json, and what its figures are drawn from."""
-
-    record: dict
-    scores: dict[str, np.ndarray]  # attack -> (N,)
-    raw: dict[str, np.ndarray]
-    pictures: np.ndarray | None
-    features: torch.Tensor | None  # (P, F) of the pictures
-
-
+@dataclass(eq=False)
 class Examination:
-    """The images of one or several targets, what their models are asked, and the control."""
+    """The images of one or several targets, and what they alone decide."""
 
-    def __init__(self, target: Target, s, network):
-        self.settings, self.seed, self.network = s, target.config["seed"], network
-        self.sources = sources(target)
-        subject = prepare(target, s.device, s.test_nonmembers)
-        self.key = json.dumps([fingerprint(target, subject, s), ASKED])
-        data, held_out = subject.data, subject.held_out
-        if s.pictures and len(held_out) < 2:
-            raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
-        # beside the runs, so that every run over the same images finds what is in it
-        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
-        self.store = Store(target.run.parent / f"control-{digest}", self.key)
-        self.subject: Subject = replace(subject, store=self.store)
-        # what generated pictures are compared with: the members, as in the paper, and held-out ones
-        sets = {"members": data.pixels[data.members()], "held_out": held_out} if s.pictures else {}
-        self.real = {name: self.subject.features(name, network, x) for name, x in sets.items()}
-        self.control: Measured | None = None
+    base: Base
+    data: Encoded
+    seed: int
+    sources: str  # targets of the same sources share an examination
+    content: str  # SHA-256 of the pictures and captions of every role, in their order
+    positions: list[int]  # (N,) of the encoded images among those of the data folder
+    # (M, H, W, 3): fresh pictures, or the test non-members where there are none
+    held_out: np.ndarray
+    held_out_captions: list[str]  # (M,)
+    network: torch.nn.Module | None = None  # of the pictures' features
+    store: Store | None = None  # beside the runs: the base's answers, and what `kept` computes
+    real: dict[str, torch.Tensor] = field(default_factory=dict)  # features to compare with
+    control: object = None  # model.Model of the base, once it is measured
 
-    @property
-    def data(self):
-        """The images, encoded."""
-        return self.subject.data
+    def crops(self) -> torch.Tensor:
+        """(M, N, C, h, w): latents of the central parts of CROPS, enlarged."""
 
-    @property
-    def held_out(self) -> np.ndarray:
-        """(M, H, W, 3): held-out pictures."""
-        return self.subject.held_out
+        def ask() -> np.ndarray:
+            every = [encode_images(self.base, crop(self.data.pixels, c)) for c in CROPS]
+            return torch.stack(every).cpu().numpy()
 
-    @property
-    def held_out_captions(self) -> list[str]:
-        """(M,)"""
-        return self.subject.held_out_captions
+        return self.keep("crop-latents", ask).to(self.base.device)
 
-    def measure(
-        self, model: Model, control: Measured | None, shadows: Plan | None = None
-    ) -> Measured:
-        """Attack a model as it stands, and judge its pictures.
+    def features(self, name: str, pixels: np.ndarray) -> torch.Tensor:
+        """Features (P, F) of pictures (P, H, W, 3) that are known by `name` among these images."""
+        return self.keep(f"real-{name}", lambda: quality.features(self.network, pixels).numpy())
 
-        `control` is the base without the adapter, which the attacker has as well; `shadows` have
-        been trained.
-        """
-        s, subject = self.settings, self.seen_by(model)
-        data = subject.data
-        raw = query(model, subject, self.network, s.guidance, self.seed)
-        references = {"difference": control.raw["losses"]} if control else {}
-        with progress.stage("scores"):
-            scores = attack_scores(data, raw, references, self.seed)
-        calibrated = self.with_shadows(model, shadows) if shadows else {}
-        beside = calibrated | {name: scores[name] for name in references}
-        features = [combined_features(raw, scores) | {n: x[:, None] for n, x in beside.items()}]
-        if control:
-            features.append(combined_features(control.raw, control.scores))
-        with progress.stage("combined score and intervals"):
-            scores |= calibrated | {"combined": self.combined(features)}
-            record = self.leakage(scores)
-        losses = [raw["losses"][:, :, 0], raw["late"][:, :, 0]]
-        grid = np.concatenate(losses, axis=1)  # (N, 8): one draw per timestep
-        record["held_out_loss"] = float(grid[data.roles["nonmember_test"]].mean())
-        areas = [roc.auc(*data.pair(-column, "test")) for column in grid.T]
-        record["auc_by_timestep"] = dict(zip(map(str, ALL_TIMESTEPS), areas, strict=True))
-        pictures = self.draw(model, subject) if s.pictures else None
-        made = quality.features(self.network, pictures) if s.pictures else None
-        if made is not None:
-            with progress.stage("distances of pictures"):
-                record["quality"] = quality.compare(self.real, made)
-        return Measured(record, scores, raw, pictures, made)
+    def keep(self, name: str, ask: Callable[[], np.ndarray]) -> torch.Tensor:
+        """What `ask` returns for every model alike, from the store if it is there."""
+        return torch.from_numpy(self.store.get(name, lambda: {name: ask()})[name])
 
-    def with_shadows(self, model: Model, shadows: Plan) -> dict[str, np.ndarray]:
-        """The attacks that the shadows of a run make possible on a model: {attack: (N,)}."""
-        model.adapter.unmerge()
-        name = Path(shadows.out).name
-        answers = model.store.get(
-            f"asked-{name}", lambda: ask_as_shadows(self.subject, shadows, model.adapter)
-        )
-        return shadow_scores(self.subject.data, shadows, answers)
 
-    def combined(self, features: list[dict[str, np.ndarray]]) -> np.ndarray:
-        """One logistic regression over all that is known of an image, (N,), of this model and of
-        the base (after CDI, Dubinski et al. 2025); features (N, K) by name, per model.
-        """
-        table = np.hstack([x for model in features for x in model.values()])
-        return classifier_score(table, self.subject.data.sides("aux", "val"))
+def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Examination:
+    """Load base and images, keep those with a role, `nonmembers` of the test non-members (0: all).
 
-    def leakage(self, scores: dict[str, np.ndarray]) -> dict:
-        """Figures of every attack on the test images; the one that the attacker would choose on
-        images he knows (`headline`), and what the highest AUC reaches without any leak (`null`).
-        """
-        data, s = self.subject.data, self.settings
-        test = {name: data.pair(score, "test") for name, score in scores.items()}
-        attacked = {
-            name: roc.summary(*pair, threshold(data, name, scores[name]))
-            for name, pair in test.items()
-        }
-        known = {name: known_pair(data, name, score) for name, score in scores.items()}
-        headline, worst = (
-            comparisons.headline(known, test),
-            comparisons.worst_case(test, s.bootstrap),
-        )
-        return {"attacks": attacked, "headline": headline, "worst": worst, "null": worst["null"]}
+    Raises UserError.
+    """
+    c = target.config
+    base = load_base(c["model"], device, c["dtype"], c.get("size"))
+    images = load_images(c["data"], base.size, c["caption"], c.get("nonmembers"))
+    every = dealt(target, images)
+    roles, chosen = {}, []
+    for role in (f"{side}_{part}" for side in SIDES for part in PARTS):
+        index = subset(every[role], nonmembers) if role == "nonmember_test" else every[role]
+        roles[role] = list(range(len(chosen), len(chosen) + len(index)))
+        chosen += index
+    names, captions = ([given[i] for i in chosen] for given in (images.names, images.captions))
+    data = encode(base, Images(names, captions, images.pixels[chosen]), roles)
+    hashes = images.hashes()
+    content = json.dumps({role: [hashes[i] for i in index] for role, index in every.items()})
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    fresh = every.get("fresh", [])
+    held_out = fresh if len(fresh) > 1 else every["nonmember_test"]
+    pictures, said = images.pixels[held_out], [images.captions[i] for i in held_out]
+    return Examination(base, data, c["seed"], sources(target), digest, chosen, pictures, said)
 
-    def seen_by(self, model: Model) -> Subject:
-        """The images with their captions as the model's text encoder has them, if it is adapted."""
-        data = text_encoder.seen(self.subject.base, self.subject.data, model.adapter)
-        return self.subject if data is self.subject.data else replace(self.subject, data=data)
 
-    def draw(self, model: Model, subject: Subject) -> np.ndarray:
-        """Pictures from the members' captions, kept with the model's answers: (P, H, W, 3)."""
-        s = self.settings
-        model.adapter.merge()
-        index = np.resize(self.subject.data.members(), s.pictures)
-        return model.store.get(
-            f"pictures-{s.pictures}-{s.sampling_steps}",
-            lambda: {"made": draw(subject, index, s.sampling_steps, s.guidance)},
-        )["made"]
+def examine(target: Target, s, network, asked: list) -> Examination:
+    """The images of a target, ready for attacks; `s` are the settings of evaluate.py, `asked` what
+    the models' answers depend on beside them.
+    """
+    e = prepare(target, s.device, s.test_nonmembers)
+    if s.pictures and len(e.held_out) < 2:
+        raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
+    key = json.dumps([fingerprint(target, e.content, s), asked])
+    # beside the runs, so that every run over the same images finds what is in it
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    e.network, e.store = network, Store(target.run.parent / f"control-{digest}", key)
+    if s.pictures:  # the members, as in the paper, and held-out ones
+        e.real["members"] = e.features("members", e.data.pixels[e.data.members()])
+        e.real["held_out"] = e.features("held_out", e.held_out)
+    return e
 
-    def measure_base(self, target: Target, shadows: Plan | None = None) -> Measured:
-        """The control: an adapter of the same shape before its first step, which is the base with
-        gradients to take.
-        """
-        if self.control is None or shadows:
-            unet = self.subject.base.unet
-            trained, _ = files.load(self.subject.base, target.adapter)
-            lora.remove(unet, trained)
-            untrained = trained.untrained(unet, torch.Generator().manual_seed(self.seed))
-            base = Model("the base model", untrained, self.store)
-            try:
-                self.control = self.measure(base, None, shadows)
-            finally:
-                lora.remove(unet, untrained)
-        return self.control
 
-    def measure_adapter(self, target: Target, shadows: Plan | None = None) -> Measured:
-        """The adapter of a target, in the base for as long as it takes."""
-        control, unet = self.measure_base(target, shadows), self.subject.base.unet
-        adapter, _ = files.load(self.subject.base, target.adapter)
-        key = json.dumps([self.key, adapter_digest(target.adapter)])
-        model = Model(target.name, adapter, Store(target.folder / "scores", key))
-        try:
-            return self.measure(model, control, shadows)
-        finally:
-            lora.remove(unet, adapter)
+def fingerprint(target: Target, content: str, s) -> str:
+    """What the scores and the pictures of the base model depend on, by content and not by name,
+    beside the number and steps of the pictures.
+    """
+    choices = {"nonmembers": s.test_nonmembers, "features": s.features}
+    seeds = [GRID_SEED, SUBSET_SEED, target.config["seed"]]
+    base = [base_stamp(target.config["model"]), target.config["dtype"]]
+    return json.dumps([seeds, base, content, choices])
 
-    def blind(self) -> dict:
-        """The control without any model: a classifier on thumbnails and words, which must be at
-        chance.
-        """
-        data = self.subject.data
-        features = blind_features(data.pixels, data.captions)
-        score = classifier_score(features, data.sides("aux", "val"))
-        return self.leakage({"blind": score})["attacks"]["blind"]
+
+def dealt(target: Target, images: Images) -> dict[str, list[int]]:
+    """Positions per role among `images`, as the run dealt them or as the folder comes split.
+
+    Raises UserError.
+    """
+    source = target.config["data"]
+    if target.splits is None:
+        if images.folders is None:
+            raise UserError(
+                f"{source} does not say who is a member: give --splits, or sub-folders "
+                f"{', '.join(FOLDERS)}"
+            )
+        return split_as_it_comes(images, target.config["seed"])
+    position = {name: i for i, name in enumerate(images.names)}
+    now = position if target.images is None else by_content(target.images, images)
+    missing = [name for names in target.splits.values() for name in names if name not in now]
+    if missing:
+        name, count = shown(missing[0]), f"{len(missing)} images of {target.name}"
+        beside = missing[0].startswith(OUTSIDE) and target.config.get("nonmembers")
+        flag, where = "--nonmembers" if beside else "--data", shown(beside or source)
+        wrong = f"{where} no longer holds {name} ({count} are gone)"
+        if missing[0] in position:
+            wrong = f"the pixels or the caption of {name} in {where} are not those that "
+            wrong += f"{target.run} was trained on ({count} are not found)"
+        raise UserError(f"{wrong}: put them back, or name the folder that holds them with {flag}")
+    return {role: [now[name] for name in names] for role, names in target.splits.items()}
+
+
+def by_content(known: dict[str, str], images: Images) -> dict[str, int]:
+    """Positions among `images` of those in `known` {former name: hash}, as far as they are there.
+
+    Of copies it is the one that kept its name, else the first.
+    """
+    hashes = images.hashes()
+    named = dict(zip(images.names, hashes, strict=True))
+    first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
+    position = {name: i for i, name in enumerate(images.names)}
+    return {
+        name: position[name] if named.get(name) == digest else first[digest]
+        for name, digest in known.items()
+        if digest in first
+    }
+
+
+def subset(positions: list[int], count: int) -> list[int]:
+    """`count` of `positions` at random in their order, the same for every run (0: all).
+
+    The first ones by name would be all of a kind.
+    """
+    if not 0 < count < len(positions):
+        return positions
+    rng = np.random.default_rng(SUBSET_SEED)
+    return [positions[i] for i in sorted(rng.permutation(len(positions))[:count])]
+
+
+def crop(pixels: np.ndarray, share: float) -> np.ndarray:
+    """The central `share` of each side of (N, H, W, 3), enlarged to the full picture; its edges may
+    lie between pixels.
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    x = affine(x, 0, [0, 0], 1 / share, [0.0], InterpolationMode.BILINEAR)
+    return x.permute(0, 2, 3, 1).numpy()
+
+
+def cut(caption: str, share: float) -> str:
+    """The first `share` of the words of a caption, rounded up, but never all of several."""
+    words = caption.split()
+    return " ".join(words[: min(math.ceil(share * len(words)), max(len(words) - 1, 0))])

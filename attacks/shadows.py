@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-import lora
 from attacks import audit_plan, audit_tasks, lira
-from attacks.target import Subject, Target, base_stamp
+from attacks.examination import Examination
+from attacks.target import Target, base_stamp
 from command.errors import UserError
 from command.flags import checked
 from diffusion import Encoded
@@ -29,15 +29,15 @@ SEED = 1001  # added to the run's own
 LEAST = 2  # shadows with and shadows without it that every image needs
 
 
-def plan(target: Target, subject: Subject, count: int, device: str) -> audit_plan.Plan:
+def plan(target: Target, examination: Examination, count: int, device: str) -> audit_plan.Plan:
     """Who of `count` shadows of a run, an even number, trains on which candidates.
 
     Raises UserError, before anything is trained, where that cannot be.
     """
-    s, data = as_trained(target), subject.data
+    s, data = as_trained(target), examination.data
     sizes = {role: len(index) for role, index in data.roles.items()}
     images, members = len(data.names), len(data.members())
-    s = replace(s, seed=s.seed + SEED, members=members, device=device, threads=0)
+    s = replace(s, seed=s.seed + SEED, members=members, device=device)
     roles = [shadow_roles(sizes, inside) for inside in blocks(images, members, count, s.seed)]
     times = np.bincount([i for r in roles for i in members_of(r)], minlength=images)
     if min(times.min(), count - times.max()) < LEAST:
@@ -50,7 +50,7 @@ def plan(target: Target, subject: Subject, count: int, device: str) -> audit_pla
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles, target.step]
     out = str(target.run.parent / f"shadows-{audit_plan.digest_of(facts)[:8]}")
-    pool = subject.positions, images, roles, [], [], data.names, data.captions, digest
+    pool = examination.positions, images, roles, [], [], data.names, data.captions, digest
     return audit_plan.Plan(s, out, *pool, steps=[target.step])
 
 
@@ -61,13 +61,11 @@ def as_trained(target: Target) -> Settings:
     config = RunFolder(target.run).config()
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
     now = {name: target.config.get(name) for name in ("model", "data", "nonmembers")}
-    s = replace(s, **now)
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
-    s = replace(s, accumulate=whole, save_every=None, stop="last", norms_every=10**9)
-    s = replace(
-        s, samples=0, sample_every=None, prompt=None, hessian_every=0, dtype=target.config["dtype"]
-    )
-    return replace(s, track=None, dry_run=False, resume=False)
+    looks = {"samples": 0, "prompt": None, "hessian_every": 0, "norms_every": 10**9}
+    looks |= {"track": None, "save_every": None, "stop": "last"}
+    free = {"accumulate": whole, "dtype": target.config["dtype"], "dry_run": False, "resume": False}
+    return replace(s, **now, **looks, **free)
 
 
 def blocks(images: int, members: int, count: int, seed: int) -> list[list[int]]:
@@ -100,11 +98,6 @@ def shadow_roles(sizes: dict[str, int], order: list[int]) -> dict[str, list[int]
 def members_of(roles: dict[str, list[int]]) -> list[int]:
     """Positions that an adapter trains on."""
     return [i for role, index in roles.items() if role.startswith("member_") for i in index]
-
-
-def ask(subject: Subject, shadows: audit_plan.Plan, adapter: lora.Adapter) -> dict:
-    """What the run, or the base with an untrained adapter, answers to the shadows' questions."""
-    return audit_tasks.ask(subject.base, subject.data, shadows, adapter, last=True)
 
 
 def scores(

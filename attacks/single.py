@@ -1,17 +1,23 @@
 """Membership-inference attacks on a latent diffusion model: one score per image, higher = member.
 
 Each function states its formula and its paper.  Attacks that leave a hyper-parameter open return
-one column per candidate, (N, candidates); `evaluate.py` picks the column on images that the
-attacker knows, never on test images.  All draws of noise come from one fixed stream: the same for
-members and non-members, for the adapted and the base model.  The functions of tensors alone can be
-read without the rest; those that take `base` query its UNet without gradient.  Attacks that are
-trained are in proxies.py and classifiers.py.  Tested in tests/test_attacks.py against models whose
-answers can be written down, and in tests/test_leaks.py on an over-fitted adapter.
+one column per candidate, (N, candidates); the column is chosen on images that the attacker knows,
+never on test images.  All draws of noise come from one fixed stream: the same for members and
+non-members, for the adapted and the base model.
+
+`ATTACKS` at the end says what each of them asks of a model (model.py).  A further attack is one
+function and one line there.  The paper's own attack is in paper.py, attacks by regression are in
+classifiers.py.  Tested in tests/test_attacks.py against models whose answers can be written down,
+and in tests/test_leaks.py on an over-fitted adapter.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
+from attacks.classifiers import classifier_score, combined
 from command import progress
 from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, at_once, squared_error
 from methods.per_image import PerImage
@@ -19,6 +25,7 @@ from methods.per_image import PerImage
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
 AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA
 WALK = (60, 80, 100, 120, 140)  # candidates of SecMI; the authors take 140 for latent models
+CUTS_AT = slice(1, None, 2)  # the timesteps of the grid that cut captions are tried at
 
 
 # --------------------------------------------------------------------------------------------------
@@ -33,10 +40,9 @@ def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
         z, c = noisy_latents[i : i + batch], text[i : i + batch]
         at = torch.full((len(z),), t, device=base.device)
         out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
-        a = base.abar[t]
-        parts.append(
-            a.sqrt() * out + (1 - a).sqrt() * z if base.prediction == "v_prediction" else out
-        )
+        if base.prediction == "v_prediction":
+            out = base.abar[t].sqrt() * out + (1 - base.abar[t]).sqrt() * z
+        parts.append(out)
     return torch.cat(parts)
 
 
@@ -49,64 +55,63 @@ def _l4(x: torch.Tensor) -> np.ndarray:
 # Attacks on the loss
 
 
-def loss_attack(grid: torch.Tensor) -> np.ndarray:
-    """Minus the mean loss over the grid (N, T, K) (Matsumoto et al. 2023): members are fitted
-    better.
+def loss_attack(losses: np.ndarray) -> np.ndarray:
+    """Minus the mean loss over timesteps and draws (N, T, K) (Matsumoto et al. 2023): members are
+    fitted better.
     """
-    return -grid.mean((1, 2)).numpy()
+    return -losses.mean((1, 2))
 
 
-def difference_attack(grid: torch.Tensor, base_grid: torch.Tensor) -> np.ndarray:
-    """Mean over the grid of log L_base - log L_adapted at the same (t, eps), both (N, T, K).
+def difference_attack(losses: np.ndarray, base_losses: np.ndarray) -> np.ndarray:
+    """Mean of log L_base - log L_adapted at the same (t, eps), both (N, T, K).
 
     The base model is public, so the attacker knows how hard an image is without the adapter (cf.
     Watson et al. 2022).
     """
-    return (base_grid.log() - grid.log()).mean((1, 2)).numpy()
+    return (np.log(base_losses) - np.log(losses)).mean((1, 2))
 
 
-def pfami(losses: torch.Tensor, crop_losses: torch.Tensor) -> np.ndarray:
+def pfami(losses: np.ndarray, crop_losses: np.ndarray) -> np.ndarray:
     """Fluctuation around the image: mean over crops of (L(crop x) - L(x)) / L(x), (N,) (PFAMI, Fu
     et al. 2023).
 
     losses (N, T) of the image.  crop_losses (M, N): crop m at timestep m modulo T; all crops at all
     timesteps tell no more.  A member sits in a local minimum of the loss, its crops lie higher.
     """
-    own = torch.stack([losses[:, m % losses.shape[1]] for m in range(len(crop_losses))])
-    return ((crop_losses - own) / own).mean(0).numpy()
+    own = np.stack([losses[:, m % losses.shape[1]] for m in range(len(crop_losses))])
+    return ((crop_losses - own) / own).mean(0)
 
 
 def clid(
-    losses: torch.Tensor, cut_losses: torch.Tensor, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)
-):
+    losses: np.ndarray, cut_losses: np.ndarray, known: list[int], alphas=(0, 0.25, 0.5, 0.75, 1)
+) -> np.ndarray:
     """alpha S(mean_i L(c*_i) - L(c)) + (1 - alpha) S(-L(c)) per alpha, (N, len(alphas)) (CLiD, Zhai
     et al. 2024).
 
     losses (N, T) under the image's caption c, cut_losses (M, N, T) under shortened or empty ones
-    c*_i: a model that was fitted on the pair misses the caption more.  S takes away the median of
+    c*_i: a model that was fitted on the pair misses the caption more.  S subtracts the median of
     the images `known` to the attacker and divides by their interquartile range.
     """
 
     def robust(x):
-        low, middle, high = x[known].quantile(torch.tensor([0.25, 0.5, 0.75], dtype=x.dtype))
-        return (x - middle) / (high - low).clamp_min(1e-12)
+        low, middle, high = np.quantile(x[known], [0.25, 0.5, 0.75])
+        return (x - middle) / max(high - low, 1e-12)
 
     gap, fit = robust((cut_losses.mean(0) - losses).mean(1)), robust(-losses.mean(1))
-    return torch.stack([a * gap + (1 - a) * fit for a in alphas], dim=1).numpy()
+    return np.stack([a * gap + (1 - a) * fit for a in alphas], axis=1)
 
 
-def rediffuse(averaged: torch.Tensor, timesteps, abar, prediction: str) -> np.ndarray:
+def rediffuse(drift: np.ndarray, timesteps, abar: torch.Tensor, prediction: str) -> np.ndarray:
     """Minus the L2 distance of z_0 to the mean of several denoised copies of it, (N, T) (ReDiffuse,
     Li et al. 2024).
 
     A copy is z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps_k, denoised in one DDIM step; its error is
     sqrt((1 - abar) / abar) (eps_k - f), or sqrt(1 - abar) (v_k - f) of a v-prediction model.
-    averaged (N, T, C, h, w) is the mean over k of what stands in the last parentheses.  The authors
-    step from t = 200 or so in strides of 100; here t decides alone, and is a column.
+    drift (N, T) is the norm of the mean over k of the last parentheses.  The authors step from
+    t = 200 or so in strides of 100; here t decides alone, and is a column.
     """
-    a = abar[list(timesteps)].to(averaged)
-    scale = (1 - a).sqrt() if prediction == "v_prediction" else ((1 - a) / a).sqrt()
-    return -(averaged.flatten(2).norm(dim=2) * scale).numpy()
+    a = abar[list(timesteps)].cpu().numpy()
+    return -drift * np.sqrt(1 - a if prediction == "v_prediction" else (1 - a) / a)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,10 +153,8 @@ def pia(base: Base, latents, text, timesteps=AHEAD, clean=None, normalised=False
         eps = eps * (2 / torch.pi) ** 0.5 / eps.abs().mean((1, 2, 3), keepdim=True)
     columns = []
     for t in progress.over(timesteps, "PIA"):
-        a = base.abar[t]
-        columns.append(
-            -_l4(eps - predict_noise(base, a.sqrt() * latents + (1 - a).sqrt() * eps, t, text))
-        )
+        noisy_latents = base.abar[t].sqrt() * latents + (1 - base.abar[t]).sqrt() * eps
+        columns.append(-_l4(eps - predict_noise(base, noisy_latents, t, text)))
     return np.stack(columns, axis=1)
 
 
@@ -175,18 +178,15 @@ def gradient_features(base: Base, adapter, latents, text) -> np.ndarray:
     (N, tensors) (GSA1, Pang et al. 2023); one backward pass serves several images.
     """
     timesteps = torch.tensor(TIMESTEPS[::2], device=base.device)
-    noise = torch.randn(
-        (len(timesteps), *base.latent_shape), generator=torch.Generator().manual_seed(GRID_SEED)
-    )
-    noise, draws = noise.to(base.device), len(timesteps)
-    rows, batch = [], at_once(base, GRADIENT_BATCH)
+    shape, generator = base.latent_shape, torch.Generator().manual_seed(GRID_SEED)
+    noise = torch.randn((len(timesteps), *shape), generator=generator).to(base.device)
+    rows, batch, draws = [], at_once(base, GRADIENT_BATCH), len(timesteps)
     with PerImage(adapter.factors()) as per_image:
         for i in progress.over(range(0, len(latents), batch), "gradients"):
             z, c = (x[i : i + batch].repeat_interleave(draws, dim=0) for x in (latents, text))
             images = len(z) // draws
-            loss = squared_error(
-                base, z, c, timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
-            ).mean((1, 2, 3))
+            drawn = timesteps.repeat(images), noise.repeat(images, 1, 1, 1)
+            loss = squared_error(base, z, c, *drawn).mean((1, 2, 3))
             every = per_image.gradients(loss.sum() / draws, images)
             norms = torch.stack([g.flatten(1).norm(dim=1) for g in every], dim=1)
             rows.append(norms.clamp_min(1e-12).log().cpu())
@@ -203,3 +203,29 @@ def black_box(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
     real = real / np.linalg.norm(real, axis=-1, keepdims=True)
     generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
     return (generated * real[:, None]).sum(-1).max(1) - 1
+
+
+# --------------------------------------------------------------------------------------------------
+# All attacks by name, and what each of them asks of a model (model.Model)
+
+ATTACKS: dict[str, Callable[[object], np.ndarray | None]] = {
+    "loss": lambda m: loss_attack(m.grid["losses"]),
+    "proxy-raw-1": lambda m: m.paper["score"],  # the paper's
+    "proxy-raw": lambda m: m.grid["odds-raw"].mean((1, 2)),
+    "proxy-pooled": lambda m: m.grid["odds-pooled"].mean((1, 2)),
+    "SecMI-stat": lambda m: m.noise("SecMI-stat", secmi),
+    "PIA": lambda m: m.noise("PIA", pia),
+    "PIAN": lambda m: m.noise("PIAN", partial(pia, normalised=True)),
+    "SimA": lambda m: m.noise("SimA", sima),
+    "PFAMI": lambda m: pfami(m.grid["losses"][:, :, 0], m.crops),
+    "CLiD": lambda m: clid(m.grid["losses"][:, CUTS_AT, 0], m.cuts, m.data.known()),
+    "ReDiffuse": lambda m: rediffuse(m.grid["drift"], TIMESTEPS, m.base.abar, m.base.prediction),
+    "GSA1": lambda m: classifier_score(m.gradients, m.data.sides("aux", "val")),
+    "black-box": lambda m: m.generated(black_box),
+    "difference": lambda m: (
+        m.control and difference_attack(m.grid["losses"], m.control.grid["losses"])
+    ),
+    "combined": combined,
+}
+# fitted to auxiliary images, which therefore say nothing about them
+FITTED = ("proxy-raw-1", "proxy-raw", "proxy-pooled")

@@ -47,6 +47,7 @@ def complete(
                     del left[waiting.pop(future)]
                 show()
         except BrokenProcessPool:
+            futures.wait(waiting)  # no task may run twice at a time
             deaths = deaths + 1 if len(left) == count else 1
             if deaths == TRIES:
                 raise UserError(

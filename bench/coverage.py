@@ -1,4 +1,4 @@
-"""How often the intervals of attacks/roc.py hold the true value: their coverage in simulations.
+"""How often the intervals of curves/roc.py hold the true value: their coverage in simulations.
 
     python bench/coverage.py                     # about two minutes on one core
     python bench/coverage.py --repetitions 1000  # a quick look
@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from attacks import comparisons, roc
+from attacks import comparisons
+from curves import roc
 
 AREAS = (0.5, 0.75, 0.9, 0.99, 0.998)
 SIZES = ((40, 200), (10, 50), (8, 5))

@@ -18,39 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
+# what differs from the defaults of diffusers and transformers, which are those of SD v1.x and CLIP
+UNET = {"sample_size": 64, "cross_attention_dim": 768}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
     "block_out_channels": (128, 256, 512, 512),
-    "latent_channels": 4,
+    "layers_per_block": 2,
     "sample_size": 512,
-    "scaling_factor": 0.18215,
 }
-TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 1,
-}
+TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+TEXT |= {"projection_dim": 768}
 
 
 def clip_tokenizer(folder: Path):

@@ -47,7 +47,8 @@ def training(args, method: str = "smp", proxy: str = "pooled", extra: tuple = ()
     base = load_base(s.model, s.device, s.dtype)
     text = encode_captions(base, ["a picture"]).expand(args.images, -1, -1)
     latents = torch.randn(args.images, *base.latent_shape, device=base.device)
-    roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3], "nonmember_aux": [4, 5]}
+    roles = {"member_aux": [0, 1], "member_val": [2], "member_test": [3]}
+    roles |= {"nonmember_aux": [4, 5], "nonmember_val": [6], "nonmember_test": [7]}
     adapter = lora.inject(base.unet, s.target, s.rank, s.alpha)
     if args.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -136,7 +137,7 @@ def curvature(args, name: str) -> Callable:
     def total() -> torch.Tensor:
         e = run.error(batch)
         gain = mi_gain(run.log_h(e, batch))
-        return objective(s.method, adaptation_loss(e), gain, s.lam, s.delta).total
+        return objective(s.method, adaptation_loss(e), gain, s.lam).total
 
     def graph() -> torch.Tensor:
         with plain_attention():
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8, help="8 or more")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--times", type=int, default=10)

@@ -1,4 +1,4 @@
-"""Errors of one line: what the user can mend, said in a sentence, with exit code 2."""
+"""Errors that a user can correct: one line on stderr, exit code 2, no traceback."""
 
 import contextlib
 import errno
@@ -9,31 +9,32 @@ from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
-    """Something that the user can mend: one sentence on what is wrong, where, and what to do."""
+    """An error that a user can correct: one sentence says what is wrong, where, and what to do."""
 
 
-MENDABLE = {
+CORRECTABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-}  # failures of the file system that say where to look
+}  # failures of the file system that name a file or its disk
 NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
 
 
 def shown(text) -> str:
-    """`text` as one harmless line: newlines, escapes and whatever does not print spelled out."""
+    """`text` as one line, with newlines and all else that does not print spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 @contextlib.contextmanager
 def one_line_errors(again: Callable[[], str] | None = None) -> Iterator[None]:
-    """What the user can mend is one line and exit code 2; other failures keep their traceback.
+    """Errors that the user can correct become one line and exit code 2.  Others keep their
+    traceback.
 
-    `again` gives the command that goes on, for whoever has stopped this one.
+    `again` gives the command that continues a stopped one.
     """
     try:
         yield
-        sys.stdout.flush()  # so that a closed pipe is found here and not on the way out
-    except BrokenPipeError:  # as of `| head`: whoever read has seen enough
+        sys.stdout.flush()  # finds a closed pipe here, not at the end of the process
+    except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
@@ -53,12 +54,12 @@ def this_command(launcher: str = "python") -> str:
 
 
 def _one_line(error: Exception) -> str | None:
-    """What to tell the user of `error`; None if it is a failure of ours."""
+    """The line for `error`; None if it is a fault of this program."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in MENDABLE:
+    if isinstance(error, OSError) and error.errno in CORRECTABLE:
         return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
-    # PyTorch reports memory as a RuntimeError of its own
+    # PyTorch raises a RuntimeError where there is no memory
     out_of_memory = isinstance(error, RuntimeError) and any(s in str(error) for s in NO_MEMORY)
     if isinstance(error, MemoryError) or out_of_memory:
         return "not enough memory: ask for less, such as a smaller batch, size or rank"
@@ -66,5 +67,5 @@ def _one_line(error: Exception) -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """Why, without the number and the path that an OSError adds."""
+    """The text of an error, without the number and the path of an OSError."""
     return getattr(error, "strerror", None) or str(error)

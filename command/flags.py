@@ -170,24 +170,19 @@ def _kind(field: dataclasses.Field) -> type:
 
 
 def _default(field: dataclasses.Field) -> str:
-    """The default in --help, such as " (default: 1e-3 embedded, 1e-4 Stable Diffusion)"."""
+    """The default in --help, such as " (default: 0.001 embedded, 0.0001 Stable Diffusion)"."""
     if field.metadata["shows"]:
         return f" (default: {field.metadata['shows']})"
     tables = {name: table[field.name] for name, table in field.metadata["tables"].items()}
     if len(set(tables.values())) > 1:
-        return f" (default: {', '.join(f'{_typed(v)} {name}' for name, v in tables.items())})"
+        return f" (default: {', '.join(f'{_short(v)} {name}' for name, v in tables.items())})"
     default = next(iter(tables.values()), field.default)
-    return "" if default is None or default is False else f" (default: {_typed(default)})"
+    return "" if default is None or default is False else f" (default: {_short(default)})"
 
 
-def _typed(value) -> str:
-    """A default as a person would type it: 0.001 is 1e-3, 4.0 is 4."""
-    if not isinstance(value, float):
-        return str(value)
-    digits, exponent = f"{value:e}".split("e")
-    short = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    small = 0 < abs(value) < 0.01 and float(short) == value
-    return short if small else repr(value).removesuffix(".0")
+def _short(value) -> str:
+    """A number as --help shows it: 4.0 is 4."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --------------------------------------------------------------------------------------------------

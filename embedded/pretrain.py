@@ -94,12 +94,12 @@ def show(settings: Settings, captions: list[str]) -> None:
     import numpy as np
     import torch
 
+    from curves import plots
     from diffusion import encode_captions, sample
     from embedded.train_unet import learned
     from embedded.train_vae import reconstruct
     from files import emojis
     from files.bases import load_base
-    from report import plots
 
     base, work = load_base(settings.out), Path(settings.work)
     rng = np.random.default_rng(settings.seed)

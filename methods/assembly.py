@@ -6,7 +6,7 @@ import torch
 
 from algorithm import Run
 from diffusion import Base, Encoded
-from methods import dp, subspace
+from methods import dp
 from methods.calibrated import Calibrated
 from methods.distill import Student, with_public
 from run import prepare
@@ -23,11 +23,8 @@ def assemble(
 
     Raises UserError for an adapter or public pictures that cannot be used.
     """
-    if s.method == "dp":
-        directions, target = subspace.load(s.directions)
-        adapter = subspace.inject(base.unet, subspace.leading(directions, dp.CORE), target)
-    else:
-        adapter = prepare.new_adapter(s, base)
+    private = s.method == "dp"
+    adapter = dp.new_adapter(s, base) if private else prepare.new_adapter(s, base)
     s = prepare.complete(s, adapter, data, processes.count)
     if s.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -43,7 +40,7 @@ def assemble(
         kinds.append(Mirrored)
     if s.schedule != "constant":
         kinds.append(Scheduled)
-    if s.method == "dp":
+    if private:
         kinds.append(dp.Private)
     in_parts = processes.count * s.accumulate > 1 or base.unet.dtype != torch.float32
     if in_parts or s.method in ("distill", "dp"):

@@ -1,4 +1,4 @@
-"""Public directions for `train.py --subspace`: where the base moves when it is adapted to public
+"""Public directions for `train.py --method dp`: where the base moves when it is adapted to public
 pictures.
 
     python -m methods.directions openmoji --out directions.safetensors
@@ -29,7 +29,7 @@ class Flags:
     out: str = option("directions.safetensors", "the file to write", group=WHERE)
     model: str = option(EMBEDDED, "as in train.py", group=WHERE)
     device: str = option("auto", "as in train.py", group=WHERE)
-    directions: int = option(16, "directions of every layer, k", group="adapter")
+    directions: int = option(4, "directions of every layer, k", group="adapter")
     target: str | None = option(
         None,
         "which layers",
@@ -43,19 +43,19 @@ class Flags:
     seed: int = option(0, "of the trainings", group="optimisation")
     size: int | None = option(None, "as in train.py")
     caption: str | None = option(None, "as in train.py")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
 
 def make(flags: Flags) -> dict:
     """Train on each set and write the file; returns {layer: (U, V)}.  Raises UserError."""
-    import torch
-
+    from algorithm import algorithm_1
     from files.bases import load_base, resolve_dtype
     from files.encode import encode
     from files.images import ROLES, load_images
+    from lora import remove
     from methods import subspace
+    from methods.assembly import assemble
     from run.folder import git_commit
-    from train import train_adapter
+    from run.processes import Processes
 
     sets = flags.data or []
     if not sets:
@@ -63,8 +63,6 @@ def make(flags: Flags) -> dict:
     for name in sets:
         if name not in EMBEDDED_SETS and not Path(name).exists():
             raise UserError(f"there is no folder {name}: give folders of public pictures")
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
     names = ("model", "device", "target", "steps", "batch_size", "lr", "seed", "size", "caption")
     given = {name: getattr(flags, name) for name in names}
     s = resolve(Settings(method="lora", out="/nowhere", norms_every=10**9, **given))
@@ -73,13 +71,13 @@ def make(flags: Flags) -> dict:
     for name in sets:
         images = load_images(name, base.size, s.caption)
         roles = {role: [] for role in ROLES} | {"member_aux": list(range(len(images.names)))}
-        steps = train_adapter(base, encode(base, images, roles), s)
+        run = assemble(s, base, encode(base, images, roles), Processes(str(base.device)))
         with progress.stage(f"{name}, {len(images.names)} pictures", s.steps) as bar:
-            for step, adapter in steps:
+            for _ in algorithm_1(run, range(1, s.steps + 1)):
                 bar.advance()
-                if step == s.steps:
-                    layers = adapter.layers.items()
-                    updates.append({k: layer.delta().detach().cpu() for k, layer in layers})
+        layers = run.adapter.layers.items()
+        updates.append({k: layer.delta().detach().cpu() for k, layer in layers})
+        remove(base.unet, run.adapter)
     try:
         found = subspace.directions_of(updates, flags.directions)
     except ValueError as error:

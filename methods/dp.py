@@ -23,6 +23,9 @@ import torch
 from scipy.special import log_ndtr, ndtr, ndtri
 
 from algorithm import Batch, Run, Shuffled
+from command.errors import UserError
+from diffusion import Base
+from methods import subspace
 from methods.per_image import PerImage
 from run.processes import Parallel
 
@@ -35,6 +38,15 @@ BETAS = (0.9, 0.99)  # of Adam
 def secret() -> int:
     """A number that nobody can guess, from the system."""
     return secrets.randbits(62)
+
+
+def new_adapter(s, base: Base) -> subspace.CoreAdapter:
+    """Fresh cores in the base; raises UserError for directions of other layers."""
+    directions, target = subspace.load(s.directions)
+    try:
+        return subspace.inject(base.unet, subspace.leading(directions, CORE), target)
+    except ValueError as error:
+        raise UserError(f"{s.model} cannot be adapted along {s.directions}: {error}") from None
 
 
 class Everyone(Shuffled):

@@ -1,4 +1,4 @@
-"""The figures of the notebooks, on the axes of report/plots.py.  Each returns a closed Figure,
+"""The figures of the notebooks, on the axes of curves/plots.py.  Each returns a closed Figure,
 which a notebook shows.  Tested in tests/test_plots.py.
 """
 
@@ -6,9 +6,8 @@ import textwrap
 
 import numpy as np
 
-from attacks import roc
-from report import plots
-from report.plots import COLOURS, MEMBER, NONMEMBER, OTHER, SECOND, panels
+from curves import plots, roc
+from curves.plots import COLOURS, MEMBER, NONMEMBER, OTHER, SECOND, panels
 
 
 def _colour(name: str) -> str:

@@ -5,16 +5,13 @@ Tested in tests/test_audit.py.
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patheffects import withStroke
 
-from attacks import roc
 from attacks.decisions import Decisions, difference
 from attacks.lira import HEADLINE, THRESHOLD
 from command.errors import UserError
 from command.whole_files import read_json, write_json
-from report import plots
+from curves import plots, roc
 from report.tables import cell, rounded, say
 
 PRINTED = 5  # exposed images in the table
@@ -66,48 +63,42 @@ def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
     names = by_auc(last["attacks"])  # the strongest two, and those named beforehand
     chosen = list(dict.fromkeys([*names[:2], HEADLINE, THRESHOLD, *names]))[: len(LINE_COLOURS)]
     colours = dict(zip(chosen, LINE_COLOURS, strict=True))
+    figure, (axis,) = plots.panels(width=5.6, height=5)
     plain = ~scores["canary"]
-    decisions = Decisions(scores["member"][:, plain])
-    figure, axis = plt.subplots(figsize=(5.6, 5), layout="constrained")
+    member = scores["member"][:, plain]
     for name, colour in colours.items():
-        fpr, tpr = (rates[0] for rates in decisions.rates(scores[f"{step}/{name}"][:, plain]))
+        score = scores[f"{step}/{name}"][:, plain]
+        rates = plots.roc_curve(score[member], score[~member])
         label = f"{name}: AUC {rounded(last['attacks'][name]['auc'])}"
-        axis.plot(fpr, tpr, color=colour, lw=1.8, label=label)
-    low = 1 / (~decisions.member).sum()
-    axis.plot([low, 1], [low, 1], "k:", lw=1, label="guessing")
-    axis.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.05))
-    axis.set(xlabel="false-positive rate", ylabel="true-positive rate", title=f"step {step}")
-    axis.grid(alpha=0.2)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(folder / "roc.png", dpi=110)
-    plt.close(figure)
+        axis.plot(*rates, color=colour, lw=1.8, label=label)
+    plots.roc_axes(axis, member.sum(), (~member).sum())
+    axis.set_title(f"step {step}")
+    plots.write(figure, folder / "roc.png")
     frontier({name: (record, name) for name in chosen}, colours, folder / "frontier.png")
 
 
 def frontier(lines: dict[str, tuple[dict, str]], colours: dict, path: Path) -> None:
     """AUC against held-out loss over the steps of {label: (record, attack)}, as a PNG."""
-    figure, axis = plt.subplots(figsize=(7.6, 5), layout="constrained")
-    outline = withStroke(linewidth=2, foreground="white")
-    for label, (record, attack) in lines.items():
+    figure, (axis,) = plots.panels(width=7.6, height=5)
+    for k, (label, (record, attack)) in enumerate(lines.items()):
+        look = {"color": colours[label], "fontsize": 7, "textcoords": "offset points"}
+        look["xytext"] = (5, (4, -10)[k % 2])  # dots of several audits lie close
         steps = {at: s for at, s in record["steps"].items() if attack in s["attacks"]}
-        x = [step["held_out_loss"] for step in steps.values()]
-        found = [step["attacks"][attack] for step in steps.values()]
-        y = [figures["auc"] for figures in found]
-        error = np.abs(np.array([figures["auc_interval"] for figures in found]).T - y)
-        axis.errorbar(x, y, error, fmt="o-", ms=4, capsize=3, color=colours[label], label=label)
+        x = np.array([step["held_out_loss"] for step in steps.values()])
+        y = np.array([step["attacks"][attack]["auc"] for step in steps.values()])
+        ends = [step["attacks"][attack]["auc_interval"] for step in steps.values()]
+        plots.intervals(axis, x, y, ends, "o-", ms=4, color=colours[label], label=label)
         for at, *place in zip(steps, x, y, strict=True):
-            text = axis.annotate(at, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
-            text.set(color=colours[label], path_effects=[outline])
+            axis.annotate(at, place, **look)
     low, high = axis.get_xlim()
     if high > 2 * low > 0:  # an audit that ruins the model would press the others together
         axis.set_xscale("log")
-    axis.axhline(0.5, color="grey", lw=0.8, ls=":")
+        plots.plain_numbers(axis.xaxis)
+    plots.chance_line(axis)
     axis.set(xlabel="held-out loss (lower is better)", ylabel="AUC (0.5 leaks nothing)")
     axis.set_title("Numbers beside the dots are steps", fontsize=9)
-    axis.grid(alpha=0.2)
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.legend(axis, fontsize=8)
+    plots.write(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,9 +145,12 @@ def print_steps(records: dict[str, dict]) -> None:
 def differences(audits: dict[str, tuple], first: str, other: str) -> list[dict]:
     """Audit `other` minus audit `first` of {name: (record, scores)}, at two steps; also printed.
 
-    Empty for audits of other images or halves.
+    Empty for audits of other images or halves, and for a record without scores.
     """
     (record, scores), (other_record, other_scores) = audits[first], audits[other]
+    if not scores or not other_scores:
+        print(f"{first} or {other} has no scores.npz: not paired")
+        return []
     if any(not np.array_equal(scores[k], other_scores[k]) for k in ("names", "member")):
         print(f"{other} has another pool or more adapters than {first}: not paired")
         return []
@@ -187,11 +181,16 @@ def _step(record: dict, at: str) -> str:
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(record, scores) of a finished audit; raises UserError."""
+    """(record, scores) of a finished audit, of which docs/records/ has only the record; raises
+    UserError.
+    """
     if not (folder / "audit.json").is_file():
         raise UserError(f"{folder} holds no finished audit: run audit.py --out {folder} first")
+    record = read_json(folder / "audit.json")
+    if not (folder / "scores.npz").is_file():
+        return record, {}
     try:
         with np.load(folder / "scores.npz") as scores:
-            return read_json(folder / "audit.json"), dict(scores)
+            return record, dict(scores)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/scores.npz is damaged ({error}): run the audit again") from None

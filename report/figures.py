@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from attacks import quality
-from report import plots
+from curves import plots
 
 
 def evaluation(examination, found, control, method: str, folder: Path) -> None:

@@ -8,7 +8,9 @@ checkpoints/     adapters on the way, each with its held-out loss in metrics.jso
 state/           training state for --resume, gone when the run is finished (state.py)
 adapter/         the result, as diffusers reads it; attacker/, samples/, curves.png
 
-Held by tests/test_train.py, tests/test_checkpoint.py and tests/test_evaluate.py.
+torch and what needs it are imported by the methods that read or write weights, so that a command
+can look at a folder at once.  Held by tests/test_train.py, tests/test_checkpoint.py and
+tests/test_evaluate_faults.py.
 """
 
 import json
@@ -17,18 +19,8 @@ import subprocess
 import time
 from pathlib import Path
 
-import diffusers
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
-
-from attacker import PROXIES
 from command.errors import UserError
 from command.whole_files import read_json, write_json, write_whole
-from diffusion import Base
-from run import state
 
 
 class RunFolder:
@@ -70,11 +62,7 @@ class RunFolder:
 
     def splits(self) -> dict[str, list[str]]:
         """File names per role."""
-        path = self.path / "splits.json"
-        found = read_json(path)
-        if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
-            raise UserError(f"{path} is damaged: it is not an object of role -> list of file names")
-        return found
+        return read_splits(self.path / "splits.json")
 
     def images(self) -> dict[str, str] | None:
         """{file name: SHA-256 of picture and caption}, see data.Images.hashes.
@@ -125,8 +113,13 @@ class RunFolder:
             )
         return self.checkpoint(step), step
 
-    def attacker(self, base: Base) -> torch.nn.Module:
-        """The proxy attacker at the end of the run, on the base's device, in eval mode."""
+    def attacker(self, base):
+        """The proxy attacker at the end of the run, a module on the base's device, in eval mode."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from attacker import PROXIES
+
         path = self.path / "attacker" / "attacker.safetensors"
         proxy = self.config()["settings"]["proxy"]
         attacker = PROXIES[proxy](base.latent_shape)
@@ -143,6 +136,8 @@ class RunFolder:
         self, config: dict, splits: dict[str, list[str]], images: dict[str, str], row: dict
     ) -> None:
         """Make the folder, config.json near the end: its presence says that it is taken."""
+        from run import state
+
         self.path.mkdir(parents=True, exist_ok=True)
         state.clear(self.state)
         write_json(self.path / "splits.json", splits)
@@ -179,8 +174,10 @@ class RunFolder:
             )
         write_whole(path, b"".join(lines))
 
-    def save_attacker(self, attacker: torch.nn.Module, proxy: str) -> None:
+    def save_attacker(self, attacker, proxy: str) -> None:
         """The attacker's weights."""
+        from safetensors.torch import save as serialize
+
         (self.path / "attacker").mkdir(exist_ok=True)
         tensors = {name: t.cpu().contiguous() for name, t in attacker.state_dict().items()}
         content = serialize(tensors, {"proxy": proxy})
@@ -190,8 +187,32 @@ class RunFolder:
         """The summary into config.json, whose presence says that the run is finished; no state is
         left.
         """
+        from run import state
+
         write_json(self.path / "config.json", self.config() | {"summary": summary})
         state.clear(self.state)
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """File names per role; raises UserError unless every role has its images, and no image two."""
+    from files.images import ROLES
+
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: it is not a file")  # a pipe may never end
+    splits = read_json(path)
+    lists = splits.values() if isinstance(splits, dict) else [None]
+    if not all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in lists):
+        raise UserError(f"{path} is not an object of role -> list of file names")
+    if unknown := [role for role in splits if role not in ROLES]:
+        raise UserError(f"{path} has an unknown role {unknown[0]}: take {', '.join(ROLES)}")
+    if bare := [role for role in ROLES if role != "fresh" and not splits.get(role)]:
+        raise UserError(f"{path} has no images for the role {bare[0]}")
+    seen = set()
+    for name in (name for names in splits.values() for name in names):
+        if name in seen:
+            raise UserError(f"{path} names {name} twice: an image has one role")
+        seen.add(name)
+    return splits
 
 
 class MetricsLog:
@@ -248,6 +269,10 @@ def tensorboard(folder: RunFolder):
 
 def provenance() -> dict:
     """What made a run: versions, threads, commit, time."""
+    import diffusers
+    import numpy as np
+    import torch
+
     return {
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, np)},
         "threads": torch.get_num_threads(),

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from command import progress
+from curves import plots
 from diffusion import encode_captions, sample
-from report import plots
 from run.folder import RunFolder
 
 FEW, FEW_STEPS = 2, 10  # on the way: columns of either kind, DDIM steps
@@ -91,7 +91,6 @@ def sample_grid(run, step: int, few: int | None = None) -> None:
 def draw(run, shown: Columns, steps: int) -> np.ndarray:
     """Pictures uint8 (K, H, W, 3) of the model as it stands."""
     text, empty = encode_captions(run.base, shown.captions), encode_captions(run.base, [""])
-    # folding is faster, but in half precision it would round the adapter away
     noise = shown.noise.to(run.base.device)
     with progress.stage("pictures", len(text)) as bar, run.adapter.folded():
         return sample(run.base, text, empty, noise, steps, done=bar.advance)

@@ -53,7 +53,7 @@ def _defaults(s: Settings, embedded: bool) -> dict:
         public = "openmoji" if embedded else "none"
         defaults = defaults | {"public": public, "schedule": "constant"}
     if s.method == "dp":
-        defaults = defaults | DP
+        defaults = defaults | DP | {"rank": None, "alpha": None, "target": None}
     if s.target == "full":  # the weights have their scale already
         defaults = defaults | {"lr": FULL_LR[embedded], "rank": None, "alpha": None}
     return defaults

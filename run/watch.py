@@ -9,9 +9,9 @@ import torch
 
 import smoothness
 from algorithm import Diverged, Run, Shuffled
-from attacks import roc
 from command import progress
 from command.errors import UserError
+from curves import roc
 from diffusion import ALL_TIMESTEPS, DRAWS, TIMESTEPS, loss_grid
 from files import adapters
 from objectives import Terms, adaptation_loss, mi_gain, objective

@@ -10,31 +10,80 @@ table.md, of all rows that are there.  docs/paper-and-code.md says what the diff
 in tests/test_released.py against steps written out by hand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from command import progress
-from command.errors import one_line_errors
-from command.flags import option, parse
+import torch
+
+from algorithm import Batch
+from command.flags import option
 from command.whole_files import write_whole
+from diffusion import draw_noise, prediction_target
 from studies import grid, records
 from studies.grid import EvaluatedStudy, Row
 from studies.records import COMBINED, HELD_OUT, LOSS, PROXY
 
+# --------------------------------------------------------------------------------------------------
+# The differences that are no flags, each a class that train.train puts before algorithm.Run
+
+
+class Order:
+    """The adapter's step first, then the attacker's: h does not learn before the adapter has."""
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        ascend = self.attacker_optimizer.step
+        self.attacker_optimizer.step = lambda: ascend() if self.optimizer.state else None
+
+
+class Forward:
+    """The batch is noised once more, and sent through the UNet once more, for G."""
+
+    first: Batch | None = None
+
+    def error(self, b: Batch) -> torch.Tensor:
+        """e of the batch (B, C, h, w); with gradient, e of the second noise is kept aside."""
+        if not torch.is_grad_enabled():
+            return super().error(b)
+        t, eps = draw_noise(self.base, len(b), self.outer)
+        target = prediction_target(b.z0, eps, t, self.base.abar, self.base.prediction)
+        again = replace(b, t=t, eps=eps, target=target)
+        pairs = ((getattr(b, name), getattr(again, name)) for name in vars(b))
+        e = super().error(Batch(*(torch.cat(pair) for pair in pairs)))  # (2 B, C, h, w)
+        self.first, self.second = b, (e[len(b) :], again)
+        return e[: len(b)]
+
+    def log_h(self, e: torch.Tensor, b: Batch) -> torch.Tensor:
+        """What the attacker says of the second noise, where there is one."""
+        return super().log_h(*(self.second if b is self.first else (e, b)))
+
+
+class Dropout:
+    """The attacker's dropout is on in the outer step as well."""
+
+    def log_h(self, e: torch.Tensor, b: Batch) -> torch.Tensor:
+        """(B, 2) log-probabilities with a fresh mask."""
+        training = self.h.training
+        self.h.train()
+        log_h = super().log_h(e, b)
+        self.h.train(training)
+        return log_h
+
+
 SMP, RAW = {"method": "smp"}, {"method": "smp", "proxy": "raw"}
 # name -> row; the name is a folder.  G without the 1/2 of Eq. 5 is twice the lambda, and alpha =
 # beta = 1 in L / (beta + alpha CE + delta) is lambda 1, or 2 without the 1/2.  The pooled attacker
-# has no dropout: that switch has rows of its own, beside the paper's attacker without it.
+# has no dropout: that difference has a row beside the paper's attacker.
 ROWS = {
     "paper": Row("paper", SMP),
-    "order": Row("order", SMP),
+    "order": Row("order", SMP, extra=(Order,)),
     "half": Row("half", SMP, {"lam": 2}),
     "lambda": Row("lambda", SMP | {"lam": 1.0}),
-    "forward": Row("forward", SMP),
-    "all-unet": Row("all-unet", SMP | {"lam": 2.0}),
+    "forward": Row("forward", SMP, extra=(Forward,)),
+    "all-unet": Row("all-unet", SMP | {"lam": 2.0}, extra=(Order, Forward)),
     "paper-raw": Row("paper-raw", RAW),
-    "dropout-raw": Row("dropout-raw", RAW),
-    "all-unet-raw": Row("all-unet-raw", RAW | {"lam": 2.0}),
+    "dropout-raw": Row("dropout-raw", RAW, extra=(Dropout,)),
+    "all-unet-raw": Row("all-unet-raw", RAW | {"lam": 2.0}, extra=(Order, Forward, Dropout)),
 }
 # rows of the records that cannot be trained any more: with a LoRA on the text encoder
 TEXT_ENCODER = ("text-encoder", "all", "all-raw")
@@ -92,13 +141,5 @@ def table(out: Path) -> str:
     return f"{records.markdown(lines)}\n{note}Brackets are 95 % intervals. {made}\n"
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Study, __doc__, positional="rows")
-    with one_line_errors():
-        progress.start()
-        study(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Study, study, __doc__, "rows")

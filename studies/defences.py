@@ -14,9 +14,7 @@ from pathlib import Path
 
 from attacks.lira import HEADLINE, THRESHOLD
 from audit import Audit
-from command import progress
-from command.errors import one_line_errors
-from command.flags import option, parse
+from command.flags import option
 from command.whole_files import write_whole
 from report.tables import cell, rounded
 from settings import ATTACKED
@@ -31,10 +29,8 @@ ROWS = {
     "lora-constant": SHORT | {"schedule": "constant"},
     "lora-short": SHORT,
     "lora-shorter": SHORT | {"steps": 75},
-    "lora-decay": SHORT | {"weight_decay": 1.0},
     "lora-flip": SHORT | {"flip": True},
     "lora-flip-shorter": SHORT | {"steps": 75, "flip": True},
-    "lora-captions": SHORT | {"caption_dropout": 0.1},
     "lora-batch": SHORT | {"accumulate": 4},
     "lora-rank4": SHORT | {"rank": 4, "alpha": 4.0},
     "lora-attention": SHORT | {"target": "attention"},
@@ -52,11 +48,10 @@ ROWS = {
     "distill-private-flip": {"method": "distill", "public": "none", "flip": True},
     "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
     "distill-ten": {"method": "distill", "teachers": 10},
-    "dp": {"method": "dp", "steps": 100},
-    # noise as large as a clipped gradient
-    "dp-rank4": {"method": "dp", "steps": 100, "rank": 4, "alpha": 4.0, "noise_multiplier": 0.0155},
+    "dp-epsilon-8": {"method": "dp", "epsilon": 8.0},
 }
 
+DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are
 SIDES = {1: "yes", -1: "no", 0: "not told apart", None: "not measured"}
 HEADS = ["method, step", "held-out loss", "Frechet, held out", THRESHOLD, HEADLINE]
 HEADS += ["its TPR at 1 % FPR", "less plain LoRA's at the same loss", "less any LoRA's"]
@@ -131,7 +126,7 @@ def row(name: str, at: str, audit: dict, audits: dict[str, dict]) -> list[str]:
 
 
 def cost(s: dict, step: int) -> float:
-    """Of a training up to a step, in whole trainings of plain LoRA at the default settings.
+    """Of an audit's training up to a step, in whole trainings of plain LoRA at the defaults.
 
     Counted in images that go through the UNet, a backward pass as two: 3 for an image of LoRA, and
     1 more where the batch is cut into parts.  An attacker sends as many members and as many others
@@ -146,7 +141,8 @@ def cost(s: dict, step: int) -> float:
         each = (4 + again) * shown
         before = s["teachers"] * (s["teacher_steps"] or -(-s["steps"] // 4)) * of_lora
     elif s["method"] == "dp":
-        each = 3 * batch * s["draws"]
+        of_old = s.get("draws")  # a flag of old records, whose batches were drawn
+        each = 3 * batch * of_old if of_old else 3 * DP_DRAWS * s["pool"] // 2
     if attacked(s):
         each += 2 * batch
         if s["proxy"] == "calibrated" or s.get("calibrated"):  # all through the base as well
@@ -166,13 +162,5 @@ def uses(s: dict) -> str:
     return ", ".join(name for name, there in needed.items() if there) or "-"
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Study, __doc__, positional="rows")
-    with one_line_errors():
-        progress.start()
-        study(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Study, study, __doc__, "rows")

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from attacks import workers
 from command import progress
-from command.errors import UserError
-from command.flags import option
+from command.errors import UserError, one_line_errors
+from command.flags import option, parse
+from command.whole_files import read_json
 from run.precheck import precheck
 from run.resolve import resolve
 from settings import Settings
@@ -71,6 +72,14 @@ class GridRun(NamedTuple):
         return Path(self.settings.out)
 
 
+def command(flags: type, run: Callable, doc: str, positional: str | None = None) -> None:
+    """Run a study with the flags of the command line; `doc` is its --help."""
+    settings = parse(flags, doc, positional)
+    with one_line_errors():
+        progress.start()
+        run(settings)
+
+
 def chosen(names: list[str] | None, there: dict, what: str = "row") -> list[str]:
     """The names that are asked for, or all; raises UserError for one that there is not."""
     for name in names or ():
@@ -109,14 +118,24 @@ def run_of(s: Study, row: Row, folder: Path, seed: int, **flags) -> GridRun:
     return GridRun(settings, row.extra)
 
 
-def announce(s: Study, runs: list[GridRun], leaves: str = "eval.json") -> None:
-    """Print what a study would do; a run is finished that has left the file `leaves`.
+def missing(s: Study, runs: list[GridRun]) -> list[GridRun]:
+    """The runs that are not evaluated, or of a study that does not evaluate, not finished."""
+    if isinstance(s, EvaluatedStudy):
+        return [run for run in runs if not (run.folder / "eval.json").is_file()]
+    return [run for run in runs if not finished(run.folder)]
 
-    Raises UserError for flags that cannot be.
-    """
+
+def finished(folder: Path) -> bool:
+    """Whether a run has a summary."""
+    config = folder / "config.json"
+    return config.is_file() and bool(read_json(config).get("summary"))
+
+
+def announce(s: Study, runs: list[GridRun]) -> None:
+    """Print what a study would do; raises UserError for flags that cannot be."""
     for run in runs:
         resolve(run.settings)
-    todo = [run for run in runs if not (run.folder / leaves).exists()]
+    todo = missing(s, runs)
     names = ", ".join(dict.fromkeys(run.folder.name for run in todo))
     print(f"dry run: {len(todo)} of {len(runs)} runs are missing, {processes(s)} at a time")
     if todo:
@@ -134,15 +153,13 @@ def complete(s: Study, runs: list[GridRun]) -> None:
 
     for run in runs:
         precheck(run.settings)
-    evaluated = isinstance(s, EvaluatedStudy)
-    leaves = "eval.json" if evaluated else "adapter"
-    todo = [run for run in runs if not (run.folder / leaves).exists()]
+    todo = missing(s, runs)
     trained = {}
     for run in todo:
         log = run.folder.with_name(f"{run.folder.name}.log")
-        trained[run.folder] = (train.train, log, run.settings.threads, *run)
+        trained[run.folder] = (train.train, log, *run)
     _work(s, "runs trained", trained, "adapter")
-    if evaluated:
+    if isinstance(s, EvaluatedStudy):
         _work(s, "runs evaluated", _evaluations(s, todo), "eval.json")
 
 
@@ -158,13 +175,12 @@ def _evaluations(s: EvaluatedStudy, runs: list[GridRun]) -> dict[Path, tuple]:
         judge = evaluate.Settings(
             runs=[str(run.folder)],
             device=s.device,
-            threads=s.threads,
             pictures=s.pictures,
             features=s.features,
             test_nonmembers=s.test_nonmembers,
         )
         log = run.folder.with_name(f"{run.folder.name}.log")
-        tasks[run.folder] = (evaluate.evaluate, log, s.threads, judge)
+        tasks[run.folder] = (evaluate.evaluate, log, judge)
     return tasks
 
 
@@ -183,11 +199,11 @@ def _work(s: Study, title: str, tasks: dict[Path, tuple], leaves: str) -> None:
         workers.complete(pool, _quietly, dict(enumerate(tasks.values())), show)
 
 
-def _quietly(function: Callable, log: Path, threads: int, *given) -> None:
-    """function(*given); what it prints goes to the end of the file `log`."""
+def _quietly(function: Callable, log: Path, *given) -> None:
+    """function(*given) on one thread; what it prints goes to the end of the file `log`."""
     import torch
 
-    torch.set_num_threads(threads or 1)
+    torch.set_num_threads(1)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(file))

@@ -20,11 +20,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from command import progress
-from command.errors import UserError, one_line_errors
-from command.flags import option, parse
+from command.errors import UserError
+from command.flags import option
 from command.whole_files import write_whole
-from settings import EMBEDDED_SETS
+from files import EMBEDDED_SETS
 from studies import grid, records
 from studies.grid import WHERE, EvaluatedStudy, GridRun
 from studies.paper_tables import DATA, ONE_CAPTION, PAPER, RUNS, TABLES, Change, Table
@@ -191,13 +190,5 @@ def verdict(ours: Estimate | None, paper: float | None) -> int | None:
     return ours.side() * (1 if paper > 0 else -1)
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Study, __doc__, positional="tables")
-    with one_line_errors():
-        progress.start()
-        study(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Study, study, __doc__, "tables")

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from command import progress
-from command.errors import UserError, one_line_errors
-from command.flags import option, parse
+from command.errors import UserError
+from command.flags import option
 from command.whole_files import read_json, write_json, write_whole
 from studies import grid
 from studies.correlation import Pooled, correlation, pooled
@@ -33,16 +32,8 @@ SETTINGS = {
 }
 METHODS = ("mp", "smp")
 # of metrics.jsonl, in steps with a Hessian norm
-KEYS = (
-    "hessian_norm",
-    "fixed_grad_norm",
-    "hessian_bound",
-    "bound_constant",
-    "gradient_scale",
-    "fixed_denominator",
-    "fixed_loss_over_denominator_squared",
-    "hessian_converged",
-)
+SPREAD = (np.min, np.mean, np.max)
+KEYS = ("hessian_norm", "fixed_grad_norm", "hessian_bound", "bound_constant", "fixed_denominator")
 
 
 @dataclass
@@ -71,7 +62,7 @@ def study(s: Study) -> str:
                 folder = out / f"seed-{seed}" / f"{name}-{method}"
                 runs.append(grid.run_of(s, row, folder, seed))
     if s.dry_run:
-        grid.announce(s, runs, "adapter")
+        grid.announce(s, runs)
         return ""
     grid.complete(s, runs)
     found = gather(out)
@@ -140,22 +131,14 @@ def group(row: str, method: str, runs: list[dict]) -> dict:
         "method": method,
         "seeds": [r["seed"] for r in runs],
         "r": [c.r for c in each["norms"]],
-        "p": [c.p for c in each["norms"]],
         "points": sum(c.points for c in each["norms"]),
         **{kind: asdict(pooled(found)) for kind, found in each.items()},
         "mean": {key: float(values.mean()) for key, values in column.items()},
-        "inverse_denominator": _range(1 / column["fixed_denominator"]),
-        "loss_over_denominator_squared": _range(column["fixed_loss_over_denominator_squared"]),
+        "inverse_denominator": [float(f(1 / column["fixed_denominator"])) for f in SPREAD],
         "slope_share": float(np.median(slope / bound)),
         "tightness": float(np.median(bound / norm)),
         "held": [int(held.sum()), len(held)],
-        "converged": int(column["hessian_converged"].sum()),
     }
-
-
-def _range(values: np.ndarray) -> list[float]:
-    """[lowest, mean, highest]."""
-    return [float(values.min()), float(values.mean()), float(values.max())]
 
 
 def read(folder: str | Path) -> dict | None:
@@ -206,7 +189,7 @@ def picture(found: dict, path: Path | None = None):
     """
     import matplotlib.pyplot as plt
 
-    from report import plots
+    from curves import plots
 
     groups = found["groups"]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(groups)), layout="constrained")
@@ -228,13 +211,5 @@ def picture(found: dict, path: Path | None = None):
     return plots.kept(figure, path)
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Study, __doc__, positional="rows")
-    with one_line_errors():
-        progress.start()
-        study(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Study, study, __doc__, "rows")

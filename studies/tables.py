@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attacks.lira import THRESHOLD
-from command.errors import UserError, one_line_errors
-from command.flags import option, parse
+from command.errors import UserError
+from command.flags import option
 from command.whole_files import read_json, write_whole
 from report.tables import cell, rounded
-from studies import as_released, defences, paper, records, smoothness, verdicts
-from studies.grid import WHERE
+from studies import as_released, defences, grid, paper, records, smoothness, verdicts
 from studies.paper_tables import TABLES as PAPER
 from studies.records import COMBINED, HEADLINE, HELD_OUT, LOSS, PICTURES, PROXY, Figure, Records
 
@@ -64,7 +63,7 @@ MODELS = {  # what a table calls the runs of a row, and the folder of the evalua
 class Tables:
     """Flags of the command."""
 
-    check: bool = option(False, "write nothing; fail if a table is out of date", group=WHERE)
+    check: bool = option(False, "write nothing; fail if a table is out of date", group=grid.WHERE)
 
 
 def tables(s: Tables) -> list[Path]:
@@ -160,7 +159,7 @@ def frontier() -> str:
         lines.append([title, *line[1:], cell(again["attacks"][HEADLINE]) if again else "-"])
     six = screen()
     line = defences.row("dp", "100", six["dp"], six)
-    lines.append(["dp, 100 steps (six adapters)", *line[1:], "-"])
+    lines.append(["dp without a promise, 100 steps (six adapters)", *line[1:], "-"])
     return records.markdown(lines)
 
 
@@ -240,12 +239,5 @@ MADE = {
 }
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Tables, __doc__)
-    with one_line_errors():
-        tables(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Tables, tables, __doc__)

@@ -13,13 +13,12 @@ What a claim needs is in studies/claims.py.  Tested in tests/test_verdicts.py.
 from dataclasses import dataclass
 from pathlib import Path
 
-from command.errors import UserError, one_line_errors, shown
-from command.flags import option, parse
+from command.errors import UserError, shown
+from command.flags import option
 from command.whole_files import read_json, write_whole
 from settings import FREE, LOOKS
-from studies import claims, records
+from studies import claims, grid, records
 from studies.claims import Results
-from studies.grid import WHERE
 from studies.records import Records
 
 ROLES = ("lora", "mp", "smp", "mp-matched")
@@ -32,8 +31,8 @@ MAY_DIFFER = ("seed", "model", "data", "nonmembers", *FREE, *LOOKS)  # may lie e
 class Verdicts:
     """Flags of the command."""
 
-    folders: list[str] | None = option(None, "folders with results", group=WHERE)
-    out: str = option("runs/verdicts.md", "file of the table", group=WHERE)
+    folders: list[str] | None = option(None, "folders with results", group=grid.WHERE)
+    out: str = option("runs/verdicts.md", "file of the table", group=grid.WHERE)
 
 
 def verdicts(s: Verdicts) -> str:
@@ -128,12 +127,5 @@ def table(found: Results) -> str:
     return f"{records.markdown(lines)}\n{note}\n"
 
 
-def main() -> None:
-    """The command."""
-    settings = parse(Verdicts, __doc__, positional="folders")
-    with one_line_errors():
-        verdicts(settings)
-
-
 if __name__ == "__main__":
-    main()
+    grid.command(Verdicts, verdicts, __doc__, "folders")

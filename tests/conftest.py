@@ -30,9 +30,9 @@ def one_thread():
 @pytest.fixture(scope="session", autouse=True)
 def one_picture():
     """Of each caption, for the black-box attack: the tiny base draws nothing worth a second."""
-    from attacks import queries
+    from attacks import model
 
-    queries.PICTURES = 1
+    model.PICTURES = 1
 
 
 @pytest.fixture

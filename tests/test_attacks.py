@@ -8,9 +8,10 @@ import torch
 
 import diffusion
 import lora
-from attacks import proxies, roc
+from attacks import paper
 from attacks import single as attacks
-from diffusion import GRID_SEED, TIMESTEPS, Base, loss_grid
+from curves import roc
+from diffusion import GRID_SEED, TIMESTEPS, Base, Encoded, loss_grid
 from files.bases import load_base
 
 
@@ -57,6 +58,7 @@ def test_loss_grid_and_attacks_on_known_errors(leaky):
     grid = loss_grid(leaky, latents, h.view(3, 1, 1), (5, 100), draws=3)
     assert grid.shape == (3, 2, 3)
     torch.testing.assert_close(grid, h.view(3, 1, 1).expand(3, 2, 3))
+    grid = grid.numpy()
     np.testing.assert_allclose(attacks.loss_attack(grid), -h, rtol=1e-5)
     np.testing.assert_allclose(attacks.difference_attack(grid, 2 * grid), np.log(2), rtol=1e-5)
 
@@ -96,11 +98,12 @@ def test_proxy_attack_finds_a_planted_signal_and_nothing_else(leaky, proxy):
             rng.lognormal(0, 0.2, n) * np.where(member, signal, 1.0), dtype=torch.float32
         )
         latents, text = torch.zeros(n, 4, 8, 8), h.view(n, 1, 1)
-        h_ = proxies.train_proxies(leaky, latents, text, roles, 0, (proxy,), epochs=30)
-        grid, averaged, odds = proxies.sweep(leaky, latents, text, h_)
-        torch.testing.assert_close(grid[:, 0, 0], h)
-        torch.testing.assert_close(averaged[:, 1, 0, 0, 0], -h.sqrt())
-        score = odds[proxy].mean((1, 2)).numpy()
+        data = Encoded(None, None, None, latents, text, roles)
+        h_ = paper.train_proxies(leaky, data, 0, (proxy,), epochs=30)
+        asked = paper.sweep(leaky, latents, text, h_)
+        np.testing.assert_allclose(asked["losses"][:, 0, 0], h, rtol=1e-5)
+        np.testing.assert_allclose(asked["drift"][:, 1], 16 * h.sqrt(), rtol=1e-5)  # of 256 values
+        score = asked[f"odds-{proxy}"].mean((1, 2))
         found = roc.auc(score[roles["member_test"]], score[roles["nonmember_test"]])
         assert found > 0.95 if signal < 1 else 0.3 < found < 0.7
 
@@ -174,16 +177,14 @@ def test_secmi_closed_form(scaling):
 def test_pfami_and_clid_formulas():
     """By hand, one image at a time."""
     rng = np.random.default_rng(0)
-    losses, crops, cuts = (
-        torch.tensor(rng.uniform(0.1, 1, s)) for s in ((5, 4), (6, 5), (4, 5, 2))
-    )
+    losses, crops, cuts = (rng.uniform(0.1, 1, s) for s in ((5, 4), (6, 5), (4, 5, 2)))
     for i, score in enumerate(attacks.pfami(losses, crops)):
         at = [0, 1, 2, 3, 0, 1]  # the timestep of each crop
         terms = [(crops[m, i] - losses[i, t]) / losses[i, t] for m, t in enumerate(at)]
         assert score == pytest.approx(float(sum(terms) / 6))
     known, losses = [0, 1, 2, 4], losses[:, :2]
     found = attacks.clid(losses, cuts, known, alphas=(0, 0.25, 1))
-    gap, fit = (cuts.mean(0) - losses).mean(1).numpy(), -losses.mean(1).numpy()
+    gap, fit = (cuts.mean(0) - losses).mean(1), -losses.mean(1)
     scaled = []
     for x in (gap, fit):
         low, high = np.percentile(x[known], [25, 75])
@@ -197,8 +198,8 @@ def test_rediffuse_averages_denoised_copies(model, request):
     """Against copies that are made: noised, denoised in one DDIM step to t = 0, averaged."""
     base = load_base(request.getfixturevalue(model))
     latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 16, 32)
-    _, averaged, _ = proxies.sweep(base, latents, text, {})
-    found = attacks.rediffuse(averaged, TIMESTEPS, base.abar, base.prediction)
+    drift = paper.sweep(base, latents, text, {})["drift"]
+    found = attacks.rediffuse(drift, TIMESTEPS, base.abar, base.prediction)
     for column, t in zip(found.T, TIMESTEPS, strict=True):
         noise = torch.randn((4, 4, 8, 8), generator=torch.Generator().manual_seed(GRID_SEED + t))
         copies, a = [], base.abar[t]

@@ -1,4 +1,4 @@
-"""The audit: its plan, its figures against attacks/roc.py and scipy, a whole one on the tiny base,
+"""The audit: its plan, its figures against curves/roc.py and scipy, a whole one on the tiny base,
 killed and gone on with, with a process killed, and two compared."""
 
 import json
@@ -21,9 +21,10 @@ from scipy.stats import binomtest
 import audit
 import lora
 import train
-from attacks import audit_plan, audit_tasks, decisions, lira, quality, roc, workers
+from attacks import audit_plan, audit_tasks, decisions, lira, quality, workers
 from command.errors import UserError
 from command.flags import parse
+from curves import roc
 from diffusion import GRID_SEED, encode_captions, encode_images, loss_grid, sample
 from files import lora_files
 from files.bases import load_base
@@ -68,12 +69,9 @@ def test_pictures_are_from_other_captions_for_every_adapter(tiny_base, image_fol
 
 def test_the_frechet_distance_is_of_all_pictures(tiny_base, image_folder, tmp_path, in_thread):
     """As attacks/quality.py has it, of pictures drawn again from the adapters that were kept."""
-    record = audit.audit(
-        flags(tiny_base, image_folder, tmp_path, pictures=3, steps=2, save_every=2)
-    )
-    plan = audit.make_plan(
-        audit.complete(flags(tiny_base, image_folder, tmp_path, pictures=3, steps=2, save_every=2))
-    )
+    few = {"pictures": 3, "steps": 2, "save_every": 2}
+    record = audit.audit(flags(tiny_base, image_folder, tmp_path, **few))
+    plan = make_plan(tiny_base, image_folder, tmp_path, **few)
     images, every = load_images(image_folder, 32), []
     for index in range(4):
         base = load_base(tiny_base)
@@ -108,6 +106,9 @@ def test_halves(tiny_base, image_folder):
         assert members == set(np.flatnonzero(member[index]))
         assert [len(roles[r]) for r in ROLES] == [5, 1, 4, 5, 2, 13, 0]
         assert not {i for r in ROLES[3:] for i in roles[r]} & set(range(20))
+    images = load_images(image_folder, 32)
+    assert plan.names == [images.names[i] for i in plan.images]
+    assert plan.captions == [images.captions[i] for i in plan.images]
     assert len(plan.names) == len(set(plan.names))
 
 
@@ -134,12 +135,8 @@ def test_canaries_change_captions(tiny_base, image_folder):
     plain = make_plan(tiny_base, image_folder)
     plan = make_plan(tiny_base, image_folder, canaries=5)
     assert plan.names == plain.names and plan.key(0) != plain.key(0) and len(plan.canaries) == 5
-    changed = [
-        i
-        for i, pair in enumerate(zip(plan.captions, plain.captions, strict=True))
-        if len({*pair}) > 1
-    ]
-    assert changed == plan.canaries
+    pairs = enumerate(zip(plan.captions, plain.captions, strict=True))
+    assert [i for i, (one, other) in pairs if one != other] == plan.canaries
     assert sorted(plan.captions) == sorted(plain.captions)
 
 
@@ -203,7 +200,7 @@ def test_the_config_of_a_run(tmp_path, capsys):
     found = parsed("--config", config)
     assert (found.method, found.rank, found.pool, found.out) == ("mp", 3, 60, None)
     assert parsed("--config", config, "--pool", 20).pool == 20
-    for name, value in {"stop": "best", "split": "pokemon", "nonmembers": "openmoji"}.items():
+    for name, value in {"stop": "best", "nonmembers": "openmoji"}.items():
         config.write_text(json.dumps({"settings": run | {name: value}}))
         with pytest.raises(SystemExit) as stop:
             parsed("--config", config)
@@ -270,7 +267,7 @@ def test_perfect_separation_has_an_interval_of_some_width():
 
 
 def test_figures_against_roc():
-    """AUC and TPR as attacks/roc.py has them on the same decisions, ties and all."""
+    """AUC and TPR as curves/roc.py has them on the same decisions, ties and all."""
     score, member = scored()
     found = decisions.Decisions(member).figures(score)
     pair = score[member], score[~member]
@@ -340,9 +337,8 @@ def test_with_flip_the_attacker_asks_about_mirror_images(tiny_base, image_folder
     assert plain.key(0) != plan.key(0)
     pixels = data.pixels[:, :, ::-1].copy()
     mirrored = replace(data, pixels=pixels, latents=encode_images(base, pixels))
-    one, other = (
-        audit_tasks.ask(base, seen, plain, adapter, last=True) for seen in (data, mirrored)
-    )
+    one = audit_tasks.ask(base, data, plain, adapter, last=True)
+    other = audit_tasks.ask(base, mirrored, plain, adapter, last=True)
     assert np.abs(one["losses"] - other["losses"]).max() > 1e-3
     for name, axis in {"losses": 2, "predictions": 1, "sima": 1}.items():
         want = np.concatenate([one[name], other[name]], axis=axis)
@@ -377,7 +373,7 @@ def test_a_whole_audit(audited, capsys):
 def test_an_adapter_is_the_same_in_any_process(audited, tiny_base, image_folder):
     """Whatever was done there before: adapter 3 alone, in_thread, has the same bits."""
     out, _ = audited
-    plan = audit.make_plan(audit.complete(flags(tiny_base, image_folder, out)))
+    plan = make_plan(tiny_base, image_folder, out)
     path = plan.folder(3) / "answers.npz"
     with np.load(path) as found:
         before = dict(found)
@@ -449,39 +445,27 @@ def wait_for(condition, seconds=240):
 
 @pytest.mark.timeout(600)
 def test_a_killed_process(tiny_base, image_folder, tmp_path):
-    """One of two is killed in the middle of its second adapter: what was finished is not submitted
-    again, all adapters are there in the end, and no process is left.
+    """One of two is killed in the middle of its second adapter: what was finished stays, all
+    adapters are there in the end, and no process is left.
     """
     plan = make_plan(tiny_base, image_folder, tmp_path / "x", steps=10)
     tasks = {index: (plan, index, train.train_adapter) for index in range(4)}
-    killed, rounds, kept = [], [], {}
-
-    class Counting(workers.Processes):
-        """With the tasks that are submitted in each round."""
-
-        def submit(self, function, plan, index, train):
-            rounds.append(index)
-            return super().submit(function, plan, index, train)
+    killed, kept = [], {}
 
     def show():
-        there = [index for index in range(4) if audit_tasks.finished(plan, index)]
-        begun = {int(p.parent.name) for p in tmp_path.glob("x/adapters/*/progress")} - {*there}
+        answers = [plan.folder(index) / "answers.npz" for index in range(4)]
+        there = {path: path.stat().st_mtime_ns for path in answers if path.exists()}
+        begun = [p for p in answers if (p.parent / "progress").exists() and p not in there]
         if not killed and there and begun:
-            kept.update({index: answers(index) for index in there})
-            victim = multiprocessing.active_children()[0]
-            os.kill(victim.pid, signal.SIGKILL)
-            killed.append(victim.pid)
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+            kept.update(there)
 
-    def answers(index):
-        return (plan.folder(index) / "answers.npz").stat().st_mtime_ns
-
-    with Counting(2) as executor:
+    with workers.processes(2) as executor:
         workers.complete(executor, audit_tasks.work, tasks, show)
-    again = rounds[4:]
-    assert killed and again and not {*again} & {*kept} and len(again) == len({*again})
-    assert all(answers(index) == before for index, before in kept.items())
+    assert killed and 0 < len(kept) < 4
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     assert all(audit_tasks.finished(plan, index) for index in range(4))
-    assert sorted(p.name for p in (tmp_path / "x/adapters").iterdir()) == ["00", "01", "02", "03"]
     assert not multiprocessing.active_children()
 
 
@@ -513,10 +497,8 @@ def test_compare(audited, tiny_base, image_folder, in_thread, capsys):
     text = capsys.readouterr().out
     table = [line for line in text.splitlines() if not line.startswith("files:")]  # paths vary
     assert max(map(len, table)) <= 80
-    assert found["audits"] == ["lora", "weak"] and [d["at"] for d in found["differences"]] == [
-        "last",
-        "best",
-    ]
+    assert found["audits"] == ["lora", "weak"]
+    assert [change["at"] for change in found["differences"]] == ["last", "best"]
     change = found["differences"][0]
     with np.load(out / "scores.npz") as a, np.load(other / "scores.npz") as b:
         keep = ~b["canary"]
@@ -530,9 +512,15 @@ def test_compare(audited, tiny_base, image_folder, in_thread, capsys):
         audit.audit(audit.Audit(audits=[str(out), str(out.parent)]))
 
 
-def test_the_pool_is_of_the_data(tiny_base, image_folder):
-    """Names of the plan are those of the images at its positions."""
-    plan = make_plan(tiny_base, image_folder)
-    images = load_images(image_folder, 32)
-    assert plan.names == [images.names[i] for i in plan.images]
-    assert plan.captions == [images.captions[i] for i in plan.images]
+def test_records_of_before_are_compared(tmp_path, capsys):
+    """Those in docs/records, which have no scores: a line for each step and a picture."""
+    names = ["audit-lora", "audit-smp", "audit-mp"]
+    for name in names:
+        shutil.copytree(ROOT / "docs" / "records" / name, tmp_path / name)
+    found = audit.audit(audit.Audit(audits=[str(tmp_path / name) for name in names]))
+    assert found == {"audits": names, "differences": []}
+    records = {name: json.loads((tmp_path / name / "audit.json").read_text()) for name in names}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not paired" not in line]
+    said = [line.split()[:2] for line in lines if line.startswith("audit-")]
+    assert said == [[name, at] for name, record in records.items() for at in record["steps"]]
+    assert (tmp_path / "comparison.png").stat().st_size > 5000

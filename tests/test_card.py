@@ -39,7 +39,7 @@ def made(tiny_base, image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("card") / "secret run"
     flags = {"model": tiny_base, "data": image_folder, "members": 20, "rank": 2, "alpha": 4.0}
     flags |= {"batch_size": 2, "target": "attention", "proxy": "pooled", "steps": 2, "samples": 0}
-    train.train(Settings(**flags, weight_decay=0.5, prompt=["a secret prompt"], out=str(out)))
+    train.train(Settings(**flags, normalise=True, prompt=["a secret prompt"], out=str(out)))
     captions = [path.read_text().strip() for path in Path(image_folder).glob("*.txt")]
     names = [path.name for path in Path(image_folder).iterdir()]
     return out / "adapter", [*captions, *names, image_folder, str(out.parent), "secret"]
@@ -57,7 +57,7 @@ def test_the_hub_reads_it(made, tiny_base):
         ("member_aux", "10"),
         ("method", "smp"),
         ("--rank", "2"),
-        ("--weight-decay", "0.5"),
+        ("--normalise", "True"),
     } <= rows
     assert ("--seed", "0") in rows and ("--lam", "4.0") not in rows  # of another model
     assert not {"--flip", "--init", "--data"} & {row[0] for row in rows if row}
@@ -136,7 +136,6 @@ AUDITS = {
     "smp": [("audit-smp", 50), ("audit-smp", 400)],
     "mp": [("audit-mp", 400)],
     "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],
-    "dp": [("screen/dp", 100)],
 }
 
 

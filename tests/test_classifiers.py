@@ -1,11 +1,14 @@
 """Attacks by regression: a planted shift is found, nothing is found in noise, and no known image is
 scored by a regression that has seen it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from attacks import classifiers, roc
+from attacks import classifiers
+from curves import roc
 
 KNOWN = list(range(50)), list(range(100, 150))
 
@@ -43,14 +46,18 @@ def test_one_image_of_a_side_leaves_no_folds():
 def test_combined_features_are_logs_of_distances_and_all_candidates():
     """One column per candidate, higher for members; gradients by their mean log."""
     rng = np.random.default_rng(0)
-    distance = {n: -rng.uniform(1, 2, (5, k)) for n, k in (("PIA", 3), ("SimA", 2), ("PIAN", 1))}
-    distance |= {"SecMI-stat": -rng.uniform(1, 2, (5, 2)), "ReDiffuse": -rng.uniform(1, 2, (5, 4))}
+    sizes = {"PIA": 3, "SimA": 2, "PIAN": 1, "SecMI-stat": 2, "ReDiffuse": 4}
     losses, gradients = rng.uniform(1, 2, (5, 4, 2)), rng.normal(size=(5, 7))
-    scores = {name: rng.normal(size=5) for name in ("PFAMI", "CLiD", "GSA1")}
-    found = classifiers.combined_features(
-        {**distance, "losses": losses, "gradients": gradients}, scores
+    model = SimpleNamespace(
+        grid={"losses": losses},
+        gradients=gradients,
+        candidates={name: -rng.uniform(1, 2, (5, k)) for name, k in sizes.items()},
+        scores={name: rng.normal(size=5) for name in ("PFAMI", "CLiD", "GSA1", "difference")},
+        shadow_scores={},
     )
-    assert sum(x.shape[1] for x in found.values()) == 1 + 3 + 2 + 1 + 2 + 4 + 3 + 1
-    assert found["SimA"][3, 1] == pytest.approx(-np.log(-distance["SimA"][3, 1]))
-    assert found["loss"][2, 0] == pytest.approx(-np.log(losses[2]).mean())
-    assert found["gradient"][4, 0] == pytest.approx(-gradients[4].mean())
+    found = np.hstack(classifiers.combined_features(model))
+    assert found.shape == (5, 1 + sum(sizes.values()) + 3 + 1 + 1)
+    assert found[2, 0] == pytest.approx(-np.log(losses[2]).mean())
+    assert found[3, 1] == pytest.approx(-np.log(-model.candidates["SecMI-stat"][3, 0]))
+    assert found[4, -2] == pytest.approx(-gradients[4].mean())
+    assert found[4, -1] == model.scores["difference"][4]

@@ -12,13 +12,14 @@ from torch import nn
 
 import lora
 import train
+from algorithm import Run, algorithm_1
 from command.errors import UserError
-from diffusion import Base, Encoded, residual
+from diffusion import Base, Encoded, predict
 from methods import distill
-from methods.distill import Student, Teachers
+from methods.assembly import assemble
 from run import state
 from run.folder import RunFolder
-from run.prepare import assemble
+from run.keeper import Keeper
 from run.processes import Processes
 from run.resolve import resolve
 from settings import Settings
@@ -55,12 +56,14 @@ def settings(tiny_base, **flags):
 
 
 def taught(subject, s):
-    """(run, teachers that are trained); the adapter stays in the base until `lora.remove`."""
+    """The run of a student whose teachers are trained; the adapter stays in the base until
+    `lora.remove`.
+    """
     run = assemble(s, *subject, Processes())
-    teachers = Teachers(run)
-    for _ in teachers.train(train.algorithm_1):
-        pass
-    return run, teachers
+    for teacher in run.lessons():
+        for _ in algorithm_1(teacher, range(1, teacher.settings.steps + 1)):
+            pass
+    return run
 
 
 def equal(a, b):
@@ -87,10 +90,10 @@ def test_a_teacher_never_sees_its_fold(subject, tiny_base):
     planted.latents[image] += 3 * torch.randn(data.latents[image].shape)
     found = []
     for images in (data, planted):
-        run, teachers = taught((base, images), settings(tiny_base, teacher_steps=6))
+        run = taught((base, images), settings(tiny_base, teacher_steps=6))
         lora.remove(base.unet, run.adapter)
-        found.append(teachers.weights)
-    for fold, before, after in zip(teachers.folds, *found, strict=True):
+        found.append(run.teachers)
+    for fold, before, after in zip(run.folds, *found, strict=True):
         assert equal(before, after) == (image in fold)
 
 
@@ -99,26 +102,24 @@ def test_the_target_is_the_answer_of_the_teacher_left_out(subject, tiny_base, pu
     member's is that of its own fold, a public picture's one of any.
     """
     base, _ = subject
-    run, teachers = taught(subject, settings(tiny_base, public=public))
-    student, seen, drawn = Student(run, teachers), set(), set()
+    run, seen, drawn = taught(subject, settings(tiny_base, public=public)), set(), set()
+    (pictures,) = run.public
     for _ in range(6):
-        batch = student.member_batch()
-        assert set(batch.index[4:].tolist()) <= set(run.public) and len(batch) == 8
-        found = run.errors(batch).detach()
-        latents, text = run.data.latents[batch.index], run.data.text[batch.index]
-        given, targets = (latents, text, batch.timesteps, batch.noise), []
+        b, targets = run.batch(run.D_tr), []
+        assert set(b.index[4:].tolist()) <= set(pictures.indices.tolist()) and len(b) == 8
+        found = run.error(b).detach()
         with torch.no_grad():
-            own, before = residual(base, *given), distill.weights_of(run.adapter)
-            for weights in teachers.weights:
+            own, before = predict(base, b.z0, b.c, b.t, b.eps), distill.weights_of(run.adapter)
+            for weights in run.teachers:
                 distill.hold(run.adapter, weights)
-                targets.append(residual(base, *given))
+                targets.append(predict(base, b.z0, b.c, b.t, b.eps))
             distill.hold(run.adapter, before)
-        for i, image in enumerate(batch.index.tolist()):
+        for i, image in enumerate(b.index.tolist()):
             every = [(own[i] - target[i]) ** 2 for target in targets]
             near = [k for k, e in enumerate(every) if torch.allclose(e, found[i], 1e-3, 1e-5)]
             (k,) = near
             if i < 4:
-                assert image in teachers.folds[k]
+                assert image in run.folds[k]
                 seen.add(k)
             else:
                 drawn.add(k)
@@ -133,7 +134,8 @@ def test_public_pictures_have_no_role_and_copies_of_private_ones_are_left_out(
     base, data = subject
     run = assemble(settings(tiny_base, public=public), base, data, Processes())
     lora.remove(base.unet, run.adapter)
-    names = sorted(run.data.names[i] for i in run.public)
+    (pictures,) = run.public
+    names = sorted(run.data.names[i] for i in pictures.indices)
     assert names == [f"public/stripes-{i}.png" for i in (1, 2, 3)]
     assert run.data.names[: len(data.names)] == data.names and run.data.roles == data.roles
     assert (
@@ -145,9 +147,9 @@ def test_one_more_public_picture_changes_no_teacher(subject, tiny_base, public):
     """They are the student's alone."""
     found = []
     for name in ("none", public):
-        run, teachers = taught(subject, settings(tiny_base, public=name))
+        run = taught(subject, settings(tiny_base, public=name))
         lora.remove(subject[0].unet, run.adapter)
-        found.append(teachers.weights)
+        found.append(run.teachers)
     for with_none, with_some in zip(*found, strict=True):
         assert equal(with_none, with_some)
 
@@ -180,28 +182,25 @@ def test_a_linear_student_is_the_closed_form():
     data = Encoded(names, names, pixels, latents, torch.zeros(members, 1, 1), roles)
     run = assemble(settings("linear", rank=3, public="none"), base, data, Processes())
     (layer,) = run.adapter.layers.values()
-    teachers = Teachers(run)
-    teachers.weights = [
-        [torch.randn(3, channels), torch.randn(channels, 3)]
-        for _ in range(teachers.run.settings.teachers)
+    run.teachers = [
+        [torch.randn(3, channels), torch.randn(channels, 3)] for _ in range(run.settings.teachers)
     ]
-    student = Student(run, teachers)
-    batches = [student.member_batch() for _ in range(40)]
-    folds = [{*fold} for fold in teachers.folds]
+    batches = [run.batch(run.D_tr) for _ in range(40)]
+    folds = [{*fold} for fold in run.folds]
     moments, mixed = torch.zeros(channels, channels), torch.zeros(channels, channels)
     for batch in batches:
-        a = abar[batch.timesteps].view(-1, 1, 1, 1)
-        z = a.sqrt() * latents[batch.index] + (1 - a).sqrt() * batch.noise
+        a = abar[batch.t].view(-1, 1, 1, 1)
+        z = a.sqrt() * batch.z0 + (1 - a).sqrt() * batch.eps
         for image, z_i in zip(batch.index.tolist(), z.movedim(1, -1), strict=True):
             (k,) = (k for k, fold in enumerate(folds) if image in fold)
-            first, second = teachers.weights[k]
+            first, second = run.teachers[k]
             matrix = layer.base.weight + layer.alpha / layer.rank * second @ first
             square = z_i.reshape(-1, channels).T @ z_i.reshape(-1, channels)
             moments, mixed = moments + square, mixed + matrix.detach() @ square
 
     def slope():
-        total = sum(run.errors(batch).sum() for batch in batches)
-        return torch.autograd.grad(total, run.adapter.parameters())
+        total = sum(Run.error(run, batch).sum() for batch in batches)
+        return torch.autograd.grad(total, run.parameters)
 
     start = max(g.abs().max().item() for g in slope())
     with torch.no_grad():
@@ -218,17 +217,14 @@ def test_micro_batches_have_the_gradient_of_one_batch(subject, tiny_base, public
     """The same draws through one forward and through two, each with its own teacher forward."""
     found = []
     for flags in ({"batch_size": 4}, {"batch_size": 2, "accumulate": 2}):
-        run, teachers = taught(
-            subject, settings(tiny_base, public=public, teacher_steps=1, **flags)
-        )
-        teachers.weights = [
+        run = taught(subject, settings(tiny_base, public=public, teacher_steps=1, **flags))
+        run.teachers = [
             [torch.full_like(w, 0.01 * (k + 1)) for w in weights]
-            for k, weights in enumerate(teachers.weights)
+            for k, weights in enumerate(run.teachers)
         ]
-        batch = Student(run, teachers).member_batch()
-        forward = run.through(batch)
-        assert len(run.parts(batch)) == flags.get("accumulate", 1)
-        found.append([g.clone() for g in forward.gradients(forward.error.mean(), last=True)])
+        b = run.batch(run.D_tr)
+        assert len(run.parts(b)) == flags.get("accumulate", 1)
+        found.append([g.clone() for g in run.gradients(run.error(b).mean())])
         lora.remove(subject[0].unet, run.adapter)
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-3)
@@ -243,7 +239,7 @@ def whole(tiny_base, image_folder, public, tmp_path_factory):
     """The settings of a run, its folder after it, and the metrics of every teacher's step."""
     out = tmp_path_factory.mktemp("distilled") / "run"
     flags = {"data": image_folder, "members": 12, "public": public, "samples": 1, "state_every": 2}
-    s = settings(tiny_base, out=str(out), ema=0.5, flip=True, caption_dropout=0.3, **flags)
+    s = settings(tiny_base, out=str(out), flip=True, **flags)
     train.train(s)
     return s, RunFolder(out)
 
@@ -281,14 +277,14 @@ def test_stopped_and_gone_on_with(whole, tmp_path, monkeypatch, teacher):
 
         monkeypatch.setattr(state, "save", save)
     else:
-        honest = train.record
+        honest = Keeper.record
 
-        def record(run, learner, row, *rest):
-            honest(run, learner, row, *rest)
+        def record(keeper, row, *rest):
+            honest(keeper, row, *rest)
             if row["step"] == 5:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(train, "record", record)
+        monkeypatch.setattr(Keeper, "record", record)
     with pytest.raises(KeyboardInterrupt):
         train.train(replace(s, out=out))
     monkeypatch.undo()
@@ -325,10 +321,8 @@ def test_what_cannot_be_is_refused(tiny_base, flags, words):
 def test_more_teachers_than_members(subject, tiny_base):
     """Known only once the images are."""
     base, data = subject
-    run = assemble(settings(tiny_base, teachers=13), base, data, Processes())
-    lora.remove(base.unet, run.adapter)
     with pytest.raises(UserError, match="more than the 12 members"):
-        Teachers(run)
+        assemble(settings(tiny_base, teachers=13), base, data, Processes())
 
 
 def test_defaults(tiny_base):

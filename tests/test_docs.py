@@ -13,7 +13,8 @@ PAGES += sorted((ROOT / "docs" / "records").glob("*.md"))
 LIMITS = {"docs/results.md": 4500, "docs/reference.md": 4000, "README.md": 1200}
 ALL_PAGES = 13_000  # docs/*.md and base/README.md together
 OTHERS = {"inplace", "extra-index-url", "nthreads", "dist"}  # of jupyter, pip, dask and pytest
-GONE = {"subspace", "ema", "dropout", "attacker-members", "as-released"}
+GONE = {"subspace", "ema", "dropout", "weight-decay", "caption-dropout"}
+GONE |= {"attacker-members", "as-released"}
 HAD_THEM = "0db7ef9"  # the last commit with these flags: a section that names one names it too
 
 

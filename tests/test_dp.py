@@ -1,260 +1,284 @@
-"""DP-LoRA: clipped gradients against a loop over images, noise against its deviation, epsilon
-against closed forms, and a run that is stopped and gone on with."""
+"""Differential privacy: clipped gradients against a loop over images, sensitivity, the noise's
+deviation, the accountant against closed forms and a library, and a run that is gone on with.
+"""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import dp_accounting
 import pytest
 import torch
+from dp_accounting import pld
 from safetensors.torch import load_file
+from scipy.stats import norm
 
 import lora
 import train
+from algorithm import Run, algorithm_1
 from command.errors import UserError
-from methods import dp
-from methods.dp import PrivateLearner
+from methods import directions, dp
+from methods.assembly import assemble
+from run import state
 from run.folder import RunFolder
-from run.prepare import assemble
+from run.keeper import Keeper
 from run.processes import Processes
 from run.resolve import resolve
 from settings import Settings
 
+NOT_CLIPPED = 1e9
 
-def settings(tiny_base, **flags):
-    """Of six steps; every kind of layer is adapted."""
-    small = {"rank": 2, "alpha": 2.0, "target": "all", "batch_size": 4, "lr": 0.01, "steps": 6}
-    small |= {"method": "dp", "model": tiny_base, "norms_every": 10**6, "out": "/nowhere/run"}
+
+@pytest.fixture(scope="module")
+def file(tiny_base, image_folder, tmp_path_factory):
+    """Two directions of every layer of the tiny base."""
+    out = tmp_path_factory.mktemp("directions") / "d.safetensors"
+    flags = {"model": tiny_base, "target": "all", "steps": 2, "batch_size": 4, "directions": 2}
+    directions.make(directions.Flags(data=[image_folder], out=str(out), lr=0.01, **flags))
+    return str(out)
+
+
+def settings(tiny_base, file, **flags):
+    """Of four steps, three images in a forward."""
+    small = {"method": "dp", "directions": file, "batch_size": 3, "steps": 4, "lr": 0.05}
+    small |= {"model": tiny_base, "norms_every": 10**6, "out": "/nowhere/run"}
     return resolve(Settings(**(small | flags)))
 
 
 @pytest.fixture
-def learner(subject, tiny_base, request):
-    """A learner with the given flags on a trained adapter, whose B is no longer zero."""
-    base, data = subject
-    run = assemble(settings(tiny_base, **getattr(request, "param", {})), base, data, Processes())
-    with torch.no_grad():
-        for i, p in enumerate(run.adapter.parameters()):
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+def run(subject, tiny_base, file, request):
+    """A run with the given flags, whose cores are no longer zero."""
+    flags = getattr(request, "param", {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dp, "secret", lambda: 5)
-        found = PrivateLearner(run)
+        found = assemble(settings(tiny_base, file, **flags), *subject, Processes())
+    with torch.no_grad():
+        for i, p in enumerate(found.parameters):
+            p.normal_(std=0.3, generator=torch.Generator().manual_seed(i))
     yield found
-    lora.remove(base.unet, run.adapter)
+    lora.remove(subject[0].unet, found.adapter)
 
 
-def one_by_one(learner, batch):
+def one_by_one(run, b, limit):
     """Gradients of every image's mean loss over its draws, by autograd, clipped and summed."""
-    run, s = learner.run, learner.run.settings
-    sums = [torch.zeros_like(p) for p in run.adapter.parameters()]
-    for i in range(batch.counted):
-        part = slice(i * s.draws, (i + 1) * s.draws)
-        gradient = torch.autograd.grad(run.errors(batch, part).mean(), run.adapter.parameters())
-        norm = math.sqrt(sum(g.square().sum().item() for g in gradient))
+    sums = [torch.zeros_like(p) for p in run.parameters]
+    for i in range(run.size):
+        error = Run.error(run, b[slice(i * dp.DRAWS, (i + 1) * dp.DRAWS)])
+        gradient = torch.autograd.grad(error.mean(), run.parameters)
+        length = math.sqrt(sum(g.square().sum().item() for g in gradient))
         for total, g in zip(sums, gradient, strict=True):
-            total += g * min(1.0, s.image_clip / norm)
+            total += g * min(1.0, limit / length)
     return sums
 
 
-CASES = [
-    {"draws": 1, "image_clip": 0.02},
-    {"draws": 3, "image_clip": 0.02},
-    {"draws": 2, "image_clip": 1e9, "batch_size": 1, "accumulate": 4},
-    {"draws": 2, "image_clip": 0.02, "batch_size": 2, "flip": True, "caption_dropout": 0.5},
-]
+def close(found, wanted):
+    """Two lists of tensors, to rounding."""
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5 * b.abs().max().item() + 1e-9)
 
 
-@pytest.mark.parametrize("learner", CASES, indirect=True, ids=str)
-def test_clipped_gradients_equal_the_loop_over_images(learner):
-    """In micro-batches, with several draws, at a limit that clips all of them and one that clips
-    none.
-    """
-    batch = next(b for b in iter(learner.member_batch, None) if b.counted > 2)
-    found = learner.through(batch).gradients(None)
-    for got, want in zip(found, one_by_one(learner, batch), strict=True):
-        want = want / learner.run.batch
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5 * want.abs().max().item() + 1e-9)
+def distance(one, two):
+    """L2 norm of the difference of two lists of tensors."""
+    gaps = ((a - b).square().sum().item() for a, b in zip(one, two, strict=True))
+    return math.sqrt(sum(gaps))
 
 
-@pytest.mark.parametrize("learner", [{"image_clip": 0.02}], indirect=True)
-def test_no_image_moves_the_sum_by_more_than_the_limit(learner):
-    """One image more or less, whatever it is: here one of enormous latents."""
-    batch = learner.member_batch()
-    learner.run.data.latents[batch.index[0]] *= 1e3
-    sums = learner.through(batch).sums
-    without = learner.through(replace(batch, counted=batch.counted - 1)).sums
-    moved = math.sqrt(
-        sum((a - b).square().sum().item() for a, b in zip(sums, without, strict=True))
-    )
-    assert 0 < moved <= 0.02 * (1 + 1e-4)
-    learner.run.data.latents[batch.index[0]] /= 1e3
+@pytest.mark.parametrize("limit", [dp.CLIP, NOT_CLIPPED])
+@pytest.mark.parametrize("run", [{}, {"flip": True, "batch_size": 5}], indirect=True, ids=str)
+def test_clipped_gradients_equal_the_loop_over_images(run, monkeypatch, limit):
+    """In micro-batches, with several draws, mirrored or not, all clipped or none."""
+    monkeypatch.setattr(dp, "CLIP", limit)
+    b = run.batch(run.D_tr)
+    assert sorted(set(b.index.tolist())) == run.data.members()
+    assert len(b) == dp.DRAWS * run.size
+    run.error(b)
+    close(run.sums, one_by_one(run, b, limit))
+    close(run.gradients(None, keep_graph=True), [g / run.size for g in run.sums])
 
 
-@pytest.mark.parametrize(
-    "learner",
-    [{"noise_multiplier": 0.0, "image_clip": 1e9, "batch_size": 12}],
-    indirect=True,
-)
-def test_without_noise_and_limit_it_is_plain_lora(learner):
-    """All members in one batch: the gradient of the adaptation loss."""
-    batch = learner.member_batch()
-    assert sorted(batch.index.tolist()) == learner.run.data.members()
-    forward = learner.through(batch)
-    error = learner.run.errors(batch)
-    want = torch.autograd.grad(error.mean(), learner.run.adapter.parameters())
-    torch.testing.assert_close(forward.error, error, rtol=1e-5, atol=1e-6)
-    for a, b in zip(forward.gradients(None, last=True), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item() + 1e-9)
+def test_without_noise_and_clip_it_is_the_full_gradient(run, monkeypatch):
+    """Of the adaptation loss on all members."""
+    monkeypatch.setattr(dp, "CLIP", NOT_CLIPPED)
+    run.sigma = 0.0
+    b = run.batch(run.D_tr)
+    e = run.error(b)
+    plain = Run.error(run, b)
+    torch.testing.assert_close(e, plain, rtol=1e-4, atol=1e-6)
+    close(run.gradients(e.mean()), torch.autograd.grad(plain.mean(), run.parameters))
 
 
-@pytest.mark.parametrize("learner", [{"noise_multiplier": 2.0, "image_clip": 0.5}], indirect=True)
-def test_noise_has_the_deviation_that_is_promised(learner):
-    """sigma C / B on every number; none in the norms that are logged."""
-    forward = learner.through(learner.member_batch())
-    exact, again = forward.gradients(None), forward.gradients(None)
-    assert all(torch.equal(a, b) for a, b in zip(exact, again, strict=True))
-    noised = forward.gradients(None, last=True)
-    noise = torch.cat([(a - b).flatten() for a, b in zip(noised, exact, strict=True)])
-    assert len(noise) > 5000
-    assert noise.std().item() == pytest.approx(2.0 * 0.5 / 4, rel=0.05)
-    assert abs(noise.mean().item()) < 0.02
+@pytest.mark.parametrize("run", [{}, {"flip": True}], indirect=True, ids=str)
+@pytest.mark.parametrize("image", [0, 5, 11])
+def test_one_image_moves_the_sum_by_at_most_the_clip(run, image):
+    """Whatever the image is: as it is, enormous, or nothing.  The others' draws are the same."""
+    b = run.batch(run.D_tr)
+    rows = slice(image * dp.DRAWS, (image + 1) * dp.DRAWS)
+    run.error(b)
+    sums = [g.clone() for g in run.sums]
+    others = [i for i in range(len(b)) if not rows.start <= i < rows.stop]
+    members = run.data.members
+    run.data.members = lambda: members()[1:]  # one image fewer counts
+    run.error(b[others])
+    without = run.sums
+    del run.data.members
+    assert 0 < distance(sums, without) <= dp.CLIP * (1 + 1e-4)
+    b.z0[rows] *= 1e3
+    run.error(b)
+    assert distance(run.sums, without) <= dp.CLIP * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("learner", [{"batch_size": 3, "draws": 2}], indirect=True)
-def test_every_member_is_in_with_the_same_probability(learner):
-    """B / N, whoever else is in; the batch varies in size, and an empty one moves nothing."""
-    sizes, times = [], torch.zeros(24)
-    for _ in range(400):
-        batch = learner.member_batch()
-        sizes.append(batch.counted)
-        inside = batch.index[: 2 * batch.counted]
-        assert inside[0::2].equal(inside[1::2]) and len(batch) == max(2, 2 * batch.counted)
-        times[inside[0::2]] += 1
-        if not batch.counted:
-            assert not any(t.any() for t in learner.through(batch).sums)
-    assert not times[12:].any() and (times[:12] / 400 - 0.25).abs().max() < 0.1
-    assert min(sizes) == 0 and max(sizes) > 5
-
-
-@pytest.mark.parametrize("learner", [{"image_clip": 0.02, "draws": 2}], indirect=True)
-def test_two_processes_have_the_sum_of_one(learner):
-    """Each sends its share; a batch that cannot be shared is filled with images of no weight."""
-    processes = learner.run.processes
-    for _ in range(4):
-        whole = learner.member_batch()
-        if whole.counted % 2:
-            break
-    filled = replace(
-        whole,
-        index=torch.cat([whole.index, whole.index[:2]]),
-        timesteps=torch.cat([whole.timesteps, whole.timesteps[:2]]),
-        noise=torch.cat([whole.noise, whole.noise[:2]]),
-    )
-    assert whole.counted % 2
-    want, shares = learner.through(whole).sums, []
+def test_two_processes_have_the_sum_of_one(run):
+    """Each sends its share; a set that cannot be shared is filled with images of no weight."""
+    b = run.batch(run.D_tr)
+    run.error(b)
+    want, shares, processes = run.sums, [], run.processes
     processes.gather = lambda mine: mine
     processes.sum = lambda tensors: tensors
-    processes.count = 2
-    for processes.rank in (0, 1):
-        shares.append(learner.through(filled).sums)
-    for a, b, c in zip(want, *shares, strict=True):
-        torch.testing.assert_close(a, b + c, rtol=1e-3, atol=1e-6)
+    processes.count = 5
+    filled = b[[*range(len(b)), *range(3 * dp.DRAWS)]]  # 12 members and 3 that fill
+    for processes.rank in range(5):
+        run.error(filled)
+        shares.append(run.sums)
+    close([sum(parts) for parts in zip(*shares, strict=True)], want)
+
+
+def test_filling_up_to_what_processes_share(subject, tiny_base, file):
+    """Five processes and twelve members: three more, the first, behind them."""
+    processes = Processes()
+    processes.count, processes.sum = 5, lambda tensors: tensors
+    run = assemble(settings(tiny_base, file), *subject, processes)
+    lora.remove(subject[0].unet, run.adapter)
+    index = run.D_tr.draw()
+    assert len(index) == 15 * dp.DRAWS and set(index[12 * dp.DRAWS :].tolist()) == {0}
+
+
+def test_the_noise_has_its_deviation(run):
+    """sigma C / N on every number; none in the norms that are logged."""
+    run.error(run.batch(run.D_tr))
+    exact, again = (run.gradients(None, keep_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(exact, again, strict=True))
+    noises = []
+    for _ in range(60):
+        noised = run.gradients(None)
+        noises += [(a - b).flatten() for a, b in zip(noised, exact, strict=True)]
+    noise = torch.cat(noises)
+    deviation = run.sigma * dp.CLIP / run.size
+    assert len(noise) > 5000
+    assert noise.std().item() == pytest.approx(deviation, rel=0.05)
+    assert abs(noise.mean().item()) < 0.05 * deviation
 
 
 # --------------------------------------------------------------------------------------------------
 # What is promised
 
 
-def test_epsilon_against_closed_forms():
-    """One step with all images is the Gaussian mechanism, whose exact epsilon solves
-    Phi(1/(2s) - e s) - exp(e) Phi(-1/(2s) - e s) = delta (Balle & Wang 2018); the accountant may
-    only be above it, and not by much.
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("steps", [1, 20])
+def test_the_accountant_against_a_library(epsilon, steps):
+    """The noise multiplier that is found keeps the promise by the privacy loss distribution of
+    dp-accounting, and little less noise would not.
     """
+    delta = 1e-3
+    sigma = dp.sigma_for(epsilon, delta, steps)
 
-    def phi(x):
-        return 0.5 * math.erfc(-x / math.sqrt(2))
+    def library(multiplier):
+        accountant = pld.PLDAccountant()
+        event = dp_accounting.GaussianDpEvent(multiplier)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(event, steps))
+        return accountant.get_epsilon(delta)
 
-    for sigma in (1.0, 3.0):
-        found = dp.epsilon(sigma, 1.0, 1, 1e-5)
-        low, high = 0.0, 50.0
-        for _ in range(100):
-            e = (low + high) / 2
-            delta = phi(0.5 / sigma - e * sigma) - math.exp(e) * phi(-0.5 / sigma - e * sigma)
-            low, high = (e, high) if delta > 1e-5 else (low, e)
-        assert low <= found <= 1.2 * low
-    assert dp.epsilon(1.0, 0.1, 100, 1e-5) < dp.epsilon(1.0, 0.2, 100, 1e-5)
-    assert dp.epsilon(1.0, 0.1, 100, 1e-5) < dp.epsilon(1.0, 0.1, 200, 1e-5)
-    # n steps of sigma sqrt(n) with all images are one of sigma
-    assert dp.epsilon(6.0, 1.0, 36, 1e-5) == pytest.approx(dp.epsilon(1.0, 1.0, 1, 1e-5))
-    assert dp.epsilon(0.0, 0.1, 100, 1e-5) == math.inf
+    assert library(sigma) == pytest.approx(epsilon, abs=1e-3 * max(1, epsilon))
+    assert library(0.98 * sigma) > epsilon
 
 
-def test_a_vacuous_epsilon_is_called_so():
-    """And a real one says what it means for an attacker: exp(epsilon) FPR + delta."""
-    assert "vacuous" in str(dp.Guarantee(69.0, 1e-3, 0.5))
-    assert "vacuous" in str(dp.Guarantee(math.inf, 1e-3, 0.0))
-    assert dp.Guarantee(math.inf, 1e-3, 0.0).facts()["epsilon"] is None
-    text = str(dp.Guarantee(1.5, 1e-3, 4.0))
-    assert "vacuous" not in text and "more than 5% of the members" in text  # 0.0448 + 0.001
+def test_the_closed_form_of_mu():
+    """delta(epsilon) of mu-Gaussian-DP by scipy's own distribution; more noise is a smaller mu."""
+    for epsilon, mu in ((0.5, 1.0), (3.0, 1.0), (8.0, 2.0)):
+        want = norm.cdf(-epsilon / mu + mu / 2) - math.exp(epsilon) * norm.cdf(
+            -epsilon / mu - mu / 2
+        )
+        assert dp.delta_of(epsilon, mu) == pytest.approx(want, rel=1e-6)
+        assert dp.mu_for(epsilon, want) == pytest.approx(mu, rel=1e-6)
+    assert dp.sigma_for(1.0, 1e-3, 20) > dp.sigma_for(3.0, 1e-3, 20) > dp.sigma_for(3.0, 1e-3, 10)
 
 
-@pytest.mark.parametrize("learner", [{}], indirect=True)
-def test_the_default_noise_is_a_share_of_a_clipped_gradient(learner):
-    """rho = sigma sqrt(d) / B."""
-    numbers = sum(p.numel() for p in learner.run.adapter.parameters())
-    assert learner.sigma * math.sqrt(numbers) / learner.run.batch == pytest.approx(dp.RHO)
+def test_what_an_attack_catches_at_most():
+    """The likelihood ratio of N(0, 1) and N(mu, 1), which no attack beats, by drawing them."""
+    found = dp.Promise(8.0, 1e-3, 2.0, 2.0)
+    g = torch.Generator().manual_seed(0)
+    out, inside = torch.randn(2, 400_000, generator=g) + torch.tensor([[0.0], [2.0]])
+    threshold = out.quantile(0.99)
+    assert found.caught(0.01) == pytest.approx((inside > threshold).float().mean().item(), abs=0.01)
+    assert re.search(r"epsilon 8 at delta 0.001: .* at most 37% of the members", str(found))
 
 
-def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, monkeypatch, capsys):
-    """The same adapter and rows; the end says what is promised."""
-    flags = {"data": image_folder, "members": 12, "samples": 0, "state_every": 2, "draws": 2}
-    s = settings(tiny_base, noise_multiplier=0.7, target="attention", **flags)
-    honest = train.record
+def test_a_run_says_what_it_promises_and_tells_no_secret(
+    tiny_base, file, image_folder, tmp_path, monkeypatch, capsys
+):
+    """Stopped and gone on with it has the same adapter.  The secret is in the state alone, and
+    gone with it; whoever knows the seed has not the noise.
+    """
+    flags = {"data": image_folder, "members": 12, "samples": 0, "state_every": 1, "epsilon": 3.0}
+    s, honest = settings(tiny_base, file, **flags), Keeper.record
+    secrets = iter([5, 5, 7])
+    monkeypatch.setattr(dp, "secret", lambda: next(secrets))
+    whole, part, other = (tmp_path / name for name in ("whole", "part", "other"))
+    train.train(replace(s, out=str(whole)))
+    printed = capsys.readouterr().out
+    assert "promise:  epsilon 3 at delta 0.008: whatever the attack" in printed
 
-    def record(run, learner, row, *rest):
-        honest(run, learner, row, *rest)
-        if row["step"] == 3:
+    def record(keeper, row, *rest):
+        honest(keeper, row, *rest)
+        if row["step"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(dp, "secret", lambda: 5)
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    train.train(replace(s, out=str(whole)))
-    assert "promise:" in capsys.readouterr().out
-    monkeypatch.setattr(train, "record", record)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(replace(s, out=str(part)))
-    monkeypatch.undo()  # the state has the secret
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "record", record)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(replace(s, out=str(part)))
+    assert state.files(part / "state")
+    monkeypatch.setattr(dp, "secret", lambda: 11)  # the state has the secret
     train.train(Settings(out=str(part), resume=True))
-    one, two = (
-        load_file(p / "adapter" / "pytorch_lora_weights.safetensors") for p in (whole, part)
-    )
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    monkeypatch.setattr(dp, "secret", lambda: 7)
+    train.train(replace(s, out=str(other)))
+    name = "adapter/pytorch_lora_weights.safetensors"
+    one, two, three = (load_file(folder / name) for folder in (whole, part, other))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert any(not torch.equal(one[k], three[k]) for k in one)
     summary = RunFolder(whole).config()["summary"]
-    assert summary["noise_multiplier"] == 0.7 and summary["epsilon"] > 0
-    assert summary["delta"] == pytest.approx(0.1 / 12)
+    assert summary["epsilon"] == 3.0 and summary["delta"] == pytest.approx(0.1 / 12)
+    assert not (whole / "state").exists() and not (part / "state").exists()
+    assert "whatever the attack" in (whole / "adapter" / "README.md").read_text()
 
 
-def test_the_seed_does_not_tell_the_noise(subject, tiny_base):
-    """It stands in the adapter's file: two runs of one seed have other batches and other noise,
-    and what starts from the seed, the adapter, is the same.
-    """
-    base, data = subject
-    found = []
-    for _ in range(2):
-        steps = train.train_adapter(base, data, settings(tiny_base, batch_size=12, steps=1))
-        ((_, adapter),) = ((step, a) for step, a in steps)
-        found.append([p.detach().clone() for p in adapter.parameters()])
-    assert not any(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    run = assemble(settings(tiny_base), base, data, Processes())
-    noises = [PrivateLearner(run).member_batch().noise[0] for _ in range(2)]
-    lora.remove(base.unet, run.adapter)
-    assert not torch.equal(*noises)
+def test_the_norms_of_a_row_are_finite_and_the_held_out_losses_see_no_member(run):
+    """A step; the loss that --stop best goes by is of validation non-members."""
+    rows = list(algorithm_1(run, range(1, 3)))
+    assert all(math.isfinite(row["grad_norm"]) for row in rows)
+    assert not {*run.data.roles["nonmember_val"]} & {*run.data.members()}
 
 
-def test_checkpointing_is_refused(subject, tiny_base):
-    """It computes the layers twice, where a layer's gradient could not be told."""
-    base, data = subject
-    run = assemble(settings(tiny_base, gradient_checkpointing=True), base, data, Processes())
-    lora.remove(base.unet, run.adapter)
-    base.unet.disable_gradient_checkpointing()
-    with pytest.raises(UserError, match="no checkpointing"):
-        PrivateLearner(run)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"target": "full"}, "leave --target out"),
+        ({"rank": 4}, "leave --rank out"),
+        ({"init": "adapter.safetensors"}, "leave --init out"),
+        ({"gradient_checkpointing": True}, "leave --gradient-checkpointing out"),
+        ({"directions": None}, "needs --directions FILE"),
+        ({"epsilon": 0.0}, "--epsilon must be above 0"),
+        ({"method": "lora"}, "--directions goes with --method dp"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused(tiny_base, file, flags, words):
+    """In one sentence, before anything is loaded."""
+    with pytest.raises(UserError, match=words):
+        settings(tiny_base, file, **flags)
+
+
+def test_the_embedded_defaults():
+    """Directions, steps, rate and schedule of the embedded model."""
+    s = resolve(Settings(method="dp"))
+    assert (s.steps, s.lr, s.schedule, s.epsilon) == (20, 0.06, "linear", 8.0)
+    assert Path(s.directions).is_file()

@@ -9,8 +9,9 @@ import pytest
 
 import evaluate
 import train
-from attacks import queries, target
-from attacks.target import prepare, read_adapter, read_run, subset
+from attacks import examination, model
+from attacks.examination import prepare, subset
+from attacks.target import kind, read_adapter, read_run
 from command.errors import UserError
 from diffusion import Encoded
 from files.images import FOLDERS, PARTS, SIDES
@@ -55,7 +56,7 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     """Every attack gives figures for the run, the control holds all but the difference, and a
     second call asks nothing of the model again.
     """
-    settings = evaluate.Settings(runs=[run], pictures=4, sampling_steps=2, bootstrap=50)
+    settings = evaluate.Settings(runs=[run], pictures=4, sampling_steps=2)
     (record,) = evaluate.evaluate(settings)
     saved = json.loads(Path(run, "eval.json").read_text())
     assert saved["adapted"]["attacks"] == record["adapted"]["attacks"]
@@ -65,9 +66,9 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     assert record["adapted"]["quality"]["pictures"] == 4 and record["adapted"]["held_out_loss"] > 0
     printed = " ".join(capsys.readouterr().out.split())
     assert record["verdict"] in printed and all((Path(run) / f).stat().st_size > 500 for f in FILES)
-    monkeypatch.setattr(queries, "draw", None)
-    monkeypatch.setattr(queries, "loss_grid", None)
-    monkeypatch.setattr(queries.proxies, "residuals", None)
+    monkeypatch.setattr(model.paper, "draw", None)
+    monkeypatch.setattr(model, "loss_grid", None)
+    monkeypatch.setattr(model.paper, "residuals", None)
     (again,) = evaluate.evaluate(settings)
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
@@ -77,9 +78,7 @@ def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, ca
     step of one is not.
     """
     other = short_run(tiny_base, image_folder, tmp_path / "smp", seed=1, samples=0, norms_every=1)
-    records = evaluate.evaluate(
-        evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2, bootstrap=50)
-    )
+    records = evaluate.evaluate(evaluate.Settings(runs=[run, other], pictures=4, sampling_steps=2))
     (pooled,) = json.loads((Path(run).parent / "seeds.json").read_text())
     printed = " ".join(capsys.readouterr().out.split())
     assert pooled["seeds"] == [0, 1] and f"{', '.join(pooled['runs'])}: headline" in printed
@@ -88,11 +87,7 @@ def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, ca
     assert pooled["headline"]["auc_by_seed"] == pytest.approx(areas)
     distances = [r["adapted"]["quality"]["frechet_members"] for r in records]
     assert pooled["quality"]["frechet_members"] == pytest.approx(np.mean(distances))
-    assert (
-        evaluate.kind(read_run(run))
-        == evaluate.kind(read_run(other))
-        != evaluate.kind(read_run(run, "best"))
-    )
+    assert kind(read_run(run)) == kind(read_run(other)) != kind(read_run(run, "best"))
 
 
 def test_choice_is_made_on_known_images():
@@ -108,11 +103,12 @@ def test_choice_is_made_on_known_images():
     score = rng.normal(size=(60, 3))
     score[roles["member_test"], 0] += 5  # tempting, and not to be looked at
     score[roles["member_aux"] + roles["member_val"], 2] += 3
-    chosen = queries.choose(data, score)
+    chosen = model.choose(data, score)
     np.testing.assert_array_equal(chosen, score[:, 2])
-    before = queries.threshold(data, "loss", chosen)
+    before = model.known_pair(data, "loss", chosen)
     chosen[roles["member_test"]] += 100
-    assert queries.threshold(data, "loss", chosen) == before
+    np.testing.assert_array_equal(model.known_pair(data, "loss", chosen), before)
+    assert len(model.known_pair(data, "proxy-raw", chosen)[0]) == 10  # validation alone
 
 
 def test_of_equal_columns_the_first_is_chosen():
@@ -126,7 +122,7 @@ def test_of_equal_columns_the_first_is_chosen():
         member, nonmember = data.pair(score, "aux", "val")
         wins = (member[:, None] > nonmember).sum((0, 1))  # of 20 pairs
         ties += (wins == wins.max()).sum() > 1
-        np.testing.assert_array_equal(queries.choose(data, score), score[:, wins.argmax()])
+        np.testing.assert_array_equal(model.choose(data, score), score[:, wins.argmax()])
     assert ties > 5
 
 
@@ -161,7 +157,7 @@ def test_adapter_with_a_folder_in_four_parts(run, tiny_base, image_folder, tmp_p
         for picture in pictures[10 * k : 10 * k + 10]:
             for file in (picture, picture.with_suffix(".txt")):
                 shutil.copy(file, tmp_path / "data" / folder)
-    flags = {"pictures": 0, "bootstrap": 50, "adapter": f"{run}/adapter", "model": tiny_base}
+    flags = {"pictures": 0, "adapter": f"{run}/adapter", "model": tiny_base}
     flags |= {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
     (record,) = evaluate.evaluate(evaluate.Settings(**flags))
     sizes = {f"{s}_{p}": n for s in SIDES for p, n in (("aux", 9), ("val", 1), ("test", 10))}
@@ -186,7 +182,6 @@ def test_runs_are_called_by_their_last_name_unless_two_share_it():
 def test_another_choice_of_images_is_another_evaluation(run, monkeypatch):
     """Scores are kept by position, so those of other test images must not be found again."""
     found, settings = read_run(run), evaluate.Settings()
-    subject = prepare(found)
-    before = target.fingerprint(found, subject, settings)
-    monkeypatch.setattr(target, "SUBSET_SEED", 1)
-    assert target.fingerprint(found, subject, settings) != before
+    before = examination.fingerprint(found, "content", settings)
+    monkeypatch.setattr(examination, "SUBSET_SEED", 1)
+    assert examination.fingerprint(found, "content", settings) != before

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 
 import train
 from algorithm import Run
-from command import whole_files
 from command.errors import UserError, one_line_errors
 from diffusion import encode_captions
 from files import adapters, lora_files
@@ -139,21 +138,6 @@ def test_full_disk(capsys, small, tmp_path):
 )
 def test_read_only_folder(capsys, small):
     refused(capsys, small(out="/sys/kernel/run"), "cannot write", "/sys/kernel/run")
-
-
-def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """A failure between writing and renaming changes nothing."""
-    path = tmp_path / "a.json"
-    whole_files.write_whole(path, "old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(whole_files.os, "replace", fail)
-    with pytest.raises(OSError) as caught:
-        whole_files.write_whole(path, "new")
-    assert caught.value.filename == str(path)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_resume_refuses_other_images(capsys, small, image_folder, tmp_path, unfinished):

@@ -23,9 +23,7 @@ def test_attacks_separate_members_of_an_over_fitted_adapter_and_not_of_the_base(
     small = {"members": 24, "samples": 0, "lr": 1.5e-3, "save_every": steps, "state_every": steps}
     small["schedule"] = "constant"
     train.train(Settings(method="lora", out=out, seed=1, steps=steps, **small))
-    (record,) = evaluate.evaluate(
-        evaluate.Settings(runs=[out], test_nonmembers=24, pictures=0, bootstrap=200)
-    )
+    (record,) = evaluate.evaluate(evaluate.Settings(runs=[out], test_nonmembers=24, pictures=0))
     adapted, base = record["adapted"], record["base"]
     for name, model in (("over-fitted adapter", adapted), ("embedded model", base)):
         print(
@@ -36,6 +34,6 @@ def test_attacks_separate_members_of_an_over_fitted_adapter_and_not_of_the_base(
     assert not {
         a: f["auc"] for a, f in adapted["attacks"].items() if f["auc"] < LEAST.get(a, OTHERS)
     }
-    assert adapted["worst"]["auc"] > 0.9 > adapted["worst"]["null"]
-    assert base["worst"]["auc"] < base["worst"]["null"] + 0.05
+    assert adapted["headline"]["auc"] > 0.9 > adapted["null"]
+    assert max(f["auc"] for f in base["attacks"].values()) < base["null"] + 0.05
     assert 0.3 < record["blind"]["auc"] < 0.7

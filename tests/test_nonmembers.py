@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 import evaluate
 import train
 from attacks import audit_tasks, shadows
-from attacks import precheck as evaluation_precheck
-from attacks.target import prepare, read_run, sources
+from attacks.examination import prepare
+from attacks.target import read_run, sources, targets
 from command.errors import UserError
 from files.images import load_images
 from run import watch
@@ -97,13 +97,12 @@ def test_it_is_evaluated_from_the_same_images(run, others, tmp_path):
 def test_the_flag_of_evaluate(run, others):
     """Checked with the other paths; refused where there is nothing that it could name."""
     _, out = run
-    check = evaluation_precheck.check
-    check(evaluate.Settings(runs=[str(out)]))
-    check(evaluate.Settings(runs=[str(out)], nonmembers=str(others)))
+    targets(evaluate.Settings(runs=[str(out)]))
+    targets(evaluate.Settings(runs=[str(out)], nonmembers=str(others)))
     with pytest.raises(UserError, match="there is no folder /gone of the non-members"):
-        check(evaluate.Settings(runs=[str(out)], nonmembers="/gone"))
+        targets(evaluate.Settings(runs=[str(out)], nonmembers="/gone"))
     with pytest.raises(UserError, match="--nonmembers is for runs"):
-        check(evaluate.Settings(adapter="x", model="y", data="z", nonmembers=str(others)))
+        targets(evaluate.Settings(adapter="x", model="y", data="z", nonmembers=str(others)))
 
 
 def test_a_folder_that_is_not_there(image_folder, tmp_path):

@@ -26,7 +26,6 @@ SHORT = {
         "proxy": "pooled",
         "lr": 1e-3,
         "samples": 1,
-        "threads": 1,
     },
     "HESSIAN_EVERY": 2,
     "POINTS": 3,
@@ -36,7 +35,7 @@ SHORT = {
     "LAMBDAS": (),
     "LOW_RANK": 2,
     "EARLY": (4,),
-    "EVALUATE": {"bootstrap": 50, "threads": 1},
+    "EVALUATE": {},
 }
 
 

@@ -11,7 +11,7 @@ from conftest import assert_same_run
 
 import train
 from command.errors import UserError
-from report import plots
+from curves import plots
 from run import due, pictures
 from run.precheck import stored
 from run.resolve import resolve

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from curves import plots
 from notebooks import figures
-from report import plots
 
 
 def drawn(figure):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attacks import quality, roc
+from attacks import quality
+from curves import roc
 from diffusion import Encoded
 from files.images import PARTS, SIDES
 from report import figures

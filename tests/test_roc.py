@@ -5,8 +5,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
-from attacks import comparisons, roc
+from attacks import comparisons
 from bench import coverage
+from curves import roc
 
 
 def scores(seed=0, shift=1.0, n=250):
@@ -28,7 +29,7 @@ def test_figures_agree_with_scikit_learn():
     assert found["tpr_at_1_fpr"] is None  # wants 1,000 non-members
     low, high = found["auc_interval"]
     assert low < found["auc"] < high and high - low < 0.2
-    wide = roc.summary(member[:8], nonmember[:20], None)["auc_interval"]
+    wide = roc.summary(member[:8], nonmember[:20], 0.4)["auc_interval"]
     assert wide[1] - wide[0] > high - low
 
 
@@ -45,7 +46,7 @@ def test_interval_covers_chance():
 def test_auc_is_unfolded():
     """Scores that point the wrong way read below 0.5, and the folded figure says how far."""
     member, nonmember = scores(shift=-1)
-    found = roc.summary(member, nonmember, None)
+    found = roc.summary(member, nonmember, 0.0)
     assert found["auc"] < 0.4 and found["auc_folded"] == pytest.approx(1 - 2 * found["auc"])
 
 
@@ -58,21 +59,16 @@ def test_threshold_is_the_best():
     )
 
 
-def test_worst_case_and_its_null():
-    """The worst of many useless attacks stays within its null in most draws; a real one does
-    not.
-    """
+def test_permutation_null():
+    """The highest AUC of many useless attacks stays within it mostly; a real one does not."""
     rng = np.random.default_rng(0)
     exceeded = 0
     for _ in range(20):
         useless = {str(i): (rng.normal(size=40), rng.normal(size=100)) for i in range(8)}
-        found = comparisons.worst_case(useless, rounds=200)
-        exceeded += found["auc"] > found["null"]
-    assert exceeded <= 4 and found["null"] > 0.55
-    found = comparisons.worst_case(
-        useless | {"real": (rng.normal(1, 1, 40), rng.normal(size=100))}, rounds=200
-    )
-    assert found["attack"] == "real" and found["auc"] > found["null"]
+        null = comparisons.permutation_null(useless, rounds=200)
+        exceeded += max(roc.auc(*pair) for pair in useless.values()) > null
+    real = rng.normal(1, 1, 40), rng.normal(size=100)
+    assert exceeded <= 4 and 0.55 < null < roc.auc(*real)
 
 
 def test_paired_difference_is_tighter_than_unpaired():
@@ -90,26 +86,14 @@ def test_seeds_pooled():
     their images say; a difference is paired.
     """
     rng = np.random.default_rng(0)
-    seeds = [
-        {
-            "weak": (rng.normal(0.2, 1, 40), rng.normal(size=100)),
-            "strong": (rng.normal(1, 1, 40), rng.normal(size=100)),
-        }
-        for _ in range(4)
-    ]
-    found = comparisons.pooled_worst(seeds)
-    areas = [roc.auc(*s["strong"]) for s in seeds]
-    assert found["attack"] == "strong" and found["auc"] == pytest.approx(np.mean(areas))
-    assert found["auc_by_seed"] == pytest.approx(
-        [max(a, roc.auc(*s["weak"])) for a, s in zip(areas, seeds, strict=True)]
-    )
-    one = comparisons.pooled_worst(seeds[:1])
-    alone = roc.auc_interval(*seeds[0]["strong"])
-    assert one["auc_interval"] == pytest.approx(alone)  # no seeds to compare
-    change, (low, high) = comparisons.pooled_difference(
-        [((m - 0.3, n), (m, n)) for m, n in (s["strong"] for s in seeds)]
-    )
-    wanted = np.mean([roc.auc(m - 0.3, n) - roc.auc(m, n) for m, n in (s["strong"] for s in seeds)])
+    pairs = [(rng.normal(1, 1, 40), rng.normal(size=100)) for _ in range(4)]
+    found, areas = comparisons.pooled(pairs), [roc.auc(*pair) for pair in pairs]
+    assert found["auc"] == pytest.approx(np.mean(areas)) and found["auc_by_seed"] == areas
+    alone = comparisons.pooled(pairs[:1])["auc_interval"]  # no seeds to compare
+    assert alone == pytest.approx(roc.auc_interval(*pairs[0]))
+    both = [((m - 0.3, n), (m, n)) for m, n in pairs]
+    change, (low, high) = comparisons.pooled_difference(both)
+    wanted = np.mean([roc.auc(*first) - roc.auc(*second) for first, second in both])
     assert change == pytest.approx(wanted) and low < change < high < 0
 
 

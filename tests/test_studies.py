@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import audit
 import evaluate
 import train
 from attacks.lira import HEADLINE
 from command.errors import UserError
 from command.whole_files import read_json, write_json
+from methods import dp
 from report.tables import cell
 from run.resolve import resolve
 from settings import METHODS, Settings
@@ -133,13 +133,13 @@ def test_audits_join_the_table(small, in_thread, monkeypatch, capsys):
     # no LoRA to compare with
     ends = [[line.strip("| ").split(" | ")[k] for k in (0, 6, 7, 8)] for line in first[2:]]
     assert ends == [[f"distill, {at}", "-", "-", "not measured"] for at in (1, 2)]
-    trained, honest = [], audit.train_adapter
+    trained, honest = [], train.train_adapter
 
     def seen(base, data, s):
         trained.append(s.method)
         return honest(base, data, s)
 
-    monkeypatch.setattr(audit, "train_adapter", seen)
+    monkeypatch.setattr(train, "train_adapter", seen)
     both = defences.study(defences.Study(rows=["lora", "distill"], **small)).splitlines()
     assert trained == ["lora"] * 4
     assert [line.split()[1] for line in both[2:]] == ["lora,"] * 2 + ["distill,"] * 2
@@ -159,14 +159,15 @@ def test_costs_by_hand():
     """In trainings of plain LoRA: 400 steps of 8 images, three passes each."""
 
     def cost(at, **flags):
-        return defences.cost(vars(resolve(Settings(**flags))), at)
+        return defences.cost(vars(resolve(Settings(**flags))) | {"pool": 200}, at)
 
     assert cost(400, method="lora") == 1
     # micro-batches go through twice, the first time without gradient
     assert cost(100, method="lora", accumulate=4) == pytest.approx(4 / 3)
     assert cost(400, method="smp") == pytest.approx(5 / 3)
     assert cost(400, method="smp", proxy="calibrated") == pytest.approx(8 / 3)
-    assert cost(400, method="dp", draws=2) == 2
+    # all 100 members in each of 20 steps, four times
+    assert cost(20, method="dp") == 20 * 3 * 4 * 100 / 9600 and defences.DP_DRAWS == dp.DRAWS
     # five teachers of 50 steps; 200 steps of 16 images, each once more through its teacher
     distill = {"method": "distill", "steps": 200}
     assert cost(200, **distill) == pytest.approx((5 * 50 * 24 + 200 * 64) / 9600)
@@ -176,7 +177,7 @@ def test_costs_by_hand():
 def test_what_a_row_uses():
     """Non-members for an attacker, public pictures for a student."""
     found = {n: defences.uses(vars(resolve(Settings(**f)))) for n, f in defences.ROWS.items()}
-    assert found["lora"] == found["dp"] == found["distill-private"] == "-"
+    assert found["lora"] == found["distill-private"] == "-"
     assert found["smp"] == "non-members" and found["distill"] == "public pictures"
 
 

@@ -1,12 +1,10 @@
-"""The adapter in a public subspace: U R V folds into A and B exactly, only R moves, and the
+"""The adapter of --method dp: U R V folds into A and B exactly, only R moves, and the
 directions are those of known matrices."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lora
 import train
@@ -14,9 +12,7 @@ from command.errors import UserError
 from files import lora_files, lora_writing
 from files.bases import load_base
 from methods import directions, subspace
-from methods.dp import PrivateLearner
-from run.folder import RunFolder
-from run.prepare import assemble
+from methods.assembly import assemble
 from run.processes import Processes
 from run.resolve import resolve
 from settings import DIRECTIONS, EMBEDDED, Settings
@@ -34,7 +30,7 @@ def file(tiny_base, image_folder, tmp_path_factory):
 
 def settings(tiny_base, file, **flags):
     """Of four steps."""
-    small = {"method": "subspace", "subspace": file, "batch_size": 4, "steps": 4}
+    small = {"method": "dp", "directions": file, "batch_size": 12, "steps": 4}
     small |= {"model": tiny_base, "norms_every": 10**6, "out": "/nowhere/run", "lr": 0.05}
     return resolve(Settings(**(small | flags)))
 
@@ -110,58 +106,11 @@ def test_only_the_cores_move(subject, tiny_base, file):
             assert layer.lora_B.core.abs().max() > 0
 
 
-@pytest.mark.parametrize("run", [{"method": "dp", "image_clip": 0.01}], indirect=True)
-def test_clipping_by_image_is_of_the_cores(run):
-    """--method dp beside --subspace, against autograd image by image."""
-    learner = PrivateLearner(run)
-    batch = next(b for b in iter(learner.member_batch, None) if b.counted > 2)
-    want = [torch.zeros_like(p) for p in run.adapter.parameters()]
-    for i in range(batch.counted):
-        loss = run.errors(batch, slice(i, i + 1)).mean()
-        gradient = torch.autograd.grad(loss, run.adapter.parameters())
-        norm = torch.stack([g.norm() for g in gradient]).norm()
-        assert norm > 0.01
-        for total, g in zip(want, gradient, strict=True):
-            total += 0.01 * g / norm
-    for a, b in zip(learner.through(batch).sums, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5 * b.abs().max().item() + 1e-9)
-
-
-@pytest.mark.parametrize("method", ["subspace", "smp", "distill"])
-def test_stopped_and_gone_on_with(tiny_base, file, image_folder, tmp_path, monkeypatch, method):
-    """With other methods too; the adapter that is left is a plain LoRA of rank 3."""
-    flags = {"data": image_folder, "members": 10, "samples": 0, "state_every": 1, "public": None}
-    flags |= {"method": method, "teachers": 2} | ({"public": "none"} if method == "distill" else {})
-    s, honest = settings(tiny_base, file, ema=0.5, **flags), train.record
-
-    def record(run, learner, row, *rest):
-        honest(run, learner, row, *rest)
-        if row["step"] == 2:
-            raise KeyboardInterrupt
-
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    train.train(replace(s, out=str(whole)))
-    monkeypatch.setattr(train, "record", record)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(replace(s, out=str(part)))
-    monkeypatch.undo()
-    train.train(Settings(out=str(part), resume=True))
-    one, two = (
-        load_file(p / "adapter" / "pytorch_lora_weights.safetensors") for p in (whole, part)
-    )
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert RunFolder(whole).config()["trainable_parameters"] == 9 * len(one) / 2
-
-
 def test_what_cannot_be(tiny_base, tmp_path, file, subject, monkeypatch):
     """One sentence each."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"icons/emojione/icons\.json is missing"):
         directions.make(directions.Flags(model=tiny_base, data=["emojione"]))
-    with pytest.raises(UserError, match="needs --subspace FILE"):
-        settings(tiny_base, None)
-    with pytest.raises(UserError, match="both say what the adapter is"):
-        settings(tiny_base, file, init="x")
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no directions"):
@@ -186,5 +135,3 @@ def test_the_embedded_directions():
         left, right = layer.lora_B.left, layer.lora_A.weight.flatten(1)
         for basis in (left.T @ left, right @ right.T):
             torch.testing.assert_close(basis, torch.eye(rank), atol=4e-3, rtol=0)
-    s = resolve(Settings(method="subspace"))
-    assert (s.subspace, s.lr) == ("public", 5e-3)

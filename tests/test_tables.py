@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from attacks import comparisons, roc
+from attacks import comparisons
+from curves import roc
 from report import tables
 
 

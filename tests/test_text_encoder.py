@@ -188,7 +188,7 @@ def test_evaluation_embeds_captions_by_the_adapter(theirs, tiny_base, image_fold
     found = {}
     for name, file in (("both", theirs), ("unet", tmp_path / "unet.safetensors")):
         flags = {"model": tiny_base, "data": str(tmp_path / "images"), "out": str(tmp_path / name)}
-        s = evaluate.Settings(adapter=str(file), pictures=0, bootstrap=20, **flags)
+        s = evaluate.Settings(adapter=str(file), pictures=0, **flags)
         (found[name],) = evaluate.evaluate(s)
     assert found["both"]["base"]["held_out_loss"] == found["unet"]["base"]["held_out_loss"]
     losses = [found[name]["adapted"]["held_out_loss"] for name in ("both", "unet")]

@@ -254,10 +254,12 @@ def test_folders_that_are_refused(results):
     with pytest.raises(UserError, match="lambda 1, not near smp's mean weight"):
         verdicts.gather([study])
     change("mp-matched", 1, lam=0.13)
-    change("mp", 2, lam=0.13)
+    for seed in SEEDS:
+        change("mp", seed, lam=0.13)
     with pytest.raises(UserError, match="is it mp-matched"):
         verdicts.gather([study])
-    change("mp", 2, lam=4.0)
+    for seed in SEEDS:
+        change("mp", seed, lam=4.0)
     change("smp", 1, steps=5)
     with pytest.raises(UserError, match="smp of seed 0 and of seed 1 differ in --steps"):
         verdicts.gather([study])

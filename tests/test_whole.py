@@ -121,7 +121,7 @@ def losses(run):
 
 def test_evaluation_of_a_run(run, capsys):
     """Every attack, the difference from the base and GSA1 on the weights among them."""
-    settings = evaluate.Settings(runs=[str(run)], pictures=0, bootstrap=20)
+    settings = evaluate.Settings(runs=[str(run)], pictures=0)
     (record,) = evaluate.evaluate(settings)
     assert {"difference", "GSA1", "combined"} <= set(record["adapted"]["attacks"])
     assert record["adapted"]["held_out_loss"] != record["base"]["held_out_loss"]
@@ -157,7 +157,6 @@ def test_default_learning_rates(tmp_path):
 WRONG = [
     ({"rank": 4}, "--rank"),
     ({"alpha": 4.0}, "--alpha"),
-    ({"format": "kohya"}, "kohya"),
     ({"method": "dp"}, "dp"),
 ]
 

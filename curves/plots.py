@@ -21,9 +21,9 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from attacks import roc
 from command.errors import shown
 from command.whole_files import write_whole
+from curves import roc
 
 COLOURS = {
     "base": "#000000",
@@ -125,10 +125,9 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(padded, np.ones(width) / width, "valid")
 
 
-def point(axis, x, y, interval, marker: str = "o", **options) -> None:
-    """Points at x, y, each with its interval (low, high) of y; all (K,), or numbers."""
-    low, high = np.transpose(interval)
-    reach = np.abs([np.atleast_1d(y - low), np.atleast_1d(high - y)])
+def intervals(axis, x, y, ends, marker: str = "o", **options) -> None:
+    """Points at x, y (K,), each with the ends (K, 2) of an interval of y."""
+    reach = np.abs(np.transpose(ends) - np.asarray(y))  # below and above
     axis.errorbar(x, y, reach, fmt=marker, capsize=3, **options)
 
 
@@ -287,15 +286,15 @@ def privacy_against_quality(records: list[dict], path: Path | None = None):
     for r in sorted(records, key=lambda r: r["step"] or 0):
         runs.setdefault(r["run"].split(" @")[0], []).append(r)
     markers = {method: iter("o^sDv") for method in COLOURS}  # in the order of a method's runs
-    base = {"color": COLOURS["base"], "label": "base, no adapter"}
-    point(axis, *_figures(records[0]["base"]), **base)
+    base = [[number] for number in _figures(records[0]["base"])]
+    intervals(axis, *base, color=COLOURS["base"], label="base, no adapter")
     for run, points in runs.items():
         method = points[0]["method"]
         colour, marker = COLOURS.get(method, OTHER), next(markers.get(method, iter("")), "P")
-        losses, areas, intervals = zip(*(_figures(r["adapted"]) for r in points), strict=True)
+        losses, areas, ends = zip(*(_figures(r["adapted"]) for r in points), strict=True)
         axis.plot(losses, areas, color=colour, lw=1)
         name = run.rsplit("/", 1)[-1]
-        point(axis, losses, areas, intervals, marker, color=colour, label=name, ls="")
+        intervals(axis, losses, areas, ends, marker, color=colour, label=name, ls="")
         for record, *place in zip(points, losses, areas, strict=True):
             if len(points) > 1:
                 # to the upper left of a line that rises to the right

@@ -3,14 +3,14 @@ their controls.
 
 Scores are one number per image, higher = member.  Everything is unfolded: an AUC below 0.5 says
 that the scores point the wrong way, which an attacker who knows it can use.  Empty sets and NaN
-scores raise ValueError.  Intervals are of 95 % unless told otherwise, never of zero width, and
-measured by bench/coverage.py: tests/test_roc.py holds the figures to scikit-learn, DeLong's
-variance to a loop over pairs, and the intervals to the share of simulations that they cover.
+scores raise ValueError.  Intervals are of 95 % and never of zero width.  tests/test_roc.py holds
+the figures to scikit-learn, and the intervals to the share of simulations that they cover
+(bench/coverage.py).
 """
 
 import numpy as np
 from scipy.special import betainc, ndtri, owens_t, stdtrit
-from scipy.stats import binom, rankdata
+from scipy.stats import binom, binomtest, rankdata
 
 FPRS = (0.05, 0.01, 0.001)
 PER_FPR = 10  # TPR at a false-positive rate f wants at least 10 / f non-members
@@ -28,16 +28,9 @@ def checked(member: np.ndarray, nonmember: np.ndarray) -> tuple[np.ndarray, np.n
     return member, nonmember
 
 
-def comparisons(member: np.ndarray, nonmember: np.ndarray) -> np.ndarray:
-    """(M, N): 1 where the member scores above the non-member, 1/2 for ties.  Its mean is the
-    AUC.
-    """
-    return (member[:, None] > nonmember) + 0.5 * (member[:, None] == nonmember)
-
-
 def placements(member: np.ndarray, nonmember: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column means of `comparisons`, by ranks: (..., M) the share of non-members below
-    each member, (..., N) the share of members above each non-member.
+    """(..., M) the share of non-members below each member and (..., N) the share of members above
+    each non-member, ties counting half.
     """
     member, nonmember = checked(member, nonmember)
     m, n = member.shape[-1], nonmember.shape[-1]
@@ -72,17 +65,13 @@ def best_threshold(member: np.ndarray, nonmember: np.ndarray) -> float:
     return float(cuts[np.argmax([balanced_accuracy(member, nonmember, c) for c in cuts])])
 
 
-def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> np.ndarray | float:
-    """True-positive rate at a false-positive rate of at most `fpr`; scores (..., M) and (...,
-    N).
-    """
+def tpr_at(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> float:
+    """The true-positive rate at a false-positive rate of at most `fpr`."""
     member, nonmember = checked(member, nonmember)
-    # so many non-members may score above the threshold; where all may, it lies below all scores
-    allowed = int(np.floor(fpr * nonmember.shape[-1] + 1e-9))
-    if allowed >= nonmember.shape[-1]:
-        return np.ones(member.shape[:-1])[()]
-    threshold = np.sort(nonmember, axis=-1)[..., -1 - allowed]
-    return (member > threshold[..., None]).mean(-1)
+    allowed = int(np.floor(fpr * len(nonmember) + 1e-9))  # non-members above the threshold
+    if allowed >= len(nonmember):
+        return 1.0
+    return float((member > np.sort(nonmember)[-1 - allowed]).mean())
 
 
 def hits(member: np.ndarray, cuts: np.ndarray) -> np.ndarray:
@@ -120,7 +109,7 @@ def model_variance(area: np.ndarray, m: int, n: int) -> np.ndarray:
     return (area * (1 - area) + (m + n - 2) * (exponentials + normals) / 2) / (m * n)
 
 
-def auc_interval(member: np.ndarray, nonmember: np.ndarray, level: float = LEVEL) -> list:
+def auc_interval(member: np.ndarray, nonmember: np.ndarray) -> list:
     """[low, high] of the AUC a of scores (..., M) and (..., N): all A with
 
         (a - A)^2 <= t^2 r model_variance(A),
@@ -145,7 +134,7 @@ def auc_interval(member: np.ndarray, nonmember: np.ndarray, level: float = LEVEL
     welch = x**2 / max(m - 1, 1) + y**2 / max(n - 1, 1)
     least = np.full_like(area, max(min(m, n) - 1, 1))
     freedom = 2 * np.divide((x + y) ** 2, welch, out=least, where=welch > 0)
-    reach = stdtrit(freedom, (1 + level) / 2) ** 2 * ratio
+    reach = stdtrit(freedom, (1 + LEVEL) / 2) ** 2 * ratio
 
     def outside(value):
         return (area - value) ** 2 > reach * model_variance(value, m, n)
@@ -154,7 +143,7 @@ def auc_interval(member: np.ndarray, nonmember: np.ndarray, level: float = LEVEL
     return [end.tolist() for end in ends]
 
 
-def tpr_interval(member: np.ndarray, nonmember: np.ndarray, fpr: float, level: float = LEVEL):
+def tpr_interval(member: np.ndarray, nonmember: np.ndarray, fpr: float) -> list[float]:
     """[low, high] of the true-positive rate at the threshold whose true false-positive rate is
     `fpr`.
 
@@ -176,7 +165,7 @@ def tpr_interval(member: np.ndarray, nonmember: np.ndarray, fpr: float, level: f
         a, b = np.maximum(a, 1e-12), np.maximum(b, 1e-12)
         return _crossing(lambda p: weight @ betainc(a, b, p) < q * weight.sum(), 0.0, 1.0)
 
-    low, high = quantile(h, m - h + 1, (1 - level) / 2), quantile(h + 1, m - h, (1 + level) / 2)
+    low, high = quantile(h, m - h + 1, (1 - LEVEL) / 2), quantile(h + 1, m - h, (1 + LEVEL) / 2)
     return [float(low), float(high)]
 
 
@@ -186,30 +175,44 @@ def asr_interval(member: np.ndarray, nonmember: np.ndarray, threshold: float) ->
     """
     low = high = 0.0
     for hit in (member >= threshold, nonmember < threshold):
-        n, p, z = len(hit), hit.mean(), ndtri((1 + LEVEL) / 2)
-        centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-        low += (p - (centre - half) / (1 + z**2 / n)) ** 2
-        high += (p - (centre + half) / (1 + z**2 / n)) ** 2
+        ends = binomtest(int(hit.sum()), len(hit)).proportion_ci(LEVEL, "wilson")
+        low += (hit.mean() - ends.low) ** 2
+        high += (hit.mean() - ends.high) ** 2
     value = balanced_accuracy(member, nonmember, threshold)
     return [float(value - np.sqrt(low) / 2), float(value + np.sqrt(high) / 2)]
 
 
-def summary(member: np.ndarray, nonmember: np.ndarray, threshold: float | None) -> dict:
-    """AUC, |AUC - 0.5| / 0.5 as in the paper, balanced ASR at a given threshold, and TPR at 5, 1
-    and 0.1 % FPR.
+# --------------------------------------------------------------------------------------------------
+# All figures of one attack
 
-    Each with its 95 % interval; a TPR for which there are too few non-members is None.
+
+def figures(member: np.ndarray, nonmember: np.ndarray, threshold: float) -> dict:
+    """The paper's figures of one attack: AUC, |AUC - 0.5| / 0.5, balanced ASR at `threshold`, and
+    TPR at 5, 1 and 0.1 % FPR, which is None where there are too few non-members for it.
     """
-    area = auc(member, nonmember)
-    found: dict = {"members": len(member), "nonmembers": len(nonmember), "auc": area}
-    found["auc_interval"] = auc_interval(member, nonmember)
-    found["auc_folded"] = abs(area - 0.5) / 0.5
-    if threshold is not None:
-        found["asr"] = balanced_accuracy(member, nonmember, threshold)
-        found["asr_interval"] = asr_interval(member, nonmember, threshold)
-    found["majority"] = max(len(member), len(nonmember)) / (len(member) + len(nonmember))
+    m, n, area = len(member), len(nonmember), auc(member, nonmember)
+    found = {"members": m, "nonmembers": n, "auc": area, "auc_folded": abs(area - 0.5) / 0.5}
+    found["asr"] = balanced_accuracy(member, nonmember, threshold)
+    found["majority"] = max(m, n) / (m + n)
     for fpr in FPRS:
-        key, enough = f"tpr_at_{fpr * 100:g}_fpr", len(nonmember) * fpr >= PER_FPR
-        found[key] = float(tpr_at(member, nonmember, fpr)) if enough else None
-        found[f"{key}_interval"] = tpr_interval(member, nonmember, fpr) if enough else None
+        enough = n * fpr >= PER_FPR
+        found[f"tpr_at_{fpr * 100:g}_fpr"] = tpr_at(member, nonmember, fpr) if enough else None
     return found
+
+
+def intervals(member: np.ndarray, nonmember: np.ndarray, threshold: float) -> dict:
+    """The 95 % intervals of `figures`."""
+    found = {
+        "auc_interval": auc_interval(member, nonmember),
+        "asr_interval": asr_interval(member, nonmember, threshold),
+    }
+    for fpr in FPRS:
+        enough = len(nonmember) * fpr >= PER_FPR
+        interval = tpr_interval(member, nonmember, fpr) if enough else None
+        found[f"tpr_at_{fpr * 100:g}_fpr_interval"] = interval
+    return found
+
+
+def summary(member: np.ndarray, nonmember: np.ndarray, threshold: float) -> dict:
+    """Figures of one attack with their intervals."""
+    return figures(member, nonmember, threshold) | intervals(member, nonmember, threshold)

@@ -119,7 +119,7 @@ def stored(settings: Settings) -> tuple[Settings, dict | None]:
                 f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
             )
         taken[f.name] = given
-    return replace(Settings(**known), **taken, out=str(out)), summary
+    return replace(Settings(**known), **taken | {"out": str(out)}), summary
 
 
 def _read_run(run: RunFolder) -> tuple[dict, dict | None, list[str]]:

@@ -250,7 +250,7 @@ def unfinished():
 @pytest.fixture
 def stopped_and_gone_on_with():
     """A function: begins a run by `begin(folder)`, stops it after the row of its n-th step, those
-    of teachers counted, and before the state of that step; then goes on with it.
+    of teachers counted, and before the state of that step; then goes on with it by `flags`.
     """
     import torch
 
@@ -258,7 +258,7 @@ def stopped_and_gone_on_with():
     from run.keeper import Keeper
     from settings import Settings
 
-    def run(begin, folder, n=2) -> None:
+    def run(begin, folder, n=2, **flags) -> None:
         honest, steps = Keeper.state_due, []
 
         def state_due(*given):
@@ -272,6 +272,6 @@ def stopped_and_gone_on_with():
             with pytest.raises(KeyboardInterrupt):
                 begin(folder)
         torch.manual_seed(5)  # another process would be elsewhere in the global stream
-        train.train(Settings(out=str(folder), resume=True))
+        train.train(Settings(out=str(folder), resume=True, **flags))
 
     return run

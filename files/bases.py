@@ -19,7 +19,7 @@ import torch
 from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
+from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
 from files.tensors import opened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -307,8 +307,6 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     """abar (T,) float32, and "epsilon" or "v_prediction".  Raises UserError for a schedule that
     cannot be trained with or sampled from.
     """
-    from diffusers import DDIMScheduler
-
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
         kind = type(scheduler).__name__
@@ -324,7 +322,7 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     if not ((abar >= 0) & (abar <= 1)).all():  # not so for NaN; 0 is zero terminal SNR
         raise UserError(f"the betas of {name} are damaged: their signal level leaves 0..1")
     with _one_sentence(f"{name} cannot be sampled by DDIM"):
-        DDIMScheduler.from_config(scheduler.config).set_timesteps(2)
+        ddim(scheduler).set_timesteps(2)
     return abar.float(), prediction
 
 

@@ -30,14 +30,15 @@ def resolve(settings: Settings, begun: bool = False) -> Settings:
         settings = replace(settings, directions=DIRECTIONS)
     if not begun:
         _check_together(settings)
+    if settings.hessian_every and settings.gradient_checkpointing:
+        raise UserError("--hessian-every differentiates twice: leave --gradient-checkpointing out")
     defaults = _defaults(settings, embedded)
     for name in ("members", "epochs"):  # how many serve is seen when the images are there
         defaults.pop(name)
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
-    for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
-        _check_number(settings, name, highest)
+    check_numbers(settings)
     _check_prompts(settings)
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
@@ -90,6 +91,12 @@ def _refuse(problems: dict[str, bool]) -> None:
     for problem, there in problems.items():
         if there:
             raise UserError(problem)
+
+
+def check_numbers(settings: Settings) -> None:
+    """Raises UserError for one out of its range."""
+    for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
+        _check_number(settings, name, highest)
 
 
 def _check_number(settings: Settings, name: str, highest: float | None) -> None:

@@ -51,7 +51,8 @@ def files(folder: Path) -> list[Path]:
     """The state files of a folder, oldest first; raises UserError if it is a file itself."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file where training states go: remove it")
-    found = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdecimal())
+    found = (path for path in folder.glob("step-*.safetensors") if path.is_file())
+    found = (path for path in found if path.stem[5:].isdecimal())
     return sorted(found, key=lambda path: int(path.stem[5:]))
 
 

@@ -127,7 +127,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
         (other | {"model": "gone.safetensors"}, "there is no base model"),
         (other | {"adapter": "/gone"}, "there is no adapter /gone"),
         (other | {"splits": str(splits)}, "not an object of role"),
-        (other | {"splits": str(tmp_path)}, "it is not a file"),
+        (other | {"splits": str(tmp_path)}, "a folder, not a file"),
         (other | {"at": "best"}, "--at needs a run folder"),
         (other | {"shadow": 8}, r"needs a run of train\.py"),
         (other | {"out": str(splits)}, "is not a folder"),

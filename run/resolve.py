@@ -114,8 +114,13 @@ def _check_number(settings: Settings, name: str, highest: float | None) -> None:
 
 def _check_prompts(settings: Settings) -> None:
     for prompt in settings.prompt or ():
-        if len(prompt) > 10_000 or any("\ud800" <= c <= "\udfff" for c in prompt):
+        if len(prompt) > 10_000 or _lone_surrogate(prompt):
             raise UserError("--prompt must be a text of at most 10,000 characters")
+
+
+def _lone_surrogate(text: str) -> bool:
+    """Whether it holds what UTF-8 cannot say, as Python reads other bytes of a command line."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def out_folder(settings: Settings) -> Path:
@@ -123,6 +128,8 @@ def out_folder(settings: Settings) -> Path:
     out = Path(settings.out or f"runs/{settings.method}")
     advice = "give --out the name of a folder"
     try:
+        if _lone_surrogate(str(out)):
+            raise UserError(f"{out} is not UTF-8, and safetensors reads no file in it: {advice}")
         lengths = [len(os.fsencode(part)) for part in out.parts]
         if max(lengths, default=0) > 255 or sum(lengths) > 3500:  # room for the files in it
             raise UserError(f"{out} is too long a name: {advice}")

@@ -42,7 +42,7 @@ HELD = {
     "a text encoder": r"cond_stage_model\.|text_model\.|(encoder\.layers|embeddings)\.",
 }
 OTHERS = {
-    "a LoRA: train.py starts from one with --init": r".*(lora[._](A|B|up|down|layer)\b|hada_w|lokr_w)",
+    "a LoRA (--init starts from one)": r".*(lora[._](A|B|up|down|layer)\b|hada_w|lokr_w)",
     "a ControlNet": r"control_model\.|controlnet_",
     "Stable Diffusion XL": r"conditioner\.",
     "Stable Diffusion 3": r"(.*\.)?joint_blocks\.",

@@ -116,8 +116,9 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
     for name in NEEDED:
         refuse(name not in config, f"{path} is damaged: its settings lack {name}")
     stated = {name: config.get(name) for name in (*NEEDED, "nonmembers", "size", "lam")}
+    known = Settings(**checked(Settings, stated, path))
     try:
-        check_numbers(Settings(**checked(Settings, stated, path)))
+        check_numbers(known)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     without = config.get("nonmembers") is None and instead.get("nonmembers") is not None

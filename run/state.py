@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from command.errors import UserError
-from command.whole_files import write_whole
+from command.whole_files import check_file, write_whole
 
 LACKING = (KeyError, ValueError, TypeError, RuntimeError)  # what a wrong state makes its reader do
 
@@ -51,8 +51,7 @@ def files(folder: Path) -> list[Path]:
     """The state files of a folder, oldest first; raises UserError if it is a file itself."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file where training states go: remove it")
-    found = (path for path in folder.glob("step-*.safetensors") if path.is_file())
-    found = (path for path in found if path.stem[5:].isdecimal())
+    found = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdecimal())
     return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
@@ -69,7 +68,7 @@ def load(
             step, tensors, facts = _read(path)
             take(tensors, facts)
             return step, tensors, facts
-        except (SafetensorError, *LACKING, OSError) as error:
+        except (SafetensorError, UserError, *LACKING, OSError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             print(f"note: {path} is damaged ({reason}); trying the state before it")
     if files(folder):
@@ -78,6 +77,7 @@ def load(
 
 
 def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
+    check_file(path)
     with safe_open(path, framework="pt") as file:
         facts = json.loads((file.metadata() or {})["state"])
         tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118

@@ -165,9 +165,8 @@ def kind(target: Target) -> str:
     """
     flags = {f.name: f.default for f in fields(Settings)}
     retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
-    retired = {name: neutral for name, neutral in retired.items() if neutral is not ...}
-    chosen = flags | retired | target.config
     nothing = [name for name, neutral in retired.items() if neutral is ...]  # whatever it was
+    chosen = flags | retired | target.config
     for name in ("seed", *FREE, *LOOKS, *nothing):
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")

@@ -17,7 +17,7 @@ from torch import nn
 
 from command.errors import UserError
 from embedded.settings import Settings
-from run import state
+from run import snapshot, state
 
 KEEP = 2  # states on disk, as the newest may be damaged
 
@@ -77,7 +77,7 @@ class Stage:
         """Save all that the rest of the stage depends on."""
         tensors = {"generator": self.generator.get_state()}
         parts = {name: module.state_dict() for name, module in self.modules.items()}
-        parts["optimizer"] = state.optimizer_tensors(self.optimizer)
+        parts["optimizer"] = snapshot.optimizer_tensors(self.optimizer)
         for name, part in parts.items():
             tensors |= {f"{name}/{key}": value for key, value in part.items()}
         state.save(self.folder, step, tensors, self.facts | {"seconds": self.seconds}, KEEP)
@@ -103,7 +103,7 @@ class Stage:
             parts.setdefault(part, {})[key] = value
         for name, module in self.modules.items():
             module.load_state_dict(parts[name])
-        state.restore_optimizer(self.optimizer, parts["optimizer"])
+        snapshot.restore_optimizer(self.optimizer, parts["optimizer"])
         self.generator.set_state(tensors["generator"])
         return step
 

@@ -133,8 +133,13 @@ def peak_memory(device: torch.device) -> str:
 # A dry run
 
 
-def dry_run(run: Run, processes: Processes, algorithm: Callable) -> dict[str, str]:
-    """Print what a run would do, with the time of the second of two steps; nothing is written."""
+def dry_run(
+    run: Run, processes: Processes, algorithm: Callable, promised: object = None
+) -> dict[str, str]:
+    """Print what a run would do, with the time of the second of two steps; nothing is written.
+
+    `promised` is a bound that the run will keep, if there is one.
+    """
     s, data = run.settings, run.data
     run.data = few_images(data)
     watch.base_row(run)  # raises UserError where the losses are not finite
@@ -145,6 +150,8 @@ def dry_run(run: Run, processes: Processes, algorithm: Callable) -> dict[str, st
         teaching = s.teachers * s.teacher_steps * lesson
         found["teachers"] = f"{s.teachers} of {s.teacher_steps} steps at {lesson:.2g} s"
         found["public"] = f"{sum(len(D.indices) for D in run.public)} public pictures"
+    if promised:
+        found["promise"] = str(promised)
     seconds = second_step(algorithm, run)
     layers = len(run.adapter.layers)
     where = f"{layers} layers" if layers else "the whole UNet"

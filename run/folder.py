@@ -118,7 +118,10 @@ class RunFolder:
         return self.checkpoint(step), step
 
     def attacker(self, base):
-        """The proxy attacker at the end of the run, a module on the base's device, in eval mode."""
+        """The proxy attacker at the end of the run, a module on the base's device, in eval mode.
+
+        Raises UserError for one that reads more than error maps, as --proxy calibrated.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -126,6 +129,8 @@ class RunFolder:
 
         path = self.path / "attacker" / "attacker.safetensors"
         proxy = self.config()["settings"]["proxy"]
+        if proxy not in PROXIES:
+            raise UserError(f"the attacker of {self} is {proxy}: only raw and pooled can be loaded")
         attacker = PROXIES[proxy](base.latent_shape)
         try:
             check_file(path)

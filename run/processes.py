@@ -116,6 +116,8 @@ class Parallel(Run):
         """
         one_forward = super().error
         if not torch.is_grad_enabled():
+            if len(b) % self.processes.count:  # too few to share: each process does all
+                return one_forward(b)
             parts = self.processes.parts(len(b), 2 * self.settings.batch_size)
             return self.processes.gather(torch.cat([one_forward(b[part]) for part in parts]))
         self.outer_batch, parts = b, self.parts(b)

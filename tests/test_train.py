@@ -171,6 +171,8 @@ BAD = {  # name: (flags, words that the message must have)
     "number": (["--rank", "many"], "--rank"),
     "rank": (["--rank", "0"], "--rank"),
     "steps": (["--steps", "-1"], "--steps"),
+    "size": (["--size", "20"], "not a multiple"),
+    "accumulate": (["--accumulate", "0"], "--accumulate"),
     "lam": (["--lam", "-1"], "--lam"),
     "lam nan": (["--lam", "nan"], "--lam"),
     "seed": (["--seed", "-1"], "--seed"),

@@ -16,6 +16,7 @@ from command.errors import UserError, shown
 from command.flags import checked
 from files import EMBEDDED_SETS
 from run.folder import RunFolder, read_splits
+from run.resolve import check_numbers
 from settings import FREE, LOOKS, Settings
 
 BASE_FILES = (".safetensors", ".json", ".txt")  # weights, configs, and merges of a tokenizer
@@ -114,7 +115,12 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
     config, path = run.config()["settings"], run.path / "config.json"
     for name in NEEDED:
         refuse(name not in config, f"{path} is damaged: its settings lack {name}")
-    checked(Settings, {name: config.get(name) for name in (*NEEDED, "nonmembers")}, path)
+    stated = {name: config.get(name) for name in (*NEEDED, "nonmembers", "size", "lam")}
+    known = Settings(**checked(Settings, stated, path))
+    try:
+        check_numbers(known)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     without = config.get("nonmembers") is None and instead.get("nonmembers") is not None
     refuse(without, f"{folder} was trained without --nonmembers: leave it out")
     config |= {name: value for name, value in instead.items() if value is not None}

@@ -56,15 +56,15 @@ class Stage:
         Raises UserError as `restore`.
         """
         first = self.restore()
-        before, began, saved = self.seconds, time.time(), time.time()
+        before, began, saved = self.seconds, time.monotonic(), time.monotonic()
         for step in range(first, self.count):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * cosine(step, self.count, self.warmup)
             yield step
-            self.seconds = before + time.time() - began
-            if step + 1 == self.count or time.time() - saved >= self.pause:
+            self.seconds = before + time.monotonic() - began
+            if step + 1 == self.count or time.monotonic() - saved >= self.pause:
                 self.save(step + 1)
-                saved = time.time()
+                saved = time.monotonic()
 
     def descend(self, loss: torch.Tensor) -> None:
         """One step of AdamW along the gradient of `loss`, clipped at norm 1."""

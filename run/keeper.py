@@ -39,14 +39,14 @@ class Keeper:
     def __init__(self, run: Run, processes: Processes):
         self.run, self.processes, self.settings = run, processes, run.settings
         self.folder = RunFolder(run.settings.out)
-        self.started, self.before = time.time(), 0.0  # seconds of the processes before this one
-        self.saved = time.monotonic()  # when the last state was written
+        self.before = 0.0  # seconds of the processes before this one
+        self.started = self.saved = time.monotonic()  # saved: when the last state was written
         self.caught: list[int] = []  # signals that ask the run to stop
 
     @property
     def seconds(self) -> float:
         """Of training until now."""
-        return self.before + time.time() - self.started
+        return self.before + time.monotonic() - self.started
 
     def __enter__(self) -> "Keeper":
         if self.processes.main:
@@ -134,12 +134,12 @@ class Keeper:
         """The rows with their seconds and their local smoothness; raises UserError where the run
         diverges.
         """
-        began = time.time()
+        began = time.monotonic()
         try:
             for row in algorithm(run, steps):
                 row |= getattr(run, "curvature", {})
-                yield row | {"seconds": time.time() - began}
-                began = time.time()
+                yield row | {"seconds": time.monotonic() - began}
+                began = time.monotonic()
         except Diverged as diverged:
             raise watch.explained(diverged, run.settings) from None
 

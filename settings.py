@@ -285,6 +285,8 @@ class Settings:
 
 # may change on --resume
 FREE = ("out", "device", "state_every", "resume", "track", "dry_run")
+# name what may lie elsewhere on --resume, if its content is the same
+PLACES = ("model", "data", "nonmembers", "public", "init", "directions")
 # change no number of the training itself
 LOOKS = ("norms_every", "hessian_every", "samples", "prompt")
 

@@ -12,7 +12,9 @@ class UserError(Exception):
     """An error that a user can correct: one sentence says what is wrong, where, and what to do."""
 
 
+PASSING = {errno.EIO, errno.ETIMEDOUT, getattr(errno, "ESTALE", errno.EIO)}  # of a disk or drive
 CORRECTABLE = {
+    *PASSING,
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
 }  # failures of the file system that name a file or its disk

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and files that are read with bounds."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -24,8 +25,7 @@ def write_whole(path: Path, content: bytes | str) -> Path:
     try:
         with open(aside, "xb") as file:  # with the permissions that any new file has
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            to_disk(file)
         os.replace(aside, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -34,6 +34,16 @@ def write_whole(path: Path, content: bytes | str) -> Path:
             error.filename, error.filename2 = str(path), None  # write() names no file
         raise
     return path
+
+
+def to_disk(file) -> None:
+    """Flush an open file to the disk, as far as its file system can: some network drives cannot."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def write_json(path: Path, value: dict | list) -> None:

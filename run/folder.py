@@ -15,13 +15,15 @@ tests/test_evaluate_faults.py.
 
 import json
 import math
-import os
 import subprocess
 import time
 from pathlib import Path
 
 from command.errors import UserError
-from command.whole_files import check_file, read_json, write_json, write_whole
+from command.whole_files import check_file, read_json, to_disk, write_json, write_whole
+from settings import DIRECTIONS, EMBEDDED
+
+OURS = {"model": EMBEDDED, "directions": DIRECTIONS}  # lie in the checkout
 
 
 class RunFolder:
@@ -54,6 +56,10 @@ class RunFolder:
         found = read_json(self.path / "config.json")
         if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
             raise UserError(f"{self.path / 'config.json'} is not a run's config: no settings in it")
+        for name in OURS if "identity" in found else ():  # which compares what lies there
+            place, ours = Path(str(found["settings"].get(name))), OURS[name]
+            if place.name == Path(ours).name and not place.exists():  # the checkout was moved
+                found["settings"][name] = ours
         return found
 
     def device(self) -> str | None:
@@ -155,6 +161,12 @@ class RunFolder:
         write_json(self.path / "config.json", config)
         write_whole(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
+    def move(self, places: dict[str, str | None]) -> None:
+        """Keep where the files that settings name lie now."""
+        config = self.config()
+        if config["settings"] != (settings := config["settings"] | places):
+            write_json(self.path / "config.json", config | {"settings": settings})
+
     def sweep(self) -> None:
         """Remove what a killed training has left half-written; an evaluation may be at work on the
         files of its own.
@@ -244,8 +256,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Everything so far is on the disk when this returns."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            to_disk(self.file)
 
     def __enter__(self) -> "MetricsLog":
         return self

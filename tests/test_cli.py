@@ -293,6 +293,7 @@ def test_shown(text, expected):
         (OSError(errno.ENOSPC, "No space left", "a.json"), "a.json: No space left"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a\nb"), "a\\nb: File name too long"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/g"), "f/g: Not a directory"),
+        (OSError(errno.EIO, "Input/output error", "i"), "i: Input/output error"),
         (OSError(errno.ELOOP, "Too many links", "l"), "l: Too many links"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), "d: Is a directory"),
         (FileNotFoundError(errno.ENOENT, "No such file", "n"), "n: No such file"),
@@ -307,7 +308,9 @@ def test_one_line(capsys, error, words):
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError(errno.EIO, "x")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RuntimeError("shape"), OSError(errno.EBADF, "x")]
+)
 def test_our_failures_keep_their_traceback(error):
     with pytest.raises(type(error)), one_line_errors():
         raise error
@@ -416,6 +419,21 @@ def test_write_whole_that_fails_leaves_the_old_file(tmp_path, monkeypatch, failu
         write_whole(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     assert getattr(caught.value, "filename", str(path)) == str(path)
+
+
+def test_write_whole_where_fsync_is_unknown(tmp_path, monkeypatch):
+    """Some network drives answer EINVAL; what else a disk says counts."""
+
+    def fsync(number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code = errno.EINVAL
+    assert write_whole(tmp_path / "a.txt", "new").read_text() == "new"
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        write_whole(tmp_path / "a.txt", "newer")
+    assert (tmp_path / "a.txt").read_text() == "new"
 
 
 @pytest.mark.parametrize("name", ["d", "d/f/g", "x" * 300, "no/such"])

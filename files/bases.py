@@ -19,7 +19,8 @@ import torch
 from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
+from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
+from files import checkpoints
 from files.tensors import opened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -257,6 +258,9 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     if info["missing_keys"]:
         missing = min(info["missing_keys"])
         raise UserError(f"{where} is not whole: its file lacks {shown(missing)}")
+    for key in sorted(info["unexpected_keys"]):
+        if not checkpoints.HARMLESS.fullmatch(key):
+            raise UserError(checkpoints.dropped(where, key))
     for key, found, wanted in info["mismatched_keys"]:
         raise UserError(
             f"{where} is not what its config says: {key} is {tuple(found)}, not {tuple(wanted)}"
@@ -294,12 +298,31 @@ def _single_file(path: Path, dtype: torch.dtype):
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
     with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
         try:
-            return StableDiffusionPipeline.from_single_file(
+            pipeline = StableDiffusionPipeline.from_single_file(
                 str(path), dtype=dtype, **UNUSED, **_bare_clip(path, dtype, config), **config
             )
         except NotImplementedError:  # PyTorch's, for a tensor without a value
             lack = "it lacks tensors of its unet or vae"
             raise UserError(f"{shown(path)} is not whole: {lack}") from None
+    checkpoints.require_known(path)
+    _read_prediction(path, pipeline, beside if config else None)
+    return pipeline
+
+
+def _read_prediction(path: Path, pipeline, beside: Path | None) -> None:
+    """Let the scheduler be as the checkpoint says.  Raises UserError if the scheduler's config
+    beside it says that the model predicts something else.
+    """
+    value, where, changes = checkpoints.prediction(path)
+    config = beside and beside / "scheduler" / "scheduler_config.json"
+    other = read_json(config).get("prediction_type", value) if value and config else value
+    if value != other:
+        raise UserError(
+            f"{shown(path)} predicts {shown(value)} ({where}), but {shown(config)} says "
+            f"{shown(other)}: correct one of them"
+        )
+    if changes:
+        pipeline.scheduler = ddim(pipeline.scheduler, **changes)
 
 
 def _require_checkpoint(path: Path) -> None:
@@ -365,8 +388,6 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     """abar (T,) float32, and "epsilon" or "v_prediction".  Raises UserError for a schedule that
     cannot be trained with or sampled from.
     """
-    from diffusers import DDIMScheduler
-
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
         kind = type(scheduler).__name__
@@ -382,7 +403,7 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     if not ((abar >= 0) & (abar <= 1)).all():  # not so for NaN; 0 is zero terminal SNR
         raise UserError(f"the betas of {name} are damaged: their signal level leaves 0..1")
     with _one_sentence(f"{name} cannot be sampled by DDIM"):
-        DDIMScheduler.from_config(scheduler.config).set_timesteps(2)
+        ddim(scheduler).set_timesteps(2)
     return abar.float(), prediction
 
 

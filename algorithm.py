@@ -36,7 +36,7 @@ class Batch:
 
     def __getitem__(self, rows: slice | list[int]) -> "Batch":
         """Some of its images."""
-        return Batch(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 class Shuffled:

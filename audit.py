@@ -191,7 +191,7 @@ def dry_run(s: Audit, plan) -> dict[str, float]:
         f"time:     about {duration(training + queries)}: {duration(training)} of training, "
         f"{duration(queries)} of queries\n"
         f"disk:     {todo * found['bytes'] / 1e9:.2g} GB\n"
-        f"memory:   {memory:.1f} GiB in each of {jobs} processes\n"
+        f"memory:   {memory} in each of {jobs} processes\n"
         f"dry run: nothing was written to {s.out}"
     )
     return found

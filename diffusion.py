@@ -178,16 +178,21 @@ def prediction_target(latents, noise, timesteps, abar, prediction: str) -> torch
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
-def predict(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
-    """What the UNet answers, f(z_t, t, tau(y)): (B, C, h, w) in the dtype of the noise; the
-    adapter's gradient flows.
+def answer(base: Base, noisy_latents, timesteps, text) -> torch.Tensor:
+    """What the UNet answers to z_t, f(z_t, t, tau(y)): (B, C, h, w) in the dtype of z_t, whatever
+    those of the UNet and of the text are; the adapter's gradient flows.
     """
-    noisy_latents, dtype = add_noise(latents, noise, timesteps, base.abar), base.unet.dtype
+    dtype = base.unet.dtype  # float32 with --target full, also where text encoder and VAE are half
     half = dtype in (torch.bfloat16, torch.float16)
     # autocast brings float32 adapters and a half-precision base together
     with torch.autocast(base.device.type, dtype) if half else nullcontext():
-        answer = base.unet(noisy_latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
-    return answer.to(noise.dtype)
+        given = noisy_latents.to(dtype), timesteps, text.to(dtype)
+        return base.unet(*given, return_dict=False)[0].to(noisy_latents.dtype)
+
+
+def predict(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
+    """What the UNet answers where this noise is in the latents: (B, C, h, w)."""
+    return answer(base, add_noise(latents, noise, timesteps, base.abar), timesteps, text)
 
 
 def residual(base: Base, latents, text, timesteps, noise) -> torch.Tensor:
@@ -261,25 +266,17 @@ def sample(
     `empty` (1, L, D) embeds "" and `noise` (N, C, h, w) is z_T, so two models can be drawn from the
     same noise.
     """
-    base.pipeline.scheduler = ddim(base.pipeline.scheduler)
-    parts, batch = [], at_once(base)
-
-    def step_done(pipeline, step, t, kept: dict) -> dict:
-        done(len(kept["latents"]) / steps)
-        return kept
-
+    scheduler = ddim(base.pipeline.scheduler)
+    scheduler.set_timesteps(steps, base.device)
+    vae, parts, batch = base.pipeline.vae, [], at_once(base)
     for i in range(0, len(text), batch):
-        prompts = text[i : i + batch]
-        images = base.pipeline(
-            prompt_embeds=prompts,
-            negative_prompt_embeds=empty.expand(len(prompts), -1, -1),
-            latents=noise[i : i + batch].to(base.unet.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=base.size,
-            width=base.size,
-            output_type="np",
-            callback_on_step_end=step_done,
-        ).images
-        parts.append((images * 255).round().astype(np.uint8))
+        z, c = noise[i : i + batch], text[i : i + batch]
+        both = torch.cat([empty.expand_as(c), c])
+        for t in scheduler.timesteps:
+            without, with_text = answer(base, torch.cat([z, z]), t, both).chunk(2)
+            z = scheduler.step(without + guidance * (with_text - without), t, z).prev_sample
+            done(len(z) / steps)
+        x = vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+        x = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        parts.append((x * 255).round().astype(np.uint8))
     return np.concatenate(parts)

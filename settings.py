@@ -271,9 +271,9 @@ class Settings:
             "weight_decay": (0.01,),
             "delta": (1e-5,),
             "split": ("default",),
-            "image_clip": (...,),
+            "image_clip": (0.1,),
             "noise_multiplier": (None,),
-            "draws": (...,),
+            "draws": (1,),
             "epochs": (...,),
             "keep": (...,),
             "threads": (...,),
@@ -285,6 +285,8 @@ class Settings:
 
 # may change on --resume
 FREE = ("out", "device", "state_every", "resume", "track", "dry_run")
+# name what may lie elsewhere on --resume, if its content is the same
+PLACES = ("model", "data", "nonmembers", "public", "init", "directions")
 # change no number of the training itself
 LOOKS = ("norms_every", "hessian_every", "samples", "prompt")
 

@@ -83,14 +83,15 @@ def learn(s: Settings, extra: tuple[type, ...] = ()) -> dict:
     processes = Processes(s.device)
     s, base, data = prepare.load(s, processes)
     run = assemble(s, base, data, processes, extra)
+    promised = promise(run) if s.method == "dp" else None
     if s.dry_run:
-        return cost.dry_run(run, processes, algorithm_1)
+        return cost.dry_run(run, processes, algorithm_1, promised)
     with Keeper(run, processes) as keeper:
         if s.method == "distill":
             keeper.parts("teacher", run.lessons(), s.teachers, algorithm_1)
         for _ in keeper.rows(algorithm_1):
             pass
-    return keeper.finish(promise(run) if s.method == "dp" else None)
+    return keeper.finish(promised)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from attacks.classifiers import classifier_score, combined
 from command import progress
-from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, at_once, squared_error
+from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, answer, at_once, squared_error
 from methods.per_image import PerImage
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
@@ -39,7 +39,7 @@ def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
     for i in range(0, len(noisy_latents), batch):
         z, c = noisy_latents[i : i + batch], text[i : i + batch]
         at = torch.full((len(z),), t, device=base.device)
-        out = base.unet(z.to(base.unet.dtype), at, c, return_dict=False)[0].to(z.dtype)
+        out = answer(base, z, at, c)
         if base.prediction == "v_prediction":
             out = base.abar[t].sqrt() * out + (1 - base.abar[t]).sqrt() * z
         parts.append(out)

@@ -15,6 +15,7 @@ from command.errors import UserError, shown
 from command.flags import checked
 from files import EMBEDDED_SETS
 from run.folder import RunFolder, read_splits
+from run.resolve import check_numbers
 from settings import FREE, LOOKS, Settings
 
 NEEDED = ("method", "model", "data", "caption", "dtype", "seed")  # of the settings of a run
@@ -112,7 +113,12 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
     config, path = run.config()["settings"], run.path / "config.json"
     for name in NEEDED:
         refuse(name not in config, f"{path} is damaged: its settings lack {name}")
-    checked(Settings, {name: config.get(name) for name in (*NEEDED, "nonmembers")}, path)
+    stated = {name: config.get(name) for name in (*NEEDED, "nonmembers", "size", "lam")}
+    known = Settings(**checked(Settings, stated, path))
+    try:
+        check_numbers(known)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     without = config.get("nonmembers") is None and instead.get("nonmembers") is not None
     refuse(without, f"{folder} was trained without --nonmembers: leave it out")
     config |= {name: value for name, value in instead.items() if value is not None}
@@ -158,9 +164,8 @@ def kind(target: Target) -> str:
     """
     flags = {f.name: f.default for f in fields(Settings)}
     retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
-    retired = {name: neutral for name, neutral in retired.items() if neutral is not ...}
-    chosen = flags | retired | target.config
     nothing = [name for name, neutral in retired.items() if neutral is ...]  # whatever it was
+    chosen = flags | retired | target.config
     for name in ("seed", *FREE, *LOOKS, *nothing):
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")

@@ -12,7 +12,9 @@ class UserError(Exception):
     """An error that a user can correct: one sentence says what is wrong, where, and what to do."""
 
 
+PASSING = {errno.EIO, errno.ETIMEDOUT, getattr(errno, "ESTALE", errno.EIO)}  # of a disk or drive
 CORRECTABLE = {
+    *PASSING,
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
 }  # failures of the file system that name a file or its disk
@@ -22,6 +24,13 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation
 def shown(text) -> str:
     """`text` as one line, with newlines and all else that does not print spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def printable() -> None:
+    """Spell out what the console cannot show: no caption and no name of a file stops a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

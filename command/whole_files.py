@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and files that are read with bounds."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -18,13 +19,13 @@ def write_whole(path: Path, content: bytes | str) -> Path:
     The temporary file is `<name>.<random>.tmp` in the same folder, so that two writers do not meet;
     the later one wins.  Only a killed process leaves it behind.  An OSError names `path`.
     """
-    content = content.encode() if isinstance(content, str) else content
+    if isinstance(content, str):  # a file's name may be no UTF-8
+        content = content.encode("utf-8", "backslashreplace")
     aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(aside, "xb") as file:  # with the permissions that any new file has
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            to_disk(file)
         os.replace(aside, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -35,12 +36,22 @@ def write_whole(path: Path, content: bytes | str) -> Path:
     return path
 
 
+def to_disk(file) -> None:
+    """Flush an open file to the disk, as far as its file system can: some network drives cannot."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def write_json(path: Path, value: dict | list) -> None:
     """Write indented JSON."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_file(path: Path, limit: int) -> None:
+def check_file(path: Path, limit: float = float("inf")) -> None:
     """Raises UserError unless `path` leads to a regular file of at most `limit` bytes."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):

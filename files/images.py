@@ -11,12 +11,13 @@ then the split; other folders are split by files/roles.py.  Tested in tests/test
 
 import hashlib
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from command import progress
 from command.errors import UserError, shown
@@ -36,6 +37,17 @@ OUTSIDE = "nonmembers/"  # before the names of the images of --nonmembers
 # the only decoders that Pillow may try, whatever the file's name is
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
+# what others a file can be, by its first bytes; cameras and the web give them any name
+OTHERS = {
+    "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+    "AVIF": rb"....ftypavi",
+    "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP|\xffO\xffQ",
+    "a Photoshop file": rb"8BPS",
+    "a PDF": rb"%PDF",
+    "a web page or an SVG": rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]",
+}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, in all or at once
 PIXELS = (8, 20_000)  # the shortest and longest side of an image
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of a colour profile: Pillow's mode
 
@@ -218,9 +230,19 @@ def _square(file: Path, size: int, damaged: list[Path]) -> np.ndarray:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:  # open() failed; decoders name no file
             raise
-        raise UserError(
-            f"{shown(file)} is not a readable image (corrupt, cut short or empty): replace it"
-        ) from error
+        raise UserError(f"{shown(file)} {_why(file, error)}") from error
+
+
+def _why(file: Path, error: Exception) -> str:
+    """What an image is, or has, that it cannot be read."""
+    if "MAX_TEXT" in str(error):
+        return "holds more than 64 MB of text or profile: save it without"
+    with open(file, "rb") as opened:
+        begin = opened.read(100)
+    for kind, known in OTHERS.items():
+        if re.match(known, begin, re.DOTALL):
+            return f"is {kind}, whatever its name says: save it as PNG or JPEG"
+    return "is not a readable image (corrupt, cut short or empty): replace it"
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:

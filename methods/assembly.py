@@ -32,12 +32,12 @@ def assemble(
     if s.method == "distill":
         given["public"], data = with_public(s, base, data)
         kinds.append(Student)
-    if s.flip:
-        kinds.append(Mirrored)
-    if s.proxy == "calibrated":
-        kinds.append(Calibrated)
     if s.hessian_every:
         kinds.append(Curved)
+    if s.proxy == "calibrated":
+        kinds.append(Calibrated)  # before Mirrored, whose images the base is to see
+    if s.flip:
+        kinds.append(Mirrored)
     if s.schedule != "constant":
         kinds.append(Scheduled)
     if private:

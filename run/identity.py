@@ -15,10 +15,9 @@ from dataclasses import asdict
 
 from command.errors import UserError, shown
 from files import EMBEDDED_SETS, contents
-from settings import FREE, LOOKS, Settings
+from settings import FREE, LOOKS, PLACES, Settings
 
 FILES = ("init", "directions", "public")  # settings that name files
-PLACES = ("model", "data", "nonmembers", *FILES)  # what lies there counts, not where
 
 
 def of(s: Settings, base) -> dict[str, str | None]:
@@ -39,7 +38,9 @@ def _content(name: str, value: str | None) -> str | None:
 
 
 def decided(s: Settings) -> dict:
-    """The settings that decide what an adapter becomes, without places."""
+    """The settings that decide what an adapter becomes, without PLACES: what lies there counts, not
+    where.
+    """
     return {k: v for k, v in asdict(s).items() if k not in {*FREE, *LOOKS, *PLACES}}
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,14 +22,19 @@ import torch
 import lora
 from algorithm import Diverged, Run
 from command import progress
-from command.errors import UserError
+from command.errors import PASSING, UserError
 from files import adapters
 from files.images import Images
 from run import cost, due, identity, pictures, snapshot, state, watch
 from run.folder import MetricsLog, RunFolder, git_commit, provenance, tensorboard
 from run.precheck import going_on
 from run.processes import Processes
+from settings import PLACES
 
+INSISTENT = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK")  # a second one acts at once
+ENDING = (*INSISTENT, "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
+ENDING += ("SIGVTALRM", "SIGPROF", "SIGPWR")  # each as far as the system has it
+DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 Algorithm = Callable[[Run, Iterable[int]], Iterator[dict]]
 
 
@@ -39,20 +44,22 @@ class Keeper:
     def __init__(self, run: Run, processes: Processes):
         self.run, self.processes, self.settings = run, processes, run.settings
         self.folder = RunFolder(run.settings.out)
-        self.started, self.before = time.time(), 0.0  # seconds of the processes before this one
-        self.saved = time.monotonic()  # when the last state was written
+        self.before = 0.0  # seconds of the processes before this one
+        self.started = self.saved = time.monotonic()  # saved: when the last state was written
         self.caught: list[int] = []  # signals that ask the run to stop
 
     @property
     def seconds(self) -> float:
         """Of training until now."""
-        return self.before + time.time() - self.started
+        return self.before + time.monotonic() - self.started
 
     def __enter__(self) -> "Keeper":
         if self.processes.main:
             self.folder.sweep()
         if self.settings.resume and any(self.folder.state.glob("**/step-*.safetensors")):
             self.require_the_same()
+            if self.processes.main:
+                self.folder.move({name: getattr(self.settings, name) for name in PLACES})
         elif self.processes.main:
             self.begin()
         self.signals = stop_signals(self.caught)
@@ -139,12 +146,12 @@ class Keeper:
         """The rows with their seconds and their local smoothness; raises UserError where the run
         diverges.
         """
-        began = time.time()
+        began = time.monotonic()
         try:
             for row in algorithm(run, steps):
                 row |= getattr(run, "curvature", {})
-                yield row | {"seconds": time.time() - began}
-                began = time.time()
+                yield row | {"seconds": time.monotonic() - began}
+                began = time.monotonic()
         except Diverged as diverged:
             raise watch.explained(diverged, run.settings) from None
 
@@ -153,15 +160,20 @@ class Keeper:
         it is due.
         """
         run, s, step = self.run, self.settings, row["step"]
+        last = step == s.steps or stopped
         if due.saves(s, step):
-            row |= watch.held_out(run)
-            watch.save_adapter(run, self.folder.checkpoint(step), step)
+            losses = watch.held_out(run)
+            with forgiving(f"adapter of step {step}", last):
+                watch.save_adapter(run, self.folder.checkpoint(step), step)
+                row |= losses  # which say that there is an adapter
         if due.draws(run, step):
             pictures.on_the_way(run, step)
-        log(row)
-        if self.state_due(step, step == s.steps or stopped):
-            log.sync()
-            self.save_state(self.folder.state, run, step, due.KEEP)
+        with forgiving(f"row of step {step} yet", last):  # it stays in the file's buffer
+            log(row)
+        if self.state_due(step, last):
+            with forgiving(f"training state of step {step}", last):
+                log.sync()
+                self.save_state(self.folder.state, run, step, due.KEEP)
 
     def parts(self, name: str, runs: Iterator[Run], count: int, algorithm: Algorithm) -> None:
         """Train `count` runs that the run needs, such as teachers, in turn; each goes on where a
@@ -175,8 +187,10 @@ class Keeper:
                 for row in self.timed(algorithm, part, range(first, steps + 1)):
                     bar.advance(k + row["step"] / steps - bar.done)
                     stopped = self.processes.any(bool(self.caught))
-                    if main and self.state_due(row["step"], row["step"] == steps or stopped):
-                        self.save_state(folder, part, row["step"], keep=1)
+                    last = row["step"] == steps or stopped
+                    if main and self.state_due(row["step"], last):
+                        with forgiving(f"training state of {name} {k}", last):
+                            self.save_state(folder, part, row["step"], keep=1)
                     if stopped:
                         self.leave(0)
 
@@ -221,12 +235,10 @@ class Keeper:
 
     def leave(self, step: int) -> None:
         """After a signal: the state is saved, say so and exit as the signal would have."""
+        line = f"stopped after step {step} of {self.settings.steps}"
         if self.processes.main:
-            print(
-                f"stopped after step {step} of {self.settings.steps}; "
-                f"to go on: {going_on(self.settings)}",
-                file=sys.stderr,
-            )
+            with suppress(OSError):  # a closed terminal sends SIGHUP and reads no more
+                print(f"{line}; to go on: {going_on(self.settings)}", file=sys.stderr)
         self.processes.close()
         raise SystemExit(128 + (self.caught[0] if self.caught else signal.SIGTERM))
 
@@ -249,6 +261,20 @@ class Keeper:
         return step
 
 
+@contextmanager
+def forgiving(what: str, last: bool) -> Iterator[None]:
+    """Inside, a file is written of which another will be: that a disk or a network drive fails once
+    is a note then, and not the end of the run.
+    """
+    try:
+        yield
+    except OSError as error:
+        if last or error.errno not in PASSING:
+            raise
+        where = error.filename or "metrics.jsonl"
+        print(f"note: no {what} ({where}: {error.strerror}); the next one is tried")
+
+
 def show(bar: progress.Stage, row: dict) -> None:
     """A step is done: the main values of its row behind the bar."""
     names = {"loss": "adaptation_loss", "attacker": "attacker_accuracy"}
@@ -259,18 +285,21 @@ def show(bar: progress.Stage, row: dict) -> None:
 
 @contextmanager
 def stop_signals(caught: list[int]) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are noted in the list, to be obeyed after the step; a second one
-    acts at once.
+    """Inside, a signal that would end the process is noted in the list, to be obeyed after the
+    step.  One that is ignored, such as SIGHUP under nohup, or handled already, stays so.
     """
+    before = {n: signal.getsignal(n) for n in signal.Signals if n.name in ENDING}
+    before = {n: handler for n, handler in before.items() if handler in DEFAULT}
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        before = {}
 
     def note(number, frame):
         caught.append(number)
-        signal.signal(number, before[number])
+        if signal.Signals(number).name in INSISTENT:
+            signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield
     finally:

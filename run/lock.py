@@ -35,12 +35,6 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def require_free(folder: Path) -> None:
-    """Raise UserError if a process holds `folder` now.  Changes nothing."""
-    if (folder / NAME).exists():
-        _acquired(folder).release()
-
-
 def _acquired(folder: Path) -> FileLock:
     # filelock's own fallback, a file that says who holds it, would stay after a kill
     lock = FileLock(folder / NAME, timeout=0, fallback_to_soft=False)

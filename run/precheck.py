@@ -4,14 +4,16 @@ import os
 import re
 import shlex
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from command.errors import UserError, shown, this_command
 from command.flags import checked
 from command.whole_files import read_json
 from files import EMBEDDED_SETS
+from run.folder import RunFolder
 from run.resolve import out_folder, resolve
-from settings import FREE, Settings
+from settings import FREE, PLACES, Settings
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # owner/name; anything else is a path
 ALONE = {"WORLD_SIZE": "1", "RANK": "0"}  # what the environment says without a launcher
@@ -53,6 +55,8 @@ def launched() -> tuple[int, int]:
 
 
 def _require_paths(s: Settings) -> None:
+    if s.track and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        raise UserError(f"--track {s.track} needs a package that is missing: pip install {s.track}")
     path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
     if path and not os.path.exists(s.model):
         raise UserError(
@@ -100,34 +104,40 @@ def _require_processes(config: Path) -> None:
 def stored(settings: Settings) -> tuple[Settings, dict | None]:
     """For --resume: the settings of the run in --out, and its summary if it is finished.
 
-    A flag given that says something else is refused, save those in FREE.  Raises UserError.
+    A flag given that says something else is refused, save those in FREE, and those in PLACES whose
+    content the run folder knows: it is compared later.  Raises UserError.
     """
     out = out_folder(settings)
-    path = out / "config.json"
-    if not path.exists():
+    if not (out / "config.json").exists():
         return settings, None
-    known, summary = _read_run(path)
+    known, summary, compared = _read_run(RunFolder(out))
+    taken = {name: getattr(settings, name) for name in FREE}
     for f in fields(Settings):
         given = getattr(settings, f.name)
-        if f.name in known and f.name not in FREE and given not in (f.default, known[f.name]):
+        if f.name not in known or f.name in FREE or given in (f.default, known[f.name]):
+            continue
+        if known[f.name] is None or f.name not in compared:
             flag = "--" + f.name.replace("_", "-")
             raise UserError(
                 f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
             )
-    free = {name: getattr(settings, name) for name in FREE} | {"out": str(out)}
-    return replace(Settings(**known), **free), summary
+        taken[f.name] = given
+    return replace(Settings(**known), **taken | {"out": str(out)}), summary
 
 
-def _read_run(path: Path) -> tuple[dict, dict | None]:
-    """(settings, summary) of a config.json; raises UserError if it is not a whole one."""
+def _read_run(run: RunFolder) -> tuple[dict, dict | None, list[str]]:
+    """(settings, summary, those of PLACES whose content is known) of a run; raises UserError if its
+    config.json is not a whole one.
+    """
+    path = run.path / "config.json"
     try:
-        config = read_json(path)
-        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-            raise UserError("it holds no settings")
-        summary = config.get("summary")
-        if not isinstance(summary, dict | None):
-            raise UserError("its summary is not an object")
-        return checked(Settings, config["settings"], path), summary
+        config = run.config()
+        summary, contents = config.get("summary"), config.get("identity")
+        if not (isinstance(summary, dict | None) and isinstance(contents, dict | None)):
+            raise UserError("its summary or its identity is not an object")
+        compared = [name for name in PLACES if (contents or {}).get(name)]
+        compared += ["data", "nonmembers"] if (run.path / "images.json").exists() else []
+        return checked(Settings, config["settings"], path), summary, compared
     except UserError as error:
         raise UserError(
             f"{path} is not a run's config ({error}): it cannot be continued, take another --out"

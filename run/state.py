@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from command.errors import UserError
-from command.whole_files import write_whole
+from command.whole_files import check_file, write_whole
 
 LACKING = (KeyError, ValueError, TypeError, RuntimeError)  # what a wrong state makes its reader do
 
@@ -69,7 +69,7 @@ def load(
             step, tensors, facts = _read(path)
             take(tensors, facts)
             return step, tensors, facts
-        except (SafetensorError, *LACKING, OSError) as error:
+        except (SafetensorError, UserError, *LACKING, OSError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             print(f"note: {path} is damaged ({reason}); trying the state before it")
     if files(folder):
@@ -78,6 +78,7 @@ def load(
 
 
 def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
+    check_file(path)
     with safe_open(path, framework="pt") as file:
         facts = json.loads((file.metadata() or {})["state"])
         tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118

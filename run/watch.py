@@ -60,7 +60,7 @@ class Curved(Run):
         s, members = self.settings, self.data.members()
         generator = torch.Generator().manual_seed(HESSIAN_SEED)  # no stream of the run's own
         size = min(s.batch_size, len(members))
-        b = Run.batch(self, Shuffled(members, size, generator))
+        b = super().batch(Shuffled(members, size, generator))
         e = Run.error(self, b)
         gain = mi_gain(self.log_h(e, b)) if s.attacked else None
         return objective(s.objective, adaptation_loss(e), gain, s.lam)

@@ -2,6 +2,7 @@
 one left alone.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -23,10 +24,13 @@ from files.bases import load_base
 from files.encode import encode
 from files.images import load_images
 from run import pictures, prepare, snapshot, state
+from run.folder import RunFolder
+from run.keeper import ENDING, INSISTENT, stop_signals
 from run.precheck import going_on, stored
 from settings import Settings
 
 STEPS, KILLS = 30, 20
+ASKED = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def life(settings):
@@ -65,7 +69,7 @@ def until(step, out, pid):
 
 
 def lives(model, images, tmp):
-    """In a process of its own: one run left alone, one killed KILLS times, one told to stop by both
+    """In a process of its own: one run left alone, one killed KILLS times, one told to stop by
     signals.
     """
     torch.set_num_threads(1)
@@ -91,7 +95,7 @@ def lives(model, images, tmp):
         codes["kept"] = max(codes["kept"], len(state.files(Path(tmp, "killed", "state"))))
     codes["killed"].append(end(life(settings("killed", resume=True))))
     codes["asked"] = []
-    for k, number in enumerate((signal.SIGTERM, signal.SIGINT)):
+    for k, number in enumerate(ASKED):
         pid = life(settings("asked", resume=k > 0))
         until(4 + 8 * k, f"{tmp}/asked", pid)
         os.kill(pid, number)
@@ -137,10 +141,50 @@ def test_killed_twenty_times(three_runs):
 
 
 def test_signals_save_and_exit(three_runs):
-    """SIGTERM and SIGINT end a run after its step, with the usual exit codes; nothing is lost."""
+    """Signals end a run after its step, with the usual exit codes; nothing is lost."""
     tmp, codes = three_runs
-    assert codes["asked"] == [128 + signal.SIGTERM, 128 + signal.SIGINT, 0]
+    assert codes["asked"] == [*(128 + number for number in ASKED), 0]
     same(tmp / "alone", tmp / "asked")
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_every_signal_that_would_end_the_process_is_noted(name):
+    """One that is ignored stays ignored; afterwards all are what they were."""
+    if not (number := getattr(signal, name, None)):
+        pytest.skip("this system has no such signal")
+    caught, found = [], signal.signal(number, signal.SIG_DFL)
+    try:
+        with stop_signals(caught):
+            os.kill(os.getpid(), number)
+            assert caught == [number]
+            assert (signal.getsignal(number) == signal.SIG_DFL) == (name in INSISTENT)
+        assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
+        with stop_signals(caught):
+            os.kill(os.getpid(), number)
+        assert caught == [number]
+    finally:
+        signal.signal(number, found)
+
+
+def test_one_failure_of_the_disk_is_a_note(small, tmp_path, monkeypatch, no_pictures, capsys):
+    """Of an adapter or a state on the way the next one is written; the last one must be."""
+    failing, replace = ["checkpoints/step-000001", "state/step-000001"], os.replace
+
+    def sometimes(source, target):
+        if any(name in str(target) for name in failing):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sometimes)
+    options = {"method": "lora", "steps": 2, "save_every": 1, "state_every": 1}
+    train.train(small(tmp_path / "first", **options))
+    out = capsys.readouterr().out
+    for what in ("adapter", "training state"):
+        assert f"note: no {what} of step 1 (" in out
+    assert list(RunFolder(tmp_path / "first").held_out()) == [2]
+    for failing in (["checkpoints/step-000002"], ["state/step-000002"]):
+        with pytest.raises(OSError, match=f"Input/output error: .*{failing[0]}"):
+            train.train(small(tmp_path / failing[0], **options))
 
 
 def test_resume_of_a_finished_run_does_nothing(three_runs, capsys):

@@ -293,6 +293,7 @@ def test_shown(text, expected):
         (OSError(errno.ENOSPC, "No space left", "a.json"), "a.json: No space left"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a\nb"), "a\\nb: File name too long"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/g"), "f/g: Not a directory"),
+        (OSError(errno.EIO, "Input/output error", "i"), "i: Input/output error"),
         (OSError(errno.ELOOP, "Too many links", "l"), "l: Too many links"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), "d: Is a directory"),
         (FileNotFoundError(errno.ENOENT, "No such file", "n"), "n: No such file"),
@@ -307,7 +308,9 @@ def test_one_line(capsys, error, words):
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError(errno.EIO, "x")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RuntimeError("shape"), OSError(errno.EBADF, "x")]
+)
 def test_our_failures_keep_their_traceback(error):
     with pytest.raises(type(error)), one_line_errors():
         raise error
@@ -337,6 +340,28 @@ def test_closed_pipe_is_quiet(lines):
     finally:
         os.close(writer)
     assert done.returncode == 141 and done.stderr == b""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_a_console_that_cannot_show_a_name(encoding):
+    """It is spelled out, on stdout as on stderr."""
+    code = "import sys; from command import flags; from settings import Settings\n"
+    code += "s = flags.parse(Settings, ''); print(s.caption, s.out); print(s.out, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "--caption", "\u0e01\u20ac", "--out", b"r\xff"]
+    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
+    assert done.returncode == 0 and done.stderr.strip() == rb"r\udcff", done.stderr
+    shown = {"cp1252": b"\x80"}.get(encoding, rb"\u20ac")
+    assert done.stdout.split() == [rb"\u0e01" + shown, rb"r\udcff"]
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "audit.py"])
+def test_without_docstrings(script):
+    """--help works under python -OO; training does not, as transformers reads docstrings."""
+    for argv, code, words in ((["-h"], 0, "--device"), ([], 2, "leave -OO out")):
+        command = [sys.executable, "-OO", str(ROOT / script), *argv]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code and words in done.stdout + done.stderr
 
 
 def test_imports_nothing_heavy():
@@ -396,6 +421,21 @@ def test_write_whole_that_fails_leaves_the_old_file(tmp_path, monkeypatch, failu
     assert getattr(caught.value, "filename", str(path)) == str(path)
 
 
+def test_write_whole_where_fsync_is_unknown(tmp_path, monkeypatch):
+    """Some network drives answer EINVAL; what else a disk says counts."""
+
+    def fsync(number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code = errno.EINVAL
+    assert write_whole(tmp_path / "a.txt", "new").read_text() == "new"
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        write_whole(tmp_path / "a.txt", "newer")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
 @pytest.mark.parametrize("name", ["d", "d/f/g", "x" * 300, "no/such"])
 def test_write_whole_where_no_file_can_be(tmp_path, capsys, name):
     """Onto a folder, below a file, a name too long, no folder: one line that names the file."""
@@ -405,6 +445,14 @@ def test_write_whole_where_no_file_can_be(tmp_path, capsys, name):
         write_whole(tmp_path / name, "new")
     assert stop.value.code == 2 and f"{tmp_path / name}: " in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_write_whole_spells_out_what_utf8_cannot_say(tmp_path):
+    """Such as the name of a folder in another encoding."""
+    assert (
+        write_whole(tmp_path / "a", "r\udcff \u20ac").read_bytes()
+        == rb"r\udcff " + "\u20ac".encode()
+    )
 
 
 def test_json_there_and_back(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from command.errors import UserError
 from files import images as data
@@ -338,6 +338,39 @@ def test_broken_image(tmp_path, suffix, share):
     only_pixels(file)  # whole, it loads
     cut(file, int(share * file.stat().st_size))
     message(tmp_path, "x", f"broken.{suffix}", "not a readable image", "replace it")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is HEIC, whatever its name says"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "is HEIC"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "is AVIF"),
+        (b"\xff\x0a\0\0", "is JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "is JPEG 2000"),
+        (b"8BPS\0\x01", "is a Photoshop file"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"\n<!DOCTYPE html><html>", "is a web page or an SVG"),
+    ],
+)
+def test_other_formats_by_their_content(tmp_path, content, words):
+    (tmp_path / "a.jpg").write_bytes(content + b"x" * 200)
+    message(tmp_path, "x", "a.jpg", words)
+
+
+@pytest.mark.parametrize(("megabytes", "fits"), [(3, True), (70, False)])
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_png_with_much_text_or_a_large_profile(tmp_path, kind, megabytes, fits):
+    """As ComfyUI and scanners write them."""
+    much, text = "x" * megabytes * 2**20, PngImagePlugin.PngInfo()
+    if kind == "text":
+        text.add_text("workflow", much, zip=True)
+    profile = {"icc_profile": much.encode()} if kind == "profile" else {}
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png", pnginfo=text, **profile)
+    if fits:
+        assert (load_images(str(tmp_path), 8, "x").pixels == [255, 0, 0]).all()
+    else:
+        message(tmp_path, "x", "a.png", "64 MB of text or profile")
 
 
 def test_text_and_foreign_formats_are_not_images(tmp_path):

@@ -15,11 +15,14 @@ from diffusion import (
     ddim,
     encode_captions,
     encode_images,
+    loss_grid,
     prediction_target,
     sample,
     squared_error,
 )
 from files.bases import load_base
+from files.encode import encode
+from files.images import Images
 from lora import inject
 from settings import EMBEDDED
 
@@ -51,9 +54,8 @@ def test_targets_equal_diffusers(base, batch):
     latents, _, timesteps, noise = batch
     assert prediction_target(latents, noise, timesteps, base.abar, "epsilon") is noise
     v = prediction_target(latents, noise, timesteps, base.abar, "v_prediction")
-    assert torch.allclose(
-        v, base.pipeline.scheduler.get_velocity(latents, noise, timesteps), atol=1e-6
-    )
+    want = base.pipeline.scheduler.get_velocity(latents, noise, timesteps)
+    assert torch.allclose(v, want, atol=1e-6)
 
 
 @torch.no_grad()
@@ -107,20 +109,39 @@ def test_latents_are_the_scaled_posterior_mean(base, monkeypatch):
 def test_captions_are_embedded_as_the_pipeline_does(base):
     """tau(y) equals the pipeline's own encode_prompt; different captions differ."""
     ours = encode_captions(base, CAPTIONS[:3], batch=2)
-    theirs, _ = base.pipeline.encode_prompt(
-        CAPTIONS[:3], "cpu", 1, do_classifier_free_guidance=False
-    )
+    theirs, _ = base.pipeline.encode_prompt(CAPTIONS[:3], "cpu", 1, False)
     assert ours.shape == (3, 16, 32) and torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours[0], ours[1], atol=1e-3)
 
 
 def test_long_captions_are_cut_with_one_note(base, capsys):
     """One line, however many captions are cut; none if none is."""
-    encode_captions(base, ["a red circle"])
-    assert capsys.readouterr().out == ""
-    text = encode_captions(base, ["red " * 100, "a red circle", "blue " * 100])
-    assert text.shape == (3, 16, 32)
-    assert capsys.readouterr().out == "note: 2 of 3 captions are cut to 16 tokens\n"
+
+    def encoded(*captions):
+        pixels = np.zeros((len(captions), 32, 32, 3), np.uint8)
+        data = encode(base, Images(list(captions), list(captions), pixels), {})
+        return data.text.shape, capsys.readouterr().out
+
+    assert encoded("a red circle") == ((1, 16, 32), "")
+    shape, said = encoded("red " * 100, "a red circle", "blue " * 100)
+    assert shape == (3, 16, 32) and said == "note: 2 of 3 captions are cut to 16 tokens\n"
+
+
+@torch.no_grad()
+def test_long_loops_say_what_is_done(base, batch, monkeypatch):
+    """Every image, caption, forward and picture once, whatever goes through together."""
+    latents, text, *_, noise = batch
+    monkeypatch.setattr(diffusion, "at_once", lambda *_: 3)
+    pixels = np.zeros((5, 32, 32, 3), np.uint8)
+    for count, loop in (
+        (5, lambda done: encode_images(base, pixels, done)),
+        (7, lambda done: encode_captions(base, CAPTIONS[:7], done, batch=3)),
+        (4 * 2 * 3, lambda done: loss_grid(base, latents, text, (50, 150), 3, done)),
+        (4, lambda done: sample(base, text, text[:1], noise, 5, done=done)),
+    ):
+        found = []
+        loop(found.append)
+        assert sum(found) == pytest.approx(count) and len(found) > 1
 
 
 def test_the_base_is_frozen_and_in_eval_mode(base):
@@ -142,13 +163,8 @@ def test_embedded_base_in_plain_diffusers():
     ours = sample(base, text, empty, noise, steps, guidance=3.0)[0]
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
-    options = {
-        "height": 48,
-        "width": 48,
-        "guidance_scale": 3.0,
-        "num_inference_steps": steps,
-        "output_type": "np",
-    }
+    options = {"height": 48, "width": 48, "guidance_scale": 3.0, "output_type": "np"}
+    options["num_inference_steps"] = steps
     theirs = pipeline("red apple, noto", latents=noise, **options).images[0]
     assert abs(ours / 255 - theirs).max() < 2 / 255
     total = sum(path.stat().st_size for path in Path(EMBEDDED).rglob("*") if path.is_file())

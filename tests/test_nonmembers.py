@@ -16,12 +16,9 @@ from attacks.examination import prepare
 from attacks.target import read_run, sources, targets
 from command.errors import UserError
 from files.images import load_images
-from run import watch as monitor
+from run import watch
 from run.precheck import precheck
 from settings import Settings
-
-SMALL = {"members": 10, "rank": 2, "alpha": 4.0, "batch_size": 4, "target": "attention"}
-SMALL |= {"lr": 0.01, "attacker_lr": 0.01, "samples": 0, "steps": 2, "proxy": "pooled"}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +35,12 @@ def others(image_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base, image_folder, others, tmp_path_factory):
+def run(small, others, tmp_path_factory):
     """(settings, run folder) of a run that was killed after its steps, and then went on."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    s = Settings(model=tiny_base, data=image_folder, nonmembers=str(others), out=str(out), **SMALL)
+    s = small(out, nonmembers=str(others), members=10, samples=0, steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "finish", lambda *_: {})
+        patch.setattr(watch, "finish", lambda *_: {})
         train.train(s)
         changed = others / "07.txt"
         before = changed.read_text()
@@ -108,9 +105,9 @@ def test_the_flag_of_evaluate(run, others):
         targets(evaluate.Settings(adapter="x", model="y", data="z", nonmembers=str(others)))
 
 
-def test_who_refuses_it(image_folder, tmp_path):
-    """A folder that is not there."""
-    common = {"data": image_folder, "nonmembers": "openmoji", "out": str(tmp_path / "x")}
-    precheck(Settings(**common))
+def test_a_folder_that_is_not_there(image_folder, tmp_path):
+    """Refused by its name, where a set that comes with the code is taken."""
+    common = {"data": image_folder, "out": str(tmp_path / "x")}
+    precheck(Settings(nonmembers="openmoji", **common))
     with pytest.raises(UserError, match="there is no folder /gone: give --nonmembers"):
-        precheck(Settings(**common | {"nonmembers": "/gone"}))
+        precheck(Settings(nonmembers="/gone", **common))

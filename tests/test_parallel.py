@@ -74,6 +74,16 @@ def test_parts_give_the_gradient_of_the_whole(method, size, images):
     assert equal == (method in ("lora", "mp") or size == 8)
 
 
+def test_a_batch_that_cannot_be_shared():
+    """Such as the fixed one of --hessian-every: each process sends all of it through."""
+    processes = Processes()
+    processes.count = 2
+    toy, x = Parts(Settings(batch_size=1), processes=processes), torch.ones(3, 6).double()
+    b = Batch(torch.arange(3), *[x] * 5)
+    with torch.no_grad():
+        assert torch.equal(toy.error(b), Toy.error(toy, b))
+
+
 def test_small_slopes_survive_half_precision():
     """Slopes of 1e-9 are nothing in float16; scaled to 1 on the way they give the float32
     gradient.
@@ -161,6 +171,18 @@ def test_two_processes_follow_one(small, tmp_path, big_batch):
     assert not [name for name in one if not torch.equal(one[name], two[name])]
     assert done.stdout.count("files:") == 1
     assert json.loads((tmp_path / "r" / "config.json").read_text())["processes"] == 2
+
+
+def test_one_process_where_several_were_asked_for(capsys, monkeypatch):
+    """As `accelerate launch --cpu --num_processes 2` does."""
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    Processes()
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    Processes()
+    assert "accelerate has started one process" in capsys.readouterr().out
 
 
 # ---- precision ----

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import assert_same_run
 
 import train
 from command.errors import UserError
@@ -21,7 +21,7 @@ PROMPTS = ["a violet circle", "costs $5 or $6"]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_base, image_folder, tmp_path_factory):
+def runs(small, tmp_path_factory):
     """Two runs of one seed, with pictures and without; all grids and all drawings of the first."""
     tmp, grids, drawn = tmp_path_factory.mktemp("pictures"), [], []
     honest, draw = plots.picture_rows, pictures.draw
@@ -35,27 +35,19 @@ def runs(tiny_base, image_folder, tmp_path_factory):
         drawn.append((steps, layer.enabled, len(shown.noise)))
         return draw(run, shown, steps)
 
-    flags = {"model": tiny_base, "data": image_folder, "members": 20, "rank": 2, "alpha": 4.0}
-    flags |= {"batch_size": 2, "target": "attention", "proxy": "raw", "steps": 5, "save_every": 2}
+    flags = {"batch_size": 2, "proxy": "raw", "steps": 5, "save_every": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "picture_rows", seen)
         patch.setattr(pictures, "draw", counted)
-        train.train(Settings(**flags, samples=3, prompt=PROMPTS, out=str(tmp / "with")))
-        train.train(Settings(**flags, samples=0, out=str(tmp / "bare")))
+        train.train(small(tmp / "with", samples=3, prompt=PROMPTS, **flags))
+        train.train(small(tmp / "bare", samples=0, **flags))
     return tmp, grids, drawn
 
 
 def test_the_training_does_not_feel_them(runs):
     """The same rows and the same weights, bit for bit, attacker's dropout included."""
     tmp, *_ = runs
-    rows = []
-    for name in ("with", "bare"):
-        lines = (tmp / name / "metrics.jsonl").read_text().splitlines()
-        rows.append([json.loads(line) | {"seconds": 0} for line in lines])
-    assert rows[0] == rows[1] and len(rows[0]) == 6
-    for file in ("adapter/pytorch_lora_weights", "attacker/attacker"):
-        one, two = (load_file(tmp / name / f"{file}.safetensors") for name in ("with", "bare"))
-        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert_same_run(tmp / "with", tmp / "bare", 5)
     assert not (tmp / "bare" / "samples").exists()
 
 

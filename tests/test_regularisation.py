@@ -1,22 +1,25 @@
-"""Flags that keep an adapter from memorising: schedule, weight decay, running mean, caption dropout
-and mirrored images, each against a second way to have it."""
+"""Flags that keep an adapter from memorising: a schedule, mirrored images, gradients of one norm,
+--stop best; each against a second way to have it.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from run.learner import Learner, share_of_rate
 from safetensors.torch import load_file
 
 import train
+from algorithm import Run
 from attacks.target import kind, read_run
-from command.errors import UserError
-from diffusion import encode_captions, encode_images
+from diffusion import encode_images
+from files.bases import load_base
+from lora import remove
+from methods.assembly import assemble
 from objectives import clip_, norm
-from run import watch as monitor
+from run import watch
 from run.folder import RunFolder
-from run.prepare import Batch, assemble
 from run.processes import Processes
+from run.regularised import share_of_rate
 from run.resolve import resolve
 from settings import Settings
 
@@ -66,109 +69,33 @@ def test_schedule_reaches_the_optimizer(subject, tiny_base):
     assert moved[1] < 0.3 * moved[0]
 
 
-def test_weight_decay_is_adamws(subject, tiny_base):
-    """One step from the same start differs by lr * decay * weight and nothing else."""
-    none, some = (
-        weights(subject, settings(tiny_base, weight_decay=d, steps=1)) for d in (0.0, 0.5)
-    )
-    base, data = subject
-    start = assemble(settings(tiny_base), base, data, Processes())
-    for before, a, b in zip(start.adapter.parameters(), none[0], some[0], strict=True):
-        torch.testing.assert_close(a - b, 0.01 * 0.5 * before.detach(), atol=1e-7, rtol=1e-4)
-    train.remove(base.unet, start.adapter)
-
-
-def test_the_mean_is_what_is_yielded_and_does_not_steer(subject, tiny_base):
-    """Against the recursion by hand on the weights of a run without --ema."""
-    plain, means = (weights(subject, settings(tiny_base, ema=e)) for e in (0.0, 0.5))
-    base, data = subject
-    start = assemble(settings(tiny_base), base, data, Processes())
-    mean = [p.detach().clone() for p in start.adapter.parameters()]
-    train.remove(base.unet, start.adapter)
-    for step, (raw, found) in enumerate(zip(plain, means, strict=True), start=1):
-        decay = min(0.5, (1 + step) / (10 + step))
-        mean = [decay * m + (1 - decay) * p for m, p in zip(mean, raw, strict=True)]
-        for a, b in zip(mean, found, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
-
-
-def test_dropped_captions_and_mirrored_images(subject, tiny_base):
-    """The error of a draw is that of the empty caption, or of the mirrored picture, where it says
-    so, and the draw's own elsewhere.
+def test_half_of_the_members_draws_are_mirrored(subject, tiny_base, tiny_base_v):
+    """Latents and target are those of the mirrored picture where it is mirrored and the draw's own
+    elsewhere; all else of the batch is that of a run without --flip, and so are the attacker's
+    batches.
     """
-    base, data = subject
-    run = assemble(settings(tiny_base, flip=True, caption_dropout=0.5), base, data, Processes())
-    try:
-        noise = torch.randn(3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
-        batch = Batch(torch.tensor([0, 1, 2]), torch.tensor([10, 200, 500]), noise)
-        plain = run.errors(batch)
-        batch.bare, batch.mirrored = (
-            torch.tensor([True, False, False]),
-            torch.tensor([False, True, False]),
-        )
-        changed = run.errors(batch)
-        pixels = data.pixels.copy()
-        pixels[1] = pixels[1][:, ::-1]
-        text = data.text.clone()
-        text[0] = encode_captions(base, [""])[0]
-        other = replace(data, latents=encode_images(base, pixels), text=text)
-        wanted = replace(run, data=other).errors(replace(batch, bare=None, mirrored=None))
-        torch.testing.assert_close(changed, wanted)
-        assert torch.equal(changed[2], plain[2])
-        assert not torch.equal(changed[0], plain[0]) and not torch.equal(changed[1], plain[1])
-    finally:
-        train.remove(base.unet, run.adapter)
-
-
-def test_dropout_is_that_of_torch_on_what_each_a_is_given(subject, tiny_base):
-    """Against a layer by hand under the same stream; nothing is dropped outside."""
-    base, data = subject
-    run = assemble(settings(tiny_base, dropout=0.3), base, data, Processes())
-    layer = next(iter(run.adapter.layers.values()))
-    x = torch.randn(5, layer.base.in_features)
-    with torch.no_grad():
-        layer.lora_B.weight.normal_()
-    with run.adapter.dropping(0.3):
-        torch.manual_seed(3)
-        found = layer(x)
-    torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(x, 0.3)
-    low = dropped @ layer.lora_A.weight.T @ layer.lora_B.weight.T * layer.alpha / layer.rank
-    torch.testing.assert_close(found, layer.base(x) + low)
-    assert 0 < (dropped == 0).float().mean() < 0.7 and layer.dropout == 0
-    train.remove(base.unet, run.adapter)
-
-
-@pytest.mark.parametrize("size", [4, 2])
-def test_a_batch_has_its_own_masks_whenever_it_is_sent_through(subject, tiny_base, size):
-    """Micro-batches go through twice; torch's own stream, the attacker's, does not move."""
-    base, data = subject
-    s = settings(tiny_base, dropout=0.5, batch_size=size, accumulate=4 // size)
-    run = assemble(s, base, data, Processes())
-    with torch.no_grad():
-        for p in run.adapter.parameters():
-            p.normal_(std=0.2)
-    learner, stream = Learner(run), torch.get_rng_state()
-    batch = learner.member_batch()
-    first, again = (
-        torch.cat([run.errors(batch, part) for part in run.parts(batch)]).detach() for _ in range(2)
+    _, data = subject
+    base = load_base(tiny_base_v)  # its target is v, which the latents are in
+    flags = {"method": "smp", "proxy": "pooled", "lam": 1.0, "batch_size": 300}
+    found = {}
+    for flip in (True, False):
+        run = assemble(settings(tiny_base, flip=flip, **flags), base, data, Processes())
+        found[flip] = run.batch(run.D_tr), run.batch(run.D_m, run.D_n)
+        remove(base.unet, run.adapter)
+    b, plain = found[True][0], found[False][0]
+    for name in ("index", "c", "t", "eps"):
+        assert torch.equal(getattr(b, name), getattr(plain, name)), name
+    mirror = encode_images(base, data.pixels[:, :, ::-1].copy())[b.index]
+    mirrored = (b.z0 != plain.z0).flatten(1).any(1)
+    assert 0.42 < mirrored.float().mean() < 0.58 and base.prediction == "v_prediction"
+    z0 = torch.where(mirrored.view(-1, 1, 1, 1), mirror, plain.z0)
+    assert torch.equal(b.z0, z0) and torch.equal(b.target[~mirrored], plain.target[~mirrored])
+    v = base.pipeline.scheduler.get_velocity(z0, b.eps, b.t)
+    torch.testing.assert_close(b.target, v, atol=1e-5, rtol=1e-5)
+    theirs, others = found[True][1], found[False][1]
+    assert all(
+        torch.equal(x, y) for x, y in zip(vars(theirs).values(), vars(others).values(), strict=True)
     )
-    assert torch.equal(first, again) and torch.equal(stream, torch.get_rng_state())
-    assert not torch.equal(first, run.errors(replace(batch, dropped=None)))
-    other = run.errors(replace(batch, dropped=batch.dropped + 99))
-    assert not torch.equal(first, other)
-    forward = learner.through(batch)
-    torch.testing.assert_close(forward.error, first)
-    want = [torch.zeros_like(p) for p in run.adapter.parameters()]
-    for part in run.parts(batch):
-        value = run.errors(batch, part).sum() / first.numel()
-        for total, g in zip(
-            want, torch.autograd.grad(value, run.adapter.parameters()), strict=True
-        ):
-            total += g
-    for a, b in zip(forward.gradients(forward.error.mean(), last=True), want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
-    train.remove(base.unet, run.adapter)
 
 
 def test_normalised_gradients_have_the_norm_of_the_limit():
@@ -186,67 +113,34 @@ def test_normalised_gradients_have_the_norm_of_the_limit():
 
 def test_normalise_reaches_the_step(subject, tiny_base, monkeypatch):
     """AdamW is given gradients of the norm of --clip."""
-    seen, honest = [], Learner.descend
+    seen, honest = [], Run.descend
 
     def descend(self, gradients, step):
         seen.append(norm(gradients))
         honest(self, gradients, step)
 
-    monkeypatch.setattr(Learner, "descend", descend)
+    monkeypatch.setattr(Run, "descend", descend)
     weights(subject, settings(tiny_base, normalise=True, clip=0.7))
     assert seen == pytest.approx([0.7] * 6, rel=1e-4)
 
 
-def test_shares_of_draws(subject, tiny_base):
-    """About the share that was asked for; without the flags nothing is drawn from the stream."""
-    base, data = subject
-    run = assemble(
-        settings(tiny_base, flip=True, caption_dropout=0.2, batch_size=500), base, data, Processes()
-    )
-    train.remove(base.unet, run.adapter)
-    batch = Learner(run).member_batch()
-    assert 0.42 < batch.mirrored.float().mean() < 0.58 and 0.13 < batch.bare.float().mean() < 0.27
-    off = Learner(replace(run, settings=replace(run.settings, flip=False, caption_dropout=0.0)))
-    first = off.member_batch()
-    assert first.mirrored is None and torch.equal(first.noise, batch.noise)
-
-
 def test_accumulated_batches_are_one(subject, tiny_base):
-    """Who is mirrored or bare is drawn for the whole batch."""
-    flags = {"flip": True, "caption_dropout": 0.3, "steps": 2}
+    """Who is mirrored is drawn for the whole batch."""
+    flags = {"flip": True, "steps": 2}
     whole = weights(subject, settings(tiny_base, batch_size=4, **flags))
     parts = weights(subject, settings(tiny_base, batch_size=2, accumulate=2, **flags))
     for a, b in zip(whole[-1], parts[-1], strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "flags", [{"ema": 1.0}, {"ema": -0.1}, {"caption_dropout": 1.5}, {"dropout": 1.0}]
-)
-def test_out_of_range(tiny_base, flags):
-    """One sentence with the flag."""
-    with pytest.raises(UserError, match="must be"):
-        settings(tiny_base, **flags)
-
-
-def test_dropout_with_checkpointing_is_refused(tiny_base):
-    """Layers that are computed again would draw other masks."""
-    with pytest.raises(UserError, match="other masks"):
-        settings(tiny_base, dropout=0.1, gradient_checkpointing=True)
-
-
-def test_stop_best_leaves_the_adapter_of_the_best_step(
-    tiny_base, image_folder, tmp_path, capsys, monkeypatch
-):
+def test_stop_best_leaves_the_adapter_of_the_best_step(small, tmp_path, capsys, monkeypatch):
     """Of held-out losses that fall and rise again; what is left, what is said and what is evaluated
     are that step's; runs of other seeds are of its kind whatever their steps.
     """
     losses = iter([1.0, 0.5, 0.3, 0.6, 0.9])  # of the base, and after 2, 4, 6 and 8 steps
-    monkeypatch.setattr(monitor, "held_out", lambda _: {"nonmember_val_loss": next(losses)})
-    out, small = tmp_path / "run", {"members": 20, "rank": 2, "alpha": 4.0, "target": "attention"}
-    small |= {"batch_size": 4, "samples": 1, "steps": 8, "save_every": 2, "lr": 0.01}
-    flags = {"method": "lora", "model": tiny_base, "data": image_folder, "stop": "best"}
-    summary = train.train(Settings(out=str(out), **small, **flags))
+    monkeypatch.setattr(watch, "held_out", lambda _: {"nonmember_val_loss": next(losses)})
+    out = tmp_path / "run"
+    summary = train.train(small(out, method="lora", stop="best", steps=8, save_every=2))
     folder, step = RunFolder(out), 4
     assert summary["held_out_loss"] == 0.3
     assert "0.3000 at step 4 of 8" in capsys.readouterr().out
@@ -258,3 +152,6 @@ def test_stop_best_leaves_the_adapter_of_the_best_step(
     target = read_run(str(out))
     assert target.step == step and folder.adapter("last") == (out / "adapter", step)
     assert kind(target) == kind(replace(target, step=8)) != kind(replace(target, at="2", step=2))
+    older = target.config | {"ema": 0.0, "threads": 3, "epochs": 9}  # as versions before wrote them
+    assert kind(target) == kind(replace(target, config=older))
+    assert kind(target) != kind(replace(target, config=older | {"ema": 0.9}))

@@ -3,6 +3,8 @@ which ends in the same bits whether it was interrupted or not.
 """
 
 import copy
+import os
+import signal
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,6 +18,8 @@ from files.bases import load_base
 from files.encode import encode
 from files.images import load_images
 from run import pictures, prepare, snapshot, watch
+from run.keeper import Keeper
+from settings import Settings
 
 STEPS = 6
 FLAGS = ("method", "proxy", "accumulate", "gradient_checkpointing", "init", "dtype", "target")
@@ -127,6 +131,27 @@ def test_interrupted_among_teachers(small, distilled, tmp_path, stopped_and_gone
     stopped_and_gone_on_with(begin, tmp_path / "part", step)
     assert_same_run(distilled, tmp_path / "part", 3)
     assert not (tmp_path / "part" / "state").exists()
+
+
+def test_asked_to_stop_among_teachers(small, distilled, tmp_path, monkeypatch, capsys):
+    """A signal in the first step of a teacher ends the run after the next one; nothing is lost."""
+    honest, steps = Keeper.state_due, []
+
+    def asked(*given):
+        steps.append(1)
+        if len(steps) == 1:  # a second signal would end it at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*given)
+
+    monkeypatch.setattr(Keeper, "state_due", asked)
+    s = small(tmp_path / "part", **DISTILL)
+    with pytest.raises(SystemExit) as stop:
+        train.train(s)
+    monkeypatch.undo()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "to go on: python train.py --out" in capsys.readouterr().err
+    train.train(Settings(out=s.out, resume=True))
+    assert_same_run(distilled, tmp_path / "part", 3)
 
 
 def test_what_a_kill_left_half_written_is_removed(loaded_once, small, tmp_path):

@@ -15,6 +15,7 @@ import train
 from algorithm import Shuffled
 from command.errors import one_line_errors
 from command.flags import parse
+from run import precheck
 from settings import Settings
 
 ROOT = Path(train.__file__).parent
@@ -170,6 +171,8 @@ BAD = {  # name: (flags, words that the message must have)
     "number": (["--rank", "many"], "--rank"),
     "rank": (["--rank", "0"], "--rank"),
     "steps": (["--steps", "-1"], "--steps"),
+    "size": (["--size", "20"], "not a multiple"),
+    "accumulate": (["--accumulate", "0"], "--accumulate"),
     "lam": (["--lam", "-1"], "--lam"),
     "lam nan": (["--lam", "nan"], "--lam"),
     "seed": (["--seed", "-1"], "--seed"),
@@ -183,13 +186,19 @@ BAD = {  # name: (flags, words that the message must have)
     "too few": (["--data", "TMP/bare", "--caption", "a thing"], "--members"),
     "used": (["--out", "TMP/used"], "used"),
     "nan": (["--lr", "1e30", "--steps", "5", "--method", "lora"], "finite"),
+    "track": (["--track", "tensorboard"], "pip install tensorboard"),
+    "out is not UTF-8": (["--out", "TMP/\udcff"], "is not UTF-8"),
+    "hessian": (["--hessian-every", "2", "--gradient-checkpointing"], "--gradient-checkpointing"),
     "out is a file": (["--out", "TMP/bare/0.png"], "0.png"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_2(tiny_base, image_folder, tmp_path, case, capsys):
+def test_bad_input_is_one_line_and_exit_2(
+    tiny_base, image_folder, tmp_path, case, capsys, monkeypatch
+):
     """One sentence on stderr that names the culprit, exit code 2, and no half-made run."""
+    monkeypatch.setattr(precheck, "find_spec", lambda _: None)  # no tensorboard
     for name in ("empty", "corrupt", "bare", "used"):
         (tmp_path / name).mkdir()
     (tmp_path / "corrupt" / "x.png").write_bytes(b"not a picture")

@@ -24,6 +24,14 @@ DRAWS = 4  # noise draws per timestep: the average over draws is what leaks
 GRID_SEED = 20240219  # of the noise of loss grids; unrelated to any training seed
 GRID_BATCH = 64  # small pictures in one forward without gradient
 PARTS = ("aux", "val", "test")  # of the members, and of the non-members
+# What DDIM is told where a base's config is silent: its own defaults are for pixels, and would clip
+# latents to +-1.
+LATENT = {
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 Done = Callable[[float], object]
 
@@ -45,6 +53,7 @@ class Base:
     prediction: str  # "epsilon" or "v_prediction"
     size: int  # pixels of a side
     device: torch.device
+    source: object = None  # Path of the folder or file that it was loaded from
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -229,6 +238,18 @@ def loss_grid(
     return grid
 
 
+def ddim(scheduler, **changes):
+    """A DDIM scheduler with the noise levels, the prediction and all else that the config of
+    `scheduler`, of any family, says; silent on LATENT, it has these.
+    """
+    from diffusers import DDIMScheduler
+
+    config = dict(scheduler.config)
+    silent = set(LATENT).intersection(config.pop("_use_default_values", ()))
+    said = {k: v for k, v in config.items() if k not in silent}
+    return DDIMScheduler.from_config(LATENT | said | changes)
+
+
 @torch.no_grad()
 def sample(
     base: Base,
@@ -245,9 +266,7 @@ def sample(
     `empty` (1, L, D) embeds "" and `noise` (N, C, h, w) is z_T, so two models can be drawn from the
     same noise.
     """
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(base.pipeline.scheduler.config)
+    scheduler = ddim(base.pipeline.scheduler)
     scheduler.set_timesteps(steps, base.device)
     vae, parts, batch = base.pipeline.vae, [], at_once(base)
     for i in range(0, len(text), batch):

@@ -92,7 +92,7 @@ def evaluate(s: Settings) -> list[dict]:
     for one in found:
         if examination is None or target.sources(one) != examination.sources:
             examination = examine(one, s, network, ASKED)  # shared by targets over the same images
-        started = time.time()
+        started = time.monotonic()
         trained = train_shadows(one, examination, s) if s.shadow else None
         model = measured(examination, one, s, trained)
         models.append(model)
@@ -134,7 +134,7 @@ def written(target, model, trained, started: float) -> dict:
         "base": model.control.record,
         "blind": blind(data),
     }
-    record |= {"verdict": tables.verdict(record), "seconds": round(time.time() - started, 1)}
+    record |= {"verdict": tables.verdict(record), "seconds": round(time.monotonic() - started, 1)}
     write_json(target.folder / "eval.json", record)
     if target.at == "last":
         card.evaluated(target.adapter, record)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ import torch
 import lora
 from algorithm import Diverged
 from attacks import quality, single, workers
-from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, digest_of, hash_of
+from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, hash_of
+from attacks.store import damaged, read_arrays
 from command import progress
 from command.errors import UserError
 from command.whole_files import write_whole
@@ -44,7 +45,9 @@ from files import text_encoder
 from files.bases import load_base
 from files.encode import encode
 from files.images import Images, load_images
+from run import identity
 from run.folder import git_commit
+from run.identity import digest_of
 from settings import Settings
 
 # (base, images, settings of one adapter) -> (step, the adapter in the base) after every step
@@ -76,14 +79,14 @@ def work(plan: Plan, index: int, train: Train) -> None:
             left.unlink()
         settings = replace(plan.settings, seed=plan.settings.seed + index)
         answers, due, commit = [], plan.due(), git_commit()
-        began, asking = time.time(), 0.0
+        began, asking = time.monotonic(), 0.0
         with _training(train, base, data, settings) as steps:
             for step, adapter in steps:
                 last = step == due[-1]
                 if step in due:
-                    asked = time.time()
+                    asked = time.monotonic()
                     answers.append(ask(base, data, plan, adapter, last, plan.drawn(index)))
-                    asking += time.time() - asked
+                    asking += time.monotonic() - asked
                 (folder / "progress").write_text(str(step))
                 if last:
                     facts = {"base_model": Path(settings.model).name, "method": settings.method}
@@ -95,7 +98,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
         arrays |= {name: np.stack([a[name] for a in answers]) for name in answers[0]}
         if not all(np.isfinite(a).all() for a in arrays.values()):
             raise UserError(f"the answers of adapter {index} are not finite: lower --lr")
-        arrays |= {"training": time.time() - began - asking, "queries": asking}
+        arrays |= {"training": time.monotonic() - began - asking, "queries": asking}
         arrays |= {"key": plan.key(index), "commit": commit}
         write_arrays(folder / "answers.npz", arrays)
 
@@ -113,13 +116,15 @@ def _training(train: Train, base: Base, data: Encoded, s: Settings) -> Iterator:
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
     """The base and the images of the plan, from the last call if it was for the same plan."""
     s = plan.settings
-    key = digest_of([plan.trained, s.device, plan.images, plan.digest])
+    key = digest_of([asdict(s), plan.images, plan.digest, plan.identity])
     if key not in _loaded:
         _loaded.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # printed when the plan was made
             base = load_base(s.model, s.device, s.dtype, s.size)
             images = load_images(s.data, base.size, s.caption, s.nonmembers)
             images = Images(plan.names, plan.captions, images.pixels[plan.images])
+            what = "the audit was begun with"
+            identity.require(plan.identity, identity.of(s, base), s, what)
             if hash_of(images) != plan.digest:
                 raise UserError(f"{s.data} is not what the audit was begun with: put it back")
             _loaded[key] = base, encode(base, images, {})
@@ -247,13 +252,14 @@ def cost(plan: Plan, train: Train) -> dict[str, float]:
     for method, count in counts.items():
         with _training(train, base, data, replace(s, method=method)) as steps:
             next(steps)
-            began = time.time()
+            began = time.monotonic()
             _, adapter = next(steps)
-            found["training"] += count * (time.time() - began)
+            found["training"] += count * (time.monotonic() - began)
             if method == s.method:
-                began = time.time()
+                began = time.monotonic()
                 answers = ask(base, data, plan, adapter, False, plan.drawn(0))
-                found["queries"] = (rounds + 1) * (time.time() - began)  # gradients: as one round
+                spent = time.monotonic() - began
+                found["queries"] = (rounds + 1) * spent  # gradients: as one round
                 found["bytes"] = sum(p.nbytes for p in adapter.state_dict().values())
                 found["bytes"] += rounds * sum(a.nbytes for a in answers.values())
     return found
@@ -273,14 +279,10 @@ def finished(plan: Plan, index: int) -> bool:
     path = plan.folder(index) / "answers.npz"
     if not path.is_file():
         return False
-    try:
-        with np.load(path) as found:
-            key = str(found["key"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it") from None
-    if key != plan.key(index):
+    if str(read_arrays(path, "key")["key"]) != plan.key(index):
         raise UserError(
-            f"{plan.out} holds an audit with other settings or images: give another --out"
+            f"{plan.out} holds an audit with other settings, images, base model or files: give "
+            "another --out"
         )
     return True
 
@@ -299,10 +301,12 @@ def collect(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict]:
     """Per asked step the answers of all adapters (N, ...), and of all of them together "seconds"
     and "commits", those of the code that trained them.
     """
-    every = []
-    for index in range(len(plan)):
-        with np.load(plan.folder(index) / "answers.npz") as found:
-            every.append(dict(found))
+    paths = [plan.folder(index) / "answers.npz" for index in range(len(plan))]
+    every = [read_arrays(path) for path in paths]
+    for path, answers in zip(paths, every, strict=True):
+        for name in (*FACTS, "gradient", *every[0]):
+            if name not in answers or answers[name].shape != every[0][name].shape:
+                raise damaged(path, KeyError(name))
     facts = {name: [a.pop(name).item() for a in every] for name in FACTS}
     gradient = np.stack([a.pop("gradient") for a in every])
     steps = [

@@ -13,9 +13,28 @@ from pathlib import Path
 
 import numpy as np
 
-from command.whole_files import write_whole
+from command.errors import UserError
+from command.whole_files import check_file, write_whole
 
 DIGEST = 32  # bytes of a SHA-256
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays of these names in an .npz file, or all; raises UserError unless it is whole."""
+    check_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in names or found.files}
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file numpy, zipfile and zlib raise anything
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """The sentence for a file of an audit that cannot be read, or that lacks something."""
+    found = f"{type(error).__name__} {error}".strip()
+    return UserError(f"{path} is damaged ({found}): remove it and run the audit again")
 
 
 class Store:

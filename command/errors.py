@@ -26,6 +26,13 @@ def shown(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def printable() -> None:
+    """Spell out what the console cannot show: no caption and no name of a file stops a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def one_line_errors(again: Callable[[], str] | None = None) -> Iterator[None]:
     """Errors that the user can correct become one line and exit code 2.  Others keep their

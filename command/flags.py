@@ -19,7 +19,7 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 
-from command.errors import UserError, reason, shown
+from command.errors import UserError, printable, reason, shown
 from command.whole_files import MOST_BYTES, read_json, read_text
 
 GROUPS = (
@@ -91,13 +91,16 @@ def _gone(flag: str, retired: tuple) -> str:
     return f"{flag} {what}; commit {retired[0]} was the last that had it"
 
 
-def parse(settings: type, doc: str, positional: str | None = None, argv: list[str] | None = None):
+def parse(
+    settings: type, doc: str | None, positional: str | None = None, argv: list[str] | None = None
+):
     """An instance of the dataclass `settings` from the command line: `batch_size` is --batch-size.
 
     A field of type `X | None` takes an X.  A bool is a switch.  A list takes one word each time its
     flag is given.  The field named `positional` takes the words without a flag.
     --config names a file of flags.  Flags on the command line override it.
     """
+    printable()
     parser = Parser(
         usage=f"%(prog)s {f'[{positional} ...] ' if positional else ''}[flags]",
         description=_opening(doc),
@@ -117,6 +120,8 @@ def parse(settings: type, doc: str, positional: str | None = None, argv: list[st
     first.add_argument("--config", metavar="FILE", help=text)
     first.add_argument("-h", "--help", action="help", help="show this and stop")
     given = vars(parser.parse_args(argv))
+    if sys.flags.optimize > 1:
+        parser.error("transformers cannot be imported without docstrings: leave -OO out")
     try:
         config = _read_config(settings, Path(given.pop("config"))) if "config" in given else {}
     except UserError as error:
@@ -148,9 +153,9 @@ def _add(groups: dict, field: dataclasses.Field, positional: bool) -> None:
         group.add_argument(*flags, dest=field.name, metavar=name, help=text, **how)
 
 
-def _opening(doc: str) -> str:
+def _opening(doc: str | None) -> str:
     """The part of a script's docstring that --help shows: all up to the examples."""
-    paragraphs = doc.strip().split("\n\n")
+    paragraphs = (doc or "").strip().split("\n\n")
     examples = [i for i, text in enumerate(paragraphs) if text.startswith("    ")]
     return "\n\n".join(paragraphs[: examples[-1] + 1] if examples else paragraphs)
 

@@ -45,7 +45,7 @@ class Stage:
     done: float
     first: float  # the part of `done` that an earlier process did
     note: str = ""  # shown behind the bar
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.monotonic)
 
     def advance(self, count: float = 1) -> None:
         """Add `count` to what is done."""
@@ -71,7 +71,7 @@ class Line:
             n=min(bar.done, bar.total or bar.done),
             total=bar.total,
             initial=bar.first,
-            elapsed=time.time() - bar.began,
+            elapsed=time.monotonic() - bar.began,
             prefix=shown(self.stages[0].name),
             postfix=shown(within[0].name + inner if within else bar.note),
             bar_format=BAR if bar.total else CLOCK,
@@ -112,7 +112,7 @@ class Line:
         """End a stage, and those within it that an error has left open."""
         del self.stages[self.stages.index(stage) + 1 :]
         if self.live and self.stages == [stage]:
-            if time.time() - stage.began >= KEPT:
+            if time.monotonic() - stage.began >= KEPT:
                 self.draw()
                 self.write("\n")
                 self.columns = 0
@@ -142,7 +142,7 @@ def start(main: bool = True) -> None:
     """
     global _line
     if not main:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (until the process ends)
         return
     _line = Line(sys.stderr)
     if _line.live:

@@ -19,7 +19,8 @@ def write_whole(path: Path, content: bytes | str) -> Path:
     The temporary file is `<name>.<random>.tmp` in the same folder, so that two writers do not meet;
     the later one wins.  Only a killed process leaves it behind.  An OSError names `path`.
     """
-    content = content.encode() if isinstance(content, str) else content
+    if isinstance(content, str):  # a file's name may be no UTF-8
+        content = content.encode("utf-8", "backslashreplace")
     aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(aside, "xb") as file:  # with the permissions that any new file has
@@ -50,7 +51,7 @@ def write_json(path: Path, value: dict | list) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_file(path: Path, limit: int) -> None:
+def check_file(path: Path, limit: float = float("inf")) -> None:
     """Raises UserError unless `path` leads to a regular file of at most `limit` bytes."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):

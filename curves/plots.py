@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.legend import Legend
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
@@ -43,8 +44,12 @@ SMOOTHED = 60  # values from which on a noisy curve is drawn as a running mean
 
 
 def write(figure, path: Path) -> None:
-    """A Figure as PNG, there whole or not at all; letters that the font lacks are boxes."""
+    """A Figure as PNG, there whole or not at all; letters that the font lacks are boxes, and names
+    in a legend are shown as they are: $ is no formula.
+    """
     content = io.BytesIO()
+    for text in (text for box in figure.findobj(Legend) for text in box.get_texts()):
+        text.set(text=shown(text.get_text()), parse_math=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(content, format="png", dpi=DPI)

@@ -17,7 +17,7 @@ from torch import nn
 
 from command.errors import UserError
 from embedded.settings import Settings
-from run import state
+from run import snapshot, state
 
 KEEP = 2  # states on disk, as the newest may be damaged
 
@@ -56,15 +56,15 @@ class Stage:
         Raises UserError as `restore`.
         """
         first = self.restore()
-        before, began, saved = self.seconds, time.time(), time.time()
+        before, began, saved = self.seconds, time.monotonic(), time.monotonic()
         for step in range(first, self.count):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * cosine(step, self.count, self.warmup)
             yield step
-            self.seconds = before + time.time() - began
-            if step + 1 == self.count or time.time() - saved >= self.pause:
+            self.seconds = before + time.monotonic() - began
+            if step + 1 == self.count or time.monotonic() - saved >= self.pause:
                 self.save(step + 1)
-                saved = time.time()
+                saved = time.monotonic()
 
     def descend(self, loss: torch.Tensor) -> None:
         """One step of AdamW along the gradient of `loss`, clipped at norm 1."""
@@ -77,7 +77,7 @@ class Stage:
         """Save all that the rest of the stage depends on."""
         tensors = {"generator": self.generator.get_state()}
         parts = {name: module.state_dict() for name, module in self.modules.items()}
-        parts["optimizer"] = state.optimizer_tensors(self.optimizer)
+        parts["optimizer"] = snapshot.optimizer_tensors(self.optimizer)
         for name, part in parts.items():
             tensors |= {f"{name}/{key}": value for key, value in part.items()}
         state.save(self.folder, step, tensors, self.facts | {"seconds": self.seconds}, KEEP)
@@ -103,7 +103,7 @@ class Stage:
             parts.setdefault(part, {})[key] = value
         for name, module in self.modules.items():
             module.load_state_dict(parts[name])
-        state.restore_optimizer(self.optimizer, parts["optimizer"])
+        snapshot.restore_optimizer(self.optimizer, parts["optimizer"])
         self.generator.set_state(tensors["generator"])
         return step
 

@@ -19,7 +19,8 @@ import torch
 from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import ALL_TIMESTEPS, Base, encode_captions, encode_images, squared_error
+from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
+from files import checkpoints, contents
 from files.tensors import opened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +34,25 @@ CONFIGS = dict.fromkeys(PARTS, "config.json") | {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
 }
+CONFIG_SUFFIXES = (".json", ".txt")  # configs, and merges of a tokenizer
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+# Of a single file: how the keys of each part begin, and keys that say that it is something else
+CLIP, CONV_IN = "cond_stage_model.transformer.", "model.diffusion_model.input_blocks.0.0.weight"
+HELD = {
+    "a UNet": r"model\.diffusion_model\.|(conv_in|down_blocks|mid_block|input_blocks)\.",
+    "a VAE": r"first_stage_model\.|vae\.|(encoder|decoder)\.(conv_in|down|up|mid)",
+    "a text encoder": r"cond_stage_model\.|text_model\.|(encoder\.layers|embeddings)\.",
+}
+OTHERS = {
+    "a LoRA (--init starts from one)": r".*(lora[._](A|B|up|down|layer)\b|hada_w|lokr_w)",
+    "a ControlNet": r"control_model\.|controlnet_",
+    "Stable Diffusion XL": r"conditioner\.",
+    "Stable Diffusion 3": r"(.*\.)?joint_blocks\.",
+    "Flux, or a model like it": r"(.*\.)?double_blocks\.",
+    "a motion module of AnimateDiff": r".*\bmotion_modules\.",
+    "a textual inversion": r"(emb_params|string_to_param|clip_[lg])\b",
+}
+CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 LARGEST = torch.finfo(torch.float32).max ** 0.5  # 1.8e19, whose square is still finite
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -80,10 +99,8 @@ def load_base(
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here: {reason}") from None
     dtype, name = DTYPES[resolve_dtype(dtype, device)], shown(model)
-    if os.path.isfile(model):
-        pipeline = _single_file(Path(model), dtype)
-    else:
-        pipeline = _folder(_find(model), dtype)
+    source = Path(model) if os.path.isfile(model) else _find(model)
+    pipeline = (_single_file if source.is_file() else _folder)(source, dtype)
     for part in PARTS:
         _check_weights(name, part, getattr(pipeline, part))
     abar, prediction = _noise(name, pipeline.scheduler)
@@ -98,9 +115,29 @@ def load_base(
     if device == "cpu":  # convolutions are a tenth faster
         pipeline.unet.to(memory_format=torch.channels_last)
     device = torch.device(device)
-    base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
+    base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device, source)
     _try_out(base)
     return base
+
+
+def content(base: Base) -> str | None:
+    """SHA-256 of the files that a base was loaded from, wherever they lie and whatever its dtype;
+    None of one that was not loaded.
+    """
+    source = base.source
+    if source is None:
+        return None
+    if source.is_file():
+        beside = source.with_suffix("")
+        files = [f for f in beside.rglob("*") if f.suffix in CONFIG_SUFFIXES]
+        yaml = source.with_suffix(".yaml")
+        own = contents.of_files(source.parent, [source, yaml], named=False)
+        return own + contents.of_files(beside, files)
+    files = [f for part in CONFIGS for f in (source / part).iterdir()]
+    files = [source / "model_index.json", *(f for f in files if f.suffix in CONFIG_SUFFIXES)]
+    for part, (_, stem) in PARTS.items():
+        files += _weights(source / part, stem)[1]
+    return contents.of_files(source, files)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +180,8 @@ def _one_sentence(what: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = shown(" ".join(str(error).split()))[:400]
+        text = " ".join(str(error).split()).split(" Please ")[0]  # without advice in Python
+        reason = shown(text)[:400]
         if not isinstance(
             error, OSError | ValueError | RuntimeError
         ):  # their text alone says little
@@ -231,7 +269,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if library is transformers:  # else its error does not name the tensor
         options["ignore_mismatched_sizes"] = True
-    variant, where = _variant(folder / part, stem), f"the {part} of {shown(folder)}"
+    variant, where = _weights(folder / part, stem)[0], f"the {part} of {shown(folder)}"
     with _one_sentence(f"cannot load {where} from safetensors"):
         module, info = getattr(library, kind).from_pretrained(
             folder / part, dtype=dtype, variant=variant, **options
@@ -239,6 +277,9 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     if info["missing_keys"]:
         missing = min(info["missing_keys"])
         raise UserError(f"{where} is not whole: its file lacks {shown(missing)}")
+    for key in sorted(info["unexpected_keys"]):
+        if not checkpoints.HARMLESS.fullmatch(key):
+            raise UserError(checkpoints.dropped(where, key))
     for key, found, wanted in info["mismatched_keys"]:
         raise UserError(
             f"{where} is not what its config says: {key} is {tuple(found)}, not {tuple(wanted)}"
@@ -246,14 +287,16 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def _variant(folder: Path, stem: str) -> str | None:
-    """The variant of the weights, "fp16" for `model.fp16.safetensors`; None for the plain name."""
+def _weights(folder: Path, stem: str) -> tuple[str | None, list[Path]]:
+    """The variant of the weights, "fp16" for `model.fp16.safetensors`, None for the plain name; and
+    its files.
+    """
     name = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
-    matches = [name.fullmatch(file.name) for file in folder.glob("*.safetensors")]
-    variants = {match[1] for match in matches if match}
-    if None in variants or not variants:
-        return None
-    return "fp16" if "fp16" in variants else min(variants)
+    matches = {file: name.fullmatch(file.name) for file in folder.glob("*.safetensors")}
+    variants = {file: match[1] for file, match in matches.items() if match}
+    order = [None, "fp16", *sorted(filter(None, variants.values()))]
+    variant = next((v for v in order if v in variants.values()), None)
+    return variant, [file for file, v in variants.items() if v == variant]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,8 +311,7 @@ def _single_file(path: Path, dtype: torch.dtype):
     """
     from diffusers import StableDiffusionPipeline
 
-    with opened(path):
-        pass
+    _require_checkpoint(path)
     beside, config = path.with_suffix(""), {}
     where = f"(no configs in {shown(beside)}/, so the hub is asked for them)"
     if (beside / "model_index.json").is_file():
@@ -277,12 +319,72 @@ def _single_file(path: Path, dtype: torch.dtype):
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
     with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
         try:
-            return StableDiffusionPipeline.from_single_file(
-                str(path), dtype=dtype, **UNUSED, **config
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(path), dtype=dtype, **UNUSED, **_bare_clip(path, dtype, config), **config
             )
         except NotImplementedError:  # PyTorch's, for a tensor without a value
             lack = "it lacks tensors of its unet or vae"
             raise UserError(f"{shown(path)} is not whole: {lack}") from None
+    checkpoints.require_known(path)
+    _read_prediction(path, pipeline, beside if config else None)
+    return pipeline
+
+
+def _read_prediction(path: Path, pipeline, beside: Path | None) -> None:
+    """Let the scheduler be as the checkpoint says.  Raises UserError if the scheduler's config
+    beside it says that the model predicts something else.
+    """
+    value, where, changes = checkpoints.prediction(path)
+    config = beside and beside / "scheduler" / "scheduler_config.json"
+    other = read_json(config).get("prediction_type", value) if value and config else value
+    if value != other:
+        raise UserError(
+            f"{shown(path)} predicts {shown(value)} ({where}), but {shown(config)} says "
+            f"{shown(other)}: correct one of them"
+        )
+    if changes:
+        pipeline.scheduler = ddim(pipeline.scheduler, **changes)
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Raises UserError that says what a file is, unless it is a checkpoint with all its parts."""
+    name = shown(path)
+    with opened(path) as file:
+        keys = list(file.keys())
+        shape = file.get_slice(CONV_IN).get_shape() if CONV_IN in keys else []
+    for kind, known in OTHERS.items():
+        if CONV_IN not in keys and any(re.match(known, key) for key in keys):
+            raise UserError(f"{name} is {kind}: --model takes Stable Diffusion 1.x or 2.x")
+    parts = {part: any(re.match(known, key) for key in keys) for part, known in HELD.items()}
+    if not any(parts.values()):
+        raise UserError(f"{name} is no checkpoint: it has no UNet, no VAE and no text encoder")
+    if not all(parts.values()):
+        has = " and ".join(part for part, there in parts.items() if there)
+        lacks = " and ".join(f"no {part[2:]}" for part, there in parts.items() if not there)
+        raise UserError(f"{name} has {has} but {lacks}: --model takes a whole checkpoint")
+    for channels in shape[1:2]:
+        if channels in CHANNELS:
+            kind = f"is {CHANNELS[channels]} model (its UNet takes {channels} channels)"
+            raise UserError(f"{name} {kind}: --model takes one of text to image")
+
+
+def _bare_clip(path: Path, dtype: torch.dtype, config: dict) -> dict[str, torch.nn.Module]:
+    """{"text_encoder": of a checkpoint whose keys of CLIP lack `text_model.`}, else {}.
+
+    Such a file works in A1111, and diffusers does not find its text encoder.
+    """
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+    from transformers import CLIPTextModel
+
+    with opened(path) as file:
+        keys = [key for key in file.keys() if key.startswith(CLIP)]  # noqa: SIM118
+        if not keys or any(key.startswith(f"{CLIP}text_model.") for key in keys):
+            return {}
+        tensors = {key.replace(CLIP, f"{CLIP}text_model."): file.get_tensor(key) for key in keys}
+    where = {"subfolder": "text_encoder", "config": config.get("config")}
+    where["torch_dtype"] = dtype
+    module = create_diffusers_clip_model_from_ldm(CLIPTextModel, tensors, **where)
+    return {"text_encoder": module}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,8 +409,6 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     """abar (T,) float32, and "epsilon" or "v_prediction".  Raises UserError for a schedule that
     cannot be trained with or sampled from.
     """
-    from diffusers import DDIMScheduler
-
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
         kind = type(scheduler).__name__
@@ -324,7 +424,7 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     if not ((abar >= 0) & (abar <= 1)).all():  # not so for NaN; 0 is zero terminal SNR
         raise UserError(f"the betas of {name} are damaged: their signal level leaves 0..1")
     with _one_sentence(f"{name} cannot be sampled by DDIM"):
-        DDIMScheduler.from_config(scheduler.config).set_timesteps(2)
+        ddim(scheduler).set_timesteps(2)
     return abar.float(), prediction
 
 

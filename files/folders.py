@@ -39,6 +39,10 @@ CAPTIONS = {".txt", ".caption"}
 METADATA = ("metadata.jsonl", "metadata.csv")
 REPEATS = re.compile(r"\d+_.+")  # kohya: the images of `10_cat` count ten times per pass
 
+# beside the picture it belongs to, as OneTrainer and others name them: cat-masklabel.png
+MASK = re.compile(r"(.+)(-masklabel|-condlabel|[-_]mask)", re.IGNORECASE)
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # UTF-16 read as UTF-8 has them
+
 CHARACTERS = 10_000  # of a caption; the text encoders here read 77 tokens at most
 METADATA_BYTES = 50_000_000  # half a million rows, read in a few seconds
 IMAGE_BYTES = 500_000_000  # more than any image that Pillow would decode
@@ -94,7 +98,9 @@ def find(folder: Path) -> Found:
 
 
 def caption(text: str, where: str) -> str:
-    """`text` on one line.  Raises UserError, with `where` in front, for one that cannot be used."""
+    """`text` on one line, empty if nothing in it shows, as a zero-width space.  Raises UserError,
+    with `where` in front, for one that cannot be used.
+    """
     if len(text) > CHARACTERS:
         raise UserError(
             f"{where} has a caption of {len(text):,} characters: shorten it to "
@@ -104,7 +110,13 @@ def caption(text: str, where: str) -> str:
         raise UserError(
             f"{where} has a caption with half a character (a lone surrogate): correct it"
         )
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    if control := CONTROL.search(line):
+        raise UserError(
+            f"{where} is not text: its caption holds the control character U+"
+            f"{ord(control[0]):04X}; save it as UTF-8"
+        )
+    return line if any(c.isprintable() and c != " " for c in line) else ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -123,12 +135,14 @@ def _gather(folder: Path, found: Found) -> bool:
         entries = [f for f in entries if f not in above]
         inside = {file.parent for file, _ in images} - {folder}
         entries += sorted(f for sub in inside for f in _entries(sub) if _is_image(f))
+        masks = set()
         beside = f"captions that {metadata.name} stands for"
     else:
         # not is_file(): a link to nothing is an error, not a file to leave out
         files = [f for f in entries if _is_image(f) and not f.is_dir()]
         captions = [f for f in entries if f.suffix.lower() in CAPTIONS]
-        images, used = _beside(files, captions)
+        masks = _masks(files, captions)
+        images, used = _beside([f for f in files if f not in masks], captions)
         beside = "captions without an image"
     found.images += sorted(images, key=lambda pair: pair[0])
     for f in entries:
@@ -136,6 +150,8 @@ def _gather(folder: Path, found: Found) -> bool:
             continue
         if f.is_dir():
             found.left["sub-folders"].append(f)
+        elif f in masks:
+            found.left["masks of other images"].append(f)
         elif _is_image(f):
             found.left[f"images that {metadata.name} does not list"].append(f)
         elif f.suffix.lower() in CAPTIONS:
@@ -153,6 +169,13 @@ def _entries(folder: Path) -> list[Path]:
 def _is_image(file: Path) -> bool:
     """Whether its name ends as that of an image."""
     return file.suffix.lower() in SUFFIXES
+
+
+def _masks(files: list[Path], captions: list[Path]) -> set[Path]:
+    """The images that are named as the mask of another one and have no caption of their own."""
+    stems, captioned = {f.stem for f in files}, {f.stem for f in captions}
+    matches = {f: MASK.fullmatch(f.stem) for f in files if f.stem not in captioned}
+    return {f for f, match in matches.items() if match and match[1] in stems}
 
 
 def _beside(
@@ -216,14 +239,15 @@ def _row(row: dict, folder: Path, where: str, listing: Callable) -> tuple[Path, 
         raise UserError(
             f"{where} has no usable file_name: write the image's path relative to {shown(folder)}"
         )
-    if text is None or (isinstance(text, str) and not text.strip()):
+    if not isinstance(text, str | None):
+        kind = "a list of captions" if isinstance(text, list) else "a caption that is not text"
+        raise UserError(f"{where} has {kind} for {name!r}: write one string under text")
+    text = caption(text or "", where)
+    if not text:
         raise UserError(
             f"{where} has an empty caption for {name!r}: write one under text, or remove the row"
         )
-    if not isinstance(text, str):
-        kind = "a list of captions" if isinstance(text, list) else "a caption that is not text"
-        raise UserError(f"{where} has {kind} for {name!r}: write one string under text")
-    return _inside(folder, name, where, listing), caption(text, where)
+    return _inside(folder, name, where, listing), text
 
 
 def _inside(folder: Path, name: str, where: str, listing: Callable) -> Path:

@@ -10,12 +10,14 @@ then the split; other folders are split by files/roles.py.  Tested in tests/test
 """
 
 import hashlib
+import io
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from command import progress
 from command.errors import UserError, shown
@@ -35,7 +37,19 @@ OUTSIDE = "nonmembers/"  # before the names of the images of --nonmembers
 # the only decoders that Pillow may try, whatever the file's name is
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 FORMATS += ["AVIF"] if ".avif" in folders.SUFFIXES else []
+# what others a file can be, by its first bytes; cameras and the web give them any name
+OTHERS = {
+    "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+    "AVIF": rb"....ftypavi",
+    "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP|\xffO\xffQ",
+    "a Photoshop file": rb"8BPS",
+    "a PDF": rb"%PDF",
+    "a web page or an SVG": rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]",
+}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, in all or at once
 PIXELS = (8, 20_000)  # the shortest and longest side of an image
+SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of a colour profile: Pillow's mode
 
 # Two images are near-duplicates if the mean squared differences of their thumbnails, in 0..1, are
 # below these bounds: grey thumbnails of 16 x 16, also relative to the smaller variance of the two,
@@ -131,8 +145,14 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
             f"{len(files)} images of {size}x{size} pixels do not fit in memory: "
             "take fewer or smaller ones"
         ) from error
+    damaged: list[Path] = []
     for i in progress.over(range(len(files)), "reading images"):
-        pixels[i] = _square(files[i], size)
+        pixels[i] = _square(files[i], size, damaged)
+    if damaged:
+        print(
+            f"note: the colour profiles of {len(damaged)} images cannot be used, their pixels are "
+            f"taken as they are; the first: {shown(damaged[0])}"
+        )
     return Images(
         names=[file.relative_to(folder).as_posix() for file in files],
         captions=captions,
@@ -180,9 +200,9 @@ def _captions(
     return [caption if text is None else text for _, text in images], notes
 
 
-def _square(file: Path, size: int) -> np.ndarray:
-    """The central square of an image file, upright and on white, scaled by Lanczos: uint8 (size,
-    size, 3).
+def _square(file: Path, size: int, damaged: list[Path]) -> np.ndarray:
+    """The central square of an image file, upright and on white, scaled by Lanczos, in sRGB: uint8
+    (size, size, 3).  A file whose colour profile cannot be used joins `damaged`.
 
     Raises UserError for a file that cannot be used, OSError if the system refuses it.
     """
@@ -191,9 +211,15 @@ def _square(file: Path, size: int) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
         with image:
+            profile = image.info.get("icc_profile")
             image = _upright(image, shown(file))
             # fit() crops before it scales: a strip of 8 x 20,000 scaled whole would fill the memory
-            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        try:
+            image = _in_srgb(image, profile) if profile else image
+        except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
+            damaged.append(file)
+        return np.asarray(image.convert("RGB"))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
             f"{shown(file)} is too large to decode safely: scale it down or remove it"
@@ -204,13 +230,38 @@ def _square(file: Path, size: int) -> np.ndarray:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:  # open() failed; decoders name no file
             raise
-        raise UserError(
-            f"{shown(file)} is not a readable image (corrupt, cut short or empty): replace it"
-        ) from error
+        raise UserError(f"{shown(file)} {_why(file, error)}") from error
+
+
+def _why(file: Path, error: Exception) -> str:
+    """What an image is, or has, that it cannot be read."""
+    if "MAX_TEXT" in str(error):
+        return "holds more than 64 MB of text or profile: save it without"
+    with open(file, "rb") as opened:
+        begin = opened.read(100)
+    for kind, known in OTHERS.items():
+        if re.match(known, begin, re.DOTALL):
+            return f"is {kind}, whatever its name says: save it as PNG or JPEG"
+    return "is not a readable image (corrupt, cut short or empty): replace it"
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """An image of another colour profile, such as Adobe RGB or Display P3, in sRGB.
+
+    Raises one of several errors for a profile that is damaged or of another kind of image.
+    """
+    given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "srgb" in ImageCms.getProfileDescription(given).lower():
+        return image
+    mode = SPACES[given.profile.xcolor_space.strip()]
+    if "CMYK" in (mode, image.mode) and mode != image.mode:
+        raise ValueError(f"a profile of {mode} for {image.mode}")
+    srgb = ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image.convert(mode), given, srgb, outputMode="RGB")
 
 
 def _upright(image: Image.Image, where: str) -> Image.Image:
-    """The first frame in RGB, turned as its EXIF says, on white."""
+    """The first frame in RGB, or CMYK with a colour profile, turned as its EXIF says, on white."""
     if min(image.size) < PIXELS[0] or max(image.size) > PIXELS[1]:
         raise UserError(
             f"{where} is {image.width}x{image.height} pixels: remove it or scale it to sides of "
@@ -222,9 +273,10 @@ def _upright(image: Image.Image, where: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    if image.mode != mode:  # convert() would copy it
+    profiled = image.mode == "CMYK" and image.info.get("icc_profile")
+    if image.mode != mode and not profiled:  # convert() would copy it
         image = image.convert(mode)
-    return image if mode == "RGB" else _on_white(image)
+    return _on_white(image) if mode == "RGBA" else image
 
 
 def _on_white(image: Image.Image, rows: int = 1000) -> Image.Image:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from command.errors import UserError, shown
+from command.whole_files import check_file
 
 MOST_HEADER = 16 * 2**20  # bytes; that of Stable Diffusion 1.5 has 0.2 MB, kohya's tag lists more
 MOST_TENSORS = 20_000  # twice those of SDXL with both text encoders
@@ -30,6 +31,7 @@ def refusal(path: Path, what: str) -> UserError:
 def opened(path: Path) -> Iterator:
     """The open file.  Its header is bounded before it is parsed.  Raises UserError."""
     try:
+        check_file(path)
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if MOST_HEADER < header < path.stat().st_size:

@@ -3,12 +3,14 @@
 Tested in tests/test_audit.py.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from attacks.decisions import Decisions, difference
 from attacks.lira import HEADLINE, THRESHOLD
+from attacks.store import damaged, read_arrays
 from command.errors import UserError
 from command.whole_files import read_json, write_json
 from curves import plots, roc
@@ -184,13 +186,34 @@ def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """(record, scores) of a finished audit, of which docs/records/ has only the record; raises
     UserError.
     """
-    if not (folder / "audit.json").is_file():
+    path = folder / "audit.json"
+    if not path.exists():
         raise UserError(f"{folder} holds no finished audit: run audit.py --out {folder} first")
-    record = read_json(folder / "audit.json")
-    if not (folder / "scores.npz").is_file():
-        return record, {}
+    record, scores = read_json(path), {}
     try:
-        with np.load(folder / "scores.npz") as scores:
-            return record, dict(scores)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/scores.npz is damaged ({error}): run the audit again") from None
+        _require_record(record)
+        if (path := folder / "scores.npz").exists():
+            scores = read_arrays(path)
+            _require_scores(scores, {_step(record, at) for at in ("last", "best")})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, error) from None
+    return record, scores
+
+
+def _require_record(record: dict) -> None:
+    """Touch what a comparison reads: whatever is missing or of another type raises an error."""
+    _step(record, "last")
+    for step in record["steps"].values():
+        for figures in (step["attacks"][HEADLINE], *step["attacks"].values()):
+            low, high = figures["auc_interval"]
+            for number in (step["held_out_loss"], figures["auc"], low, high):
+                math.isfinite(number)
+            math.isfinite(figures["tpr_at_1_fpr"] or 0)
+
+
+def _require_scores(scores: dict[str, np.ndarray], steps: set[str]) -> None:
+    """The same for scores.npz, of these steps."""
+    plain, member = ~scores["canary"], scores["member"]  # (P,), (N, P)
+    found = [scores[f"{step}/{HEADLINE}"].shape for step in steps]
+    if {*found, (len(member), len(plain))} != {member.shape} or len(scores["names"]) != len(plain):
+        raise ValueError("its arrays are of different sizes")

@@ -44,7 +44,7 @@ def write(examination, adapted, base, record: dict, folder: Path) -> None:
         "report.html": page(examination, adapted, base, record, folder),
     }
     for name, text in texts.items():  # bytes of a file name that are not UTF-8 are spelled out
-        write_whole(folder / name, text.encode("utf-8", "backslashreplace"))
+        write_whole(folder / name, text)
 
 
 # --------------------------------------------------------------------------------------------------

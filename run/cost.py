@@ -6,7 +6,6 @@
 Tested in tests/test_cost.py.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,11 @@ from diffusion import ALL_TIMESTEPS, DRAWS, GRID_BATCH, TIMESTEPS, Encoded, at_o
 from run import pictures, snapshot, watch
 from run.due import KEEP, draws, saves
 from run.processes import Processes
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def nbytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -115,12 +119,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB that this process has had at once, on the GPU if it is on one."""
+def peak_memory(device: torch.device) -> str:
+    """What this process has had at once, on the GPU if it is on one, in words: `3.1 GiB`."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    if resource is None:
+        return "an unknown amount (this system does not tell it)"
     scale = 2 ** (20 if sys.platform == "linux" else 30)  # kilobytes on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale:.1f} GiB"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ def dry_run(
         "adapter": f"{sum(p.numel() for p in run.parameters):,} parameters in {where}",
         "plan": steps_line(run),
         "time": hours(run, seconds, teaching),
-        "memory": f"{peak_memory(run.base.device):.1f} GiB at its peak",
+        "memory": f"{peak_memory(run.base.device)} at its peak",
     }
     if processes.main:
         for name, text in found.items():
@@ -169,9 +175,9 @@ def second_step(algorithm: Callable, run: Run) -> float:
     """Seconds of the second step; the first warms up."""
     rows = algorithm(run, (1, 2))
     next(rows)
-    began = time.time()
+    began = time.monotonic()
     next(rows)
-    return time.time() - began
+    return time.monotonic() - began
 
 
 def few_images(data: Encoded) -> Encoded:

@@ -14,12 +14,13 @@ tests/test_evaluate_faults.py.
 """
 
 import json
+import math
 import subprocess
 import time
 from pathlib import Path
 
 from command.errors import UserError
-from command.whole_files import read_json, to_disk, write_json, write_whole
+from command.whole_files import check_file, read_json, to_disk, write_json, write_whole
 from settings import DIRECTIONS, EMBEDDED
 
 OURS = {"model": EMBEDDED, "directions": DIRECTIONS}  # lie in the checkout
@@ -81,10 +82,19 @@ class RunFolder:
             raise UserError(f"{path} is damaged: it is not an object of file name -> hash")
         return found
 
+    def identity(self) -> dict:
+        """What the run is (run/identity.py), {} of one from before there was such a thing."""
+        found = self.config().get("identity", {})
+        if not isinstance(found, dict):
+            path = self.path / "config.json"
+            raise UserError(f"{path} is damaged: its identity is not an object")
+        return found
+
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; row 0 is the base model."""
         path = self.path / "metrics.jsonl"
         try:
+            check_file(path)
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self} is not a complete run: {path.name}: {error}") from None
@@ -94,11 +104,13 @@ class RunFolder:
 
     def held_out(self) -> dict[int, float]:
         """The held-out loss of every step whose adapter was saved."""
-        return {
-            row["step"]: row["nonmember_val_loss"]
-            for row in self.rows()
-            if row["step"] and "nonmember_val_loss" in row
-        }
+        saved = [row for row in self.rows() if row["step"] and "nonmember_val_loss" in row]
+        found = {row["step"]: row["nonmember_val_loss"] for row in saved}
+        for step, loss in found.items():
+            if type(loss) not in (int, float) or not math.isfinite(loss):
+                where = self.path / "metrics.jsonl"
+                raise UserError(f"{where} is damaged: the held-out loss of step {step} is {loss!r}")
+        return found
 
     def adapter(self, at: str = "last") -> tuple[Path, int]:
         """(folder of the adapter, its step) `at` last, best (lowest held-out loss) or a saved
@@ -120,7 +132,10 @@ class RunFolder:
         return self.checkpoint(step), step
 
     def attacker(self, base):
-        """The proxy attacker at the end of the run, a module on the base's device, in eval mode."""
+        """The proxy attacker at the end of the run, a module on the base's device, in eval mode.
+
+        Raises UserError for one that reads more than error maps, as --proxy calibrated.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -128,8 +143,11 @@ class RunFolder:
 
         path = self.path / "attacker" / "attacker.safetensors"
         proxy = self.config()["settings"]["proxy"]
+        if proxy not in PROXIES:
+            raise UserError(f"the attacker of {self} is {proxy}: only raw and pooled can be loaded")
         attacker = PROXIES[proxy](base.latent_shape)
         try:
+            check_file(path)
             attacker.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{path} is not the attacker of this run: {error}") from None
@@ -175,6 +193,7 @@ class RunFolder:
         """
         path, steps = self.path / "metrics.jsonl", []
         try:
+            check_file(path)
             lines = path.read_bytes().splitlines(keepends=True)[: step + 1]
             steps = [json.loads(line)["step"] for line in lines]
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -209,8 +228,6 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     """File names per role; raises UserError unless every role has its images, and no image two."""
     from files.images import ROLES
 
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot read {path}: it is not a file")  # a pipe may never end
     splits = read_json(path)
     lists = splits.values() if isinstance(splits, dict) else [None]
     if not all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in lists):
@@ -260,20 +277,12 @@ class MetricsLog:
 
 
 def tensorboard(folder: RunFolder):
-    """accelerate's TensorBoard tracker, writing to <run folder>/tensorboard.
+    """accelerate's TensorBoard tracker, writing to <run folder>/tensorboard."""
+    import accelerate
+    from accelerate.tracking import TensorBoardTracker
 
-    Raises UserError without the package.
-    """
-    try:
-        import accelerate
-        from accelerate.tracking import TensorBoardTracker
-
-        accelerate.PartialState()
-        tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=folder.path)
-    except ImportError:
-        raise UserError(
-            "--track tensorboard needs a package that is missing: pip install tensorboard"
-        ) from None
+    accelerate.PartialState()
+    tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=folder.path)
     getattr(tracker, "start", lambda: None)()  # what older versions of accelerate do at once
     return tracker
 

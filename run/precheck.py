@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from command.errors import UserError, shown, this_command
@@ -54,6 +55,8 @@ def launched() -> tuple[int, int]:
 
 
 def _require_paths(s: Settings) -> None:
+    if s.track and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        raise UserError(f"--track {s.track} needs a package that is missing: pip install {s.track}")
     path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
     if path and not os.path.exists(s.model):
         raise UserError(

@@ -41,6 +41,9 @@ class Processes:
                 ) from None
             self.count, self.rank = group.num_processes, group.process_index
             self.device = str(group.device)
+        asked = {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()
+        if asked and "WORLD_SIZE" not in os.environ:  # what accelerate does with --cpu
+            print("note: accelerate has started one process; torchrun --nproc_per_node N starts N")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.main and precision != "no":
             print(f"note: accelerate's mixed precision {precision} is not used; --dtype is")

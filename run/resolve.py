@@ -30,14 +30,15 @@ def resolve(settings: Settings, begun: bool = False) -> Settings:
         settings = replace(settings, directions=DIRECTIONS)
     if not begun:
         _check_together(settings)
+    if settings.hessian_every and settings.gradient_checkpointing:
+        raise UserError("--hessian-every differentiates twice: leave --gradient-checkpointing out")
     defaults = _defaults(settings, embedded)
     for name in ("members", "epochs"):  # how many serve is seen when the images are there
         defaults.pop(name)
     left_out = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
-    for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
-        _check_number(settings, name, highest)
+    check_numbers(settings)
     _check_prompts(settings)
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
@@ -92,6 +93,12 @@ def _refuse(problems: dict[str, bool]) -> None:
             raise UserError(problem)
 
 
+def check_numbers(settings: Settings) -> None:
+    """Raises UserError for one out of its range."""
+    for name, highest in (ABOVE_ZERO | FROM_ZERO).items():
+        _check_number(settings, name, highest)
+
+
 def _check_number(settings: Settings, name: str, highest: float | None) -> None:
     value, positive = getattr(settings, name), name in ABOVE_ZERO
     if value is None:
@@ -107,8 +114,13 @@ def _check_number(settings: Settings, name: str, highest: float | None) -> None:
 
 def _check_prompts(settings: Settings) -> None:
     for prompt in settings.prompt or ():
-        if len(prompt) > 10_000 or any("\ud800" <= c <= "\udfff" for c in prompt):
+        if len(prompt) > 10_000 or _lone_surrogate(prompt):
             raise UserError("--prompt must be a text of at most 10,000 characters")
+
+
+def _lone_surrogate(text: str) -> bool:
+    """Whether it holds what UTF-8 cannot say, as Python reads other bytes of a command line."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def out_folder(settings: Settings) -> Path:
@@ -116,6 +128,8 @@ def out_folder(settings: Settings) -> Path:
     out = Path(settings.out or f"runs/{settings.method}")
     advice = "give --out the name of a folder"
     try:
+        if _lone_surrogate(str(out)):
+            raise UserError(f"{out} is not UTF-8, and safetensors reads no file in it: {advice}")
         lengths = [len(os.fsencode(part)) for part in out.parts]
         if max(lengths, default=0) > 255 or sum(lengths) > 3500:  # room for the files in it
             raise UserError(f"{out} is too long a name: {advice}")

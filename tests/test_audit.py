@@ -1,6 +1,7 @@
 """The audit: its plan, its figures against curves/roc.py and scipy, a whole one on the tiny base,
 killed and gone on with, with a process killed, and two compared."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -396,7 +397,7 @@ def test_going_on(audited, tiny_base, image_folder, in_thread, tmp_path, monkeyp
         patched.setattr(audit_tasks, "work", None)
         again = audit.audit(flags(*given))
     assert again["steps"] == record["steps"]
-    with pytest.raises(UserError, match="other settings or images"):
+    with pytest.raises(UserError, match="other settings, images, base model or files"):
         audit.audit(flags(*given, lr=0.01))
     done = [path.stat().st_mtime_ns for path in answers]
     monkeypatch.setattr(audit_tasks, "git_commit", lambda: "next")
@@ -510,6 +511,61 @@ def test_compare(audited, tiny_base, image_folder, in_thread, capsys):
     assert (out.parent / "comparison.png").exists()
     with pytest.raises(UserError, match="no finished audit"):
         audit.audit(audit.Audit(audits=[str(out), str(out.parent)]))
+
+
+def spoil(path: Path, how: str) -> None:
+    """Cut a file of an audit, make it a pipe, leave an array out, or write another text to it."""
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a pipe":
+        os.mkfifo(path)
+    elif how == "less":
+        with np.load(io.BytesIO(content)) as arrays:
+            kept = {name: a for name, a in arrays.items() if name not in ("member", "sima")}
+        np.savez(path, **kept)
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_text(how)
+
+
+@pytest.mark.parametrize("how", ["cut", "a pipe", "less", "", "null", "PK"])
+@pytest.mark.parametrize("name", ["audit.json", "scores.npz", "adapters/01/answers.npz"])
+def test_damaged_files(audited, tiny_base, image_folder, tmp_path, name, how):
+    """One sentence that names the file."""
+    if name == "audit.json" and how == "less":
+        how = json.dumps(audited[1] | {"steps": {"8": {"held_out_loss": 1.0}}})
+    out = Path(shutil.copytree(audited[0], tmp_path / "lora"))
+    spoil(out / name, how)
+    answers = name.startswith("adapters")
+    plan = replace(make_plan(tiny_base, image_folder, audited[0]), out=str(out))
+    with pytest.raises(UserError, match=name) as told:
+        audit_tasks.collect(plan) if answers else audit.audit(audit.Audit(audits=[str(out)]))
+    assert "\n" not in str(told.value)
+    if answers and how not in ("a pipe", "less"):
+        with pytest.raises(UserError, match=name):
+            audit_tasks.missing(plan)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", "3", '{"steps": {}}', '{"steps": {"8": null}}']
+)
+def test_records_that_are_none(tmp_path, text):
+    (tmp_path / "audit.json").write_text(text)
+    with pytest.raises(UserError, match=r"audit\.json is damaged"):
+        audit.audit(audit.Audit(audits=[str(tmp_path)]))
+
+
+def test_compared_under_names_that_are_not_utf8(tmp_path):
+    """On a console that cannot show them either."""
+    names = [os.fsencode(tmp_path) + b"/\xff$_-" + name for name in (b"lora", b"smp")]
+    for name in names:
+        shutil.copytree(os.fsencode(ROOT) + b"/docs/records/audit-" + name[-4:].strip(b"-"), name)
+    command = [sys.executable, str(ROOT / "audit.py"), *names]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert r"\udcff$_-smp" in done.stdout and (tmp_path / "comparison.png").exists()
 
 
 def test_records_of_before_are_compared(tmp_path, capsys):

@@ -563,8 +563,61 @@ def test_refuses_a_single_file_of_something_else(tiny_base, tmp_path):
     """Without configs at hand the message says where they belong; with them, that the keys do not
     fit.
     """
-    path = tmp_path / "model.safetensors"
-    save_file({"something.weight": torch.zeros(2)}, path)
+    path, keys = tmp_path / "model.safetensors", (FIRST, "vae.x", f"{CLIP}text_model.x")
+    save_file({key: torch.zeros(2) for key in keys}, path)
     refused(path, "no configs in", "model/")
     shutil.copytree(tiny_base, tmp_path / "model")
-    refused(path, "with the configs in")
+    assert "from_single_file" not in refused(path, "with the configs in")
+
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+CLIP = "cond_stage_model.transformer."
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        ("is a LoRA", ["lora_unet_mid_block_proj_in.lora_down.weight"]),
+        ("is a LoRA", ["unet.mid_block.attentions.0.proj_in.lora_A.weight"]),
+        ("is a LoRA", ["unet.down_blocks.0.attn1.processor.to_q_lora.down.weight"]),
+        ("is a LoRA", ["mid_block.attentions.0.to_q.lora_layer.down.weight"]),
+        ("is a LoRA", ["lycoris_mid_block_proj_in.hada_w1_a"]),
+        ("is a ControlNet", ["control_model.time_embed.0.weight"]),
+        ("is a ControlNet", ["controlnet_cond_embedding.conv_in.weight", "conv_in.weight"]),
+        ("is Stable Diffusion XL", ["conditioner.embedders.0.x", "first_stage_model.x"]),
+        ("is Stable Diffusion 3", ["model.diffusion_model.joint_blocks.0.x", "vae.x"]),
+        ("is Flux", ["double_blocks.0.img_attn.norm.key_norm.scale"]),
+        ("is a motion module", ["down_blocks.0.motion_modules.0.norm.weight"]),
+        ("is a textual inversion", ["emb_params"]),
+        ("has a UNet but no VAE and no text encoder", [FIRST]),
+        ("has a UNet but no VAE and no text encoder", ["conv_in.weight", "mid_block.x"]),
+        ("has a UNet and a text encoder but no VAE", [FIRST, f"{CLIP}text_model.x"]),
+        ("has a VAE but no UNet and no text encoder", ["encoder.conv_in.weight"]),
+        ("has a VAE but no UNet and no text encoder", ["first_stage_model.x"]),
+        ("has a text encoder but no UNet and no VAE", ["text_model.embeddings.x"]),
+        ("is no checkpoint", ["something.weight"]),
+    ],
+)
+def test_says_what_a_single_file_is(tmp_path, words, keys):
+    path = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(2) for key in keys}, path)
+    refused(path, words)
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"), [(9, "an inpainting model"), (8, "an InstructPix2Pix model")]
+)
+def test_says_what_the_unet_of_a_single_file_takes(tiny_base, tmp_path, channels, words):
+    path = single_file(tiny_base, tmp_path / "model.safetensors")
+    save_file(load_file(path) | {FIRST: torch.zeros(16, channels, 3, 3)}, path)
+    refused(path, words, f"takes {channels} channels")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clip_without_text_model_loads(tiny_base, tmp_path, dtype):
+    """As in checkpoints that A1111 reads."""
+    path = single_file(tiny_base, tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    assert any(key.startswith(f"{CLIP}text_model.") for key in tensors)
+    save_file({key.replace(".text_model.", "."): t for key, t in tensors.items()}, path)
+    assert_same(load_base(str(path), dtype=dtype), load_base(tiny_base, dtype=dtype))

@@ -342,6 +342,28 @@ def test_closed_pipe_is_quiet(lines):
     assert done.returncode == 141 and done.stderr == b""
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_a_console_that_cannot_show_a_name(encoding):
+    """It is spelled out, on stdout as on stderr."""
+    code = "import sys; from command import flags; from settings import Settings\n"
+    code += "s = flags.parse(Settings, ''); print(s.caption, s.out); print(s.out, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "--caption", "\u0e01\u20ac", "--out", b"r\xff"]
+    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
+    assert done.returncode == 0 and done.stderr.strip() == rb"r\udcff", done.stderr
+    shown = {"cp1252": b"\x80"}.get(encoding, rb"\u20ac")
+    assert done.stdout.split() == [rb"\u0e01" + shown, rb"r\udcff"]
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "audit.py"])
+def test_without_docstrings(script):
+    """--help works under python -OO; training does not, as transformers reads docstrings."""
+    for argv, code, words in ((["-h"], 0, "--device"), ([], 2, "leave -OO out")):
+        command = [sys.executable, "-OO", str(ROOT / script), *argv]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code and words in done.stdout + done.stderr
+
+
 def test_imports_nothing_heavy():
     code = "import sys, settings; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -423,6 +445,14 @@ def test_write_whole_where_no_file_can_be(tmp_path, capsys, name):
         write_whole(tmp_path / name, "new")
     assert stop.value.code == 2 and f"{tmp_path / name}: " in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_write_whole_spells_out_what_utf8_cannot_say(tmp_path):
+    """Such as the name of a folder in another encoding."""
+    assert (
+        write_whole(tmp_path / "a", "r\udcff \u20ac").read_bytes()
+        == rb"r\udcff " + "\u20ac".encode()
+    )
 
 
 def test_json_there_and_back(tmp_path):

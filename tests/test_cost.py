@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -236,3 +238,11 @@ def test_the_small_model_is_in_full_precision_everywhere():
     assert resolve(Settings(out="/nowhere")).dtype == "float32"
     assert resolve(Settings(out="/nowhere", model="owner/sd")).dtype == "auto"
     assert resolve(replace(Settings(out="/nowhere"), dtype="bfloat16")).dtype == "bfloat16"
+
+
+def test_memory_where_the_system_does_not_tell_it(monkeypatch):
+    """Windows has no module `resource`."""
+    assert float(cost.peak_memory(torch.device("cpu")).removesuffix(" GiB")) > 0.1
+    monkeypatch.setitem(sys.modules, "resource", None)
+    without = runpy.run_path(cost.__file__)
+    assert "unknown" in without["peak_memory"](torch.device("cpu"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from command.errors import UserError
 from files import images as data
@@ -204,6 +204,78 @@ def test_transparency_row_by_row():
     assert np.abs(pixels - expected).max() <= 1
 
 
+SRGB = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+PRIMARIES = {  # columns: XYZ of red, green and blue, under D50
+    "Adobe RGB": [[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.0195, 0.0609, 0.7446]],
+    "Display P3": [[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0010, 0.0419, 0.7841]],
+    "ProPhoto": [[0.7977, 0.1352, 0.0313], [0.2880, 0.7119, 0.0001], [0.0, 0.0, 0.8249]],
+}
+
+
+def icc(name: str, gamma: float, space: bytes = b"RGB ") -> bytes:
+    """A colour profile (ICC.1:2001-04) of one gamma and these primaries."""
+
+    def fixed(*values):
+        return b"".join(round(v * 65536).to_bytes(4, "big", signed=True) for v in values)
+
+    desc = b"desc\0\0\0\0" + (len(name) + 1).to_bytes(4, "big") + name.encode().ljust(91, b"\0")
+    curve = b"curv\0\0\0\0\0\0\0\1" + round(gamma * 256).to_bytes(2, "big") + b"\0\0"
+    white = fixed(0.9642, 1, 0.8249)
+    tags = {b"desc": desc, b"cprt": b"text\0\0\0\0x\0\0\0", b"wtpt": b"XYZ \0\0\0\0" + white}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        for letter, xyz in zip("rgb", zip(*PRIMARIES[name], strict=True), strict=True):
+            tags[letter.encode() + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*xyz)
+            tags[letter.encode() + b"TRC"] = curve
+    table, body = len(tags).to_bytes(4, "big"), b""
+    for key, content in tags.items():
+        at = 132 + 12 * len(tags) + len(body)
+        table += key + at.to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content.ljust(-(-len(content) // 4) * 4, b"\0")
+    size = 128 + len(table) + len(body)
+    kind = b"\2\x10\0\0mntr" + space + b"XYZ "
+    header = size.to_bytes(4, "big") + b"\0" * 4 + kind + b"\0" * 12 + b"acsp"
+    return header.ljust(68, b"\0") + white + b"\0" * 48 + table + body
+
+
+def linear(x):
+    """sRGB in 0..1 as amounts of light (IEC 61966-2-1)."""
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize("name", PRIMARIES)
+def test_colour_profiles_are_followed(tmp_path, name, capsys):
+    """A picture written in wider colours is the one that it was in sRGB, and a copy of it."""
+    pixels = np.random.default_rng(0).integers(30, 226, (4, 4, 3)).repeat(4, 0).repeat(4, 1)
+    light = linear(pixels / 255) @ np.array(SRGB).T @ np.linalg.inv(PRIMARIES[name]).T
+    wide = np.round(255 * light.clip(0, 1) ** (1 / 1.8)).astype(np.uint8)
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(wide).save(tmp_path / "b.png", icc_profile=icc(name, 1.8))
+    Image.fromarray(wide).save(tmp_path / "c.png")
+    found = load_images(str(tmp_path), 16, "x").pixels.astype(int)
+    assert (found[0] == pixels).all() and abs(found[1] - pixels).max() <= 3
+    assert near_duplicates(found.astype(np.uint8)) == [0, 0, 2]
+    assert capsys.readouterr().out == ""
+
+
+def test_colour_profiles_of_other_modes(tmp_path, capsys):
+    """A grey one is followed; one that is damaged, or of another mode, leaves the pixels alone."""
+    grey = Image.new("LA", (16, 16), (128, 255))
+    grey.save(tmp_path / "a.png", icc_profile=icc("grey", 1.0, b"GRAY"))
+    for letter, profile in {"b": icc("ProPhoto", 1.8)[:200], "c": b"none"}.items():
+        Image.new("RGB", (16, 16), (9, 99, 199)).save(
+            tmp_path / f"{letter}.png", icc_profile=profile
+        )
+    ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    ink.save(tmp_path / "d.jpg", icc_profile=icc("ProPhoto", 1.8), quality=100)
+    found = load_images(str(tmp_path), 8, "x").pixels
+    assert abs(linear(found[0] / 255) - 128 / 255).max() < 0.005
+    assert (found[1:3] == (9, 99, 199)).all() and abs(found[3] - RED).max() < 3
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "3 images cannot be used" in said and "b.png" in said
+
+
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (16, 16), RED)
     image.paste(BLUE, (0, 0, 16, 8))  # blue above red
@@ -266,6 +338,39 @@ def test_broken_image(tmp_path, suffix, share):
     only_pixels(file)  # whole, it loads
     cut(file, int(share * file.stat().st_size))
     message(tmp_path, "x", f"broken.{suffix}", "not a readable image", "replace it")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is HEIC, whatever its name says"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "is HEIC"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "is AVIF"),
+        (b"\xff\x0a\0\0", "is JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "is JPEG 2000"),
+        (b"8BPS\0\x01", "is a Photoshop file"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"\n<!DOCTYPE html><html>", "is a web page or an SVG"),
+    ],
+)
+def test_other_formats_by_their_content(tmp_path, content, words):
+    (tmp_path / "a.jpg").write_bytes(content + b"x" * 200)
+    message(tmp_path, "x", "a.jpg", words)
+
+
+@pytest.mark.parametrize(("megabytes", "fits"), [(3, True), (70, False)])
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_png_with_much_text_or_a_large_profile(tmp_path, kind, megabytes, fits):
+    """As ComfyUI and scanners write them."""
+    much, text = "x" * megabytes * 2**20, PngImagePlugin.PngInfo()
+    if kind == "text":
+        text.add_text("workflow", much, zip=True)
+    profile = {"icc_profile": much.encode()} if kind == "profile" else {}
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png", pnginfo=text, **profile)
+    if fits:
+        assert (load_images(str(tmp_path), 8, "x").pixels == [255, 0, 0]).all()
+    else:
+        message(tmp_path, "x", "a.png", "64 MB of text or profile")
 
 
 def test_text_and_foreign_formats_are_not_images(tmp_path):

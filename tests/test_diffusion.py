@@ -1,5 +1,7 @@
 """diffusion.py: the noise process and the caches against diffusers."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import CAPTIONS
 import diffusion
 from diffusion import (
     add_noise,
+    ddim,
     encode_captions,
     encode_images,
     loss_grid,
@@ -166,3 +169,32 @@ def test_embedded_base_in_plain_diffusers():
     assert abs(ours / 255 - theirs).max() < 2 / 255
     total = sum(path.stat().st_size for path in Path(EMBEDDED).rglob("*") if path.is_file())
     assert total <= 20_000_000
+
+
+FAMILIES = ["DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "EulerDiscrete"]
+FAMILIES += ["HeunDiscrete", "LCM", "PNDM", "UniPCMultistep"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_do_not_depend_on_what_a_scheduler_is_silent_on(tiny_base, tmp_path, family):
+    """A base whose scheduler says betas alone draws what one with Stable Diffusion's whole config
+    draws: DDIM's own defaults would clip the latents.
+    """
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    kind = f"{family}Scheduler"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for file, changes in {
+        "scheduler/scheduler_config.json": {"_class_name": kind, **betas},
+        "model_index.json": json.loads((folder / "model_index.json").read_text())
+        | {"scheduler": ["diffusers", kind]},
+    }.items():
+        (folder / file).write_text(json.dumps(changes))
+    pictures = []
+    for model in (tiny_base, str(folder)):
+        base = load_base(model)
+        noise = torch.randn((2, *base.latent_shape), generator=torch.Generator().manual_seed(0))
+        text = encode_captions(base, ["a red circle", "a blue ring", ""])
+        pictures += [sample(base, text[:2], text[2:], noise, 3) for _ in range(2)]
+    assert all((p == pictures[0]).all() for p in pictures[1:])
+    base.pipeline.scheduler = ddim(base.pipeline.scheduler, clip_sample=True)
+    assert (sample(base, text[:2], text[2:], noise, 3) != pictures[0]).any()

@@ -3,6 +3,7 @@ moved or changed, scores that are stale, cut or damaged.
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -22,8 +23,9 @@ import train
 from attacks import examination, model, shadows
 from attacks.examination import dealt, prepare
 from attacks.store import Store
-from attacks.target import adapter_digest, base_stamp, kind, read_run, targets
+from attacks.target import kind, read_run, targets
 from command.errors import UserError
+from files import contents
 from files.images import load_images
 from run.folder import read_splits
 from settings import Settings
@@ -65,6 +67,11 @@ def spoilt(run, folder):
     twice = splits | {"fresh": splits["member_aux"][:1]}
     without = config | {"settings": {k: v for k, v in config["settings"].items() if k != "model"}}
     typed = config | {"settings": config["settings"] | {"data": 5}}
+    odd = {"size": "48", "seed": -1, "lam": [1]}
+    odd = {
+        k: json.dumps(config | {"settings": config["settings"] | {k: v}}) for k, v in odd.items()
+    }
+    losses = [json.dumps({"step": 2, "nonmember_val_loss": x}) for x in (None, "1", [1], math.nan)]
     gone = config | {"settings": config["settings"] | {"model": "/gone/base"}}
     text = Path(run, "splits.json").read_text()
     changes = [
@@ -81,6 +88,12 @@ def spoilt(run, folder):
         ("config.json", "[]", "no settings"),
         ("config.json", json.dumps(without), "lack model"),
         ("config.json", json.dumps(typed), "data must be a text"),
+        ("config.json", odd["size"], "size must be a whole number"),
+        ("config.json", odd["seed"], "--seed must be 0 or more"),
+        ("config.json", odd["lam"], "lam must be a number"),
+        *[("metrics.jsonl", row, "the held-out loss of step 2 is") for row in losses],
+        *[(f"{name}.json", "a pipe", "a pipe") for name in ("images", "splits")],
+        ("metrics.jsonl", "a pipe", "a pipe"),
         ("config.json", json.dumps(gone), "there is no base model /gone/base"),
         ("metrics.jsonl", None, "not a complete run"),
         ("metrics.jsonl", '{"step": 0}\n{"st', "not a complete run"),
@@ -94,6 +107,9 @@ def spoilt(run, folder):
             shutil.rmtree(copy / name)
         elif content is None:
             (copy / name).unlink()
+        elif content == "a pipe":
+            (copy / name).unlink()
+            os.mkfifo(copy / name)
         else:
             (copy / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         yield f"{i} {name}", str(copy), words
@@ -127,7 +143,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
         (other | {"model": "gone.safetensors"}, "there is no base model"),
         (other | {"adapter": "/gone"}, "there is no adapter /gone"),
         (other | {"splits": str(splits)}, "not an object of role"),
-        (other | {"splits": str(tmp_path)}, "it is not a file"),
+        (other | {"splits": str(tmp_path)}, "a folder, not a file"),
         (other | {"at": "best"}, "--at needs a run folder"),
         (other | {"shadow": 8}, r"needs a run of train\.py"),
         (other | {"out": str(splits)}, "is not a folder"),
@@ -317,8 +333,8 @@ def test_stale_and_damaged_arrays_are_computed_again(tmp_path):
     assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
-def test_kept_scores_depend_on_content(run, tiny_base, tmp_path):
-    """Images, adapter and base count by what they hold: a copy elsewhere is the same, another
+def test_kept_scores_depend_on_content(run, tmp_path):
+    """Images and adapter count by what they hold: a copy elsewhere is the same, another
     weight of the same size and time is not.
     """
     found, settings = read_run(run), evaluate.Settings()
@@ -333,19 +349,13 @@ def test_kept_scores_depend_on_content(run, tiny_base, tmp_path):
     assert len(others | {key()}) == 4
 
     copy = Path(shutil.copytree(found.adapter, tmp_path / "adapter"))
-    assert adapter_digest(copy) == adapter_digest(found.adapter)
+    assert contents.of_adapter(copy) == contents.of_adapter(found.adapter)
     (file,) = copy.glob("*.safetensors")
     before, tensors = file.stat(), load_file(file)
     tensors[min(tensors)][0, 0] += 1
     save_file(tensors, file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert adapter_digest(copy) != adapter_digest(found.adapter)
-
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    assert base_stamp(str(base)) == base_stamp(tiny_base)
-    os.utime(base / "unet" / "diffusion_pytorch_model.safetensors")
-    assert base_stamp(str(base)) != base_stamp(tiny_base)
-    assert base_stamp("owner/name") == ["owner/name"]
+    assert contents.of_adapter(copy) != contents.of_adapter(found.adapter)
 
 
 def test_what_the_images_decide_is_computed_once(run, tmp_path, monkeypatch):

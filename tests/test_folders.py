@@ -139,6 +139,59 @@ def test_captions_that_are_none(tmp_path, text, words):
 # ---- one line on what is not used ----
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a cat".encode("utf-16-le"), "U+0000"),
+        ("кот".encode("utf-16-le"), "U+0004"),
+        ("a cat".encode("utf-16"), "not UTF-8"),
+        ("a cat".encode("utf-32-be"), "U+0000"),
+        (bytes(40), "U+0000"),
+        (b"a \x1b[0m cat", "U+001B"),
+        ("\u200b \ufeff\u2060".encode(), "is empty"),
+    ],
+)
+def test_captions_that_are_not_text(tmp_path, content, words):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(content)
+    message(tmp_path, "a.txt", words)
+
+
+@pytest.mark.parametrize(("text", "words"), [("\0cat", "U+0000"), ("\u200b", "empty caption")])
+def test_captions_in_metadata_that_are_not_text(tmp_path, text, words):
+    save(tmp_path / "a.png")
+    rows(tmp_path / "metadata.jsonl", ("a.png", text))
+    message(tmp_path, "metadata.jsonl line 1", words)
+
+
+def test_captions_that_are_text(tmp_path):
+    """Joined emojis, accents, other scripts and directions."""
+    captions = [
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "e\u0301t\u00e9",
+        "\u200f\u05d0",
+        "猫",
+    ]
+    for i, text in enumerate(captions):
+        save(tmp_path / f"{i}.png")
+        write(tmp_path / f"{i}.txt", text)
+    assert load_images(str(tmp_path), 8).captions == captions
+
+
+def test_masks_are_no_pictures(tmp_path, capsys):
+    """As OneTrainer and others name them; not if the picture is not there, or they have a caption,
+    or the metadata lists them.
+    """
+    for name in ("a.jpg", "a-masklabel.png", "a_mask.PNG", "b.png", "b-mask.png", "c_mask.png"):
+        save(tmp_path / name)
+    write(tmp_path / "b-mask.txt", "a mask on a wall")
+    names = ["a.jpg", "b-mask.png", "b.png", "c_mask.png"]
+    assert load_images(str(tmp_path), 8, "x").names == names
+    assert "masks of other images (2: a-masklabel.png, a_mask.PNG)" in capsys.readouterr().out
+    rows(tmp_path / "metadata.jsonl", ("a.jpg", "a"), ("a_mask.PNG", "b"))
+    assert load_images(str(tmp_path), 8).names == ["a.jpg", "a_mask.PNG"]
+
+
 def test_line_on_files_that_are_not_read(tmp_path, capsys):
     save(tmp_path / "a.png")
     assert loaded(tmp_path, "x") == {"a.png": "x"} and line(capsys) == ""

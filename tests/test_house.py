@@ -133,6 +133,12 @@ def test_functions_fit_on_a_screen():
                 assert lines <= 60, f"{name}.{node.name} has {lines} lines"
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_durations_are_no_differences_of_dates(name):
+    """A clock that is set back would make them negative."""
+    assert "time.time" not in FILES[name].read_text()
+
+
 def test_a_statement_a_line_in_algorithm_1():
     """No two statements share a line, and no argument of a call has an effect of its own."""
     tree = ast.parse(FILES["algorithm"].read_text())

@@ -173,6 +173,18 @@ def test_two_processes_follow_one(small, tmp_path, big_batch):
     assert json.loads((tmp_path / "r" / "config.json").read_text())["processes"] == 2
 
 
+def test_one_process_where_several_were_asked_for(capsys, monkeypatch):
+    """As `accelerate launch --cpu --num_processes 2` does."""
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    Processes()
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    Processes()
+    assert "accelerate has started one process" in capsys.readouterr().out
+
+
 # ---- precision ----
 
 

@@ -15,6 +15,7 @@ import train
 from algorithm import Shuffled
 from command.errors import one_line_errors
 from command.flags import parse
+from run import precheck, watch
 from settings import Settings
 
 ROOT = Path(train.__file__).parent
@@ -185,13 +186,19 @@ BAD = {  # name: (flags, words that the message must have)
     "too few": (["--data", "TMP/bare", "--caption", "a thing"], "--members"),
     "used": (["--out", "TMP/used"], "used"),
     "nan": (["--lr", "1e30", "--steps", "5", "--method", "lora"], "finite"),
+    "track": (["--track", "tensorboard"], "pip install tensorboard"),
+    "out is not UTF-8": (["--out", "TMP/\udcff"], "is not UTF-8"),
+    "hessian": (["--hessian-every", "2", "--gradient-checkpointing"], "--gradient-checkpointing"),
     "out is a file": (["--out", "TMP/bare/0.png"], "0.png"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_2(tiny_base, image_folder, tmp_path, case, capsys):
+def test_bad_input_is_one_line_and_exit_2(
+    tiny_base, image_folder, tmp_path, case, capsys, monkeypatch
+):
     """One sentence on stderr that names the culprit, exit code 2, and no half-made run."""
+    monkeypatch.setattr(precheck, "find_spec", lambda _: None)  # no tensorboard
     for name in ("empty", "corrupt", "bare", "used"):
         (tmp_path / name).mkdir()
     (tmp_path / "corrupt" / "x.png").write_bytes(b"not a picture")
@@ -209,3 +216,11 @@ def test_bad_input_is_one_line_and_exit_2(tiny_base, image_folder, tmp_path, cas
     assert len(errors) == 1 and words in errors[0]
     assert not (tmp_path / "out" / "adapter").exists()
     assert case == "nan" or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.5])
+def test_a_base_far_above_one_is_noted(small, tmp_path, no_pictures, monkeypatch, capsys, limit):
+    """Its prediction type may be wrong: the tiny base, which answers noise, is at about 1.05."""
+    monkeypatch.setattr(watch, "TOO_FAR", limit)
+    train.train(small(tmp_path / "run", method="lora", steps=1))
+    assert ("prediction type (now epsilon)" in capsys.readouterr().out) == (limit < 1)

@@ -123,13 +123,15 @@ def make_plan(s: Audit):
     from attacks import audit_plan
     from files.bases import load_base, resolve_device, resolve_dtype
     from files.images import load_images
+    from run import identity
 
     device = resolve_device(s.device)
     each = replace(settings_of_one(s), device=device, dtype=resolve_dtype(s.dtype, device))
-    each = replace(each, size=load_base(s.model, "cpu", each.dtype, s.size).size)
+    base = load_base(s.model, "cpu", each.dtype, s.size)
+    each = replace(each, size=base.size)
     images = load_images(s.data, each.size, s.caption)
     plan = audit_plan.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
-    return replace(plan, pictures=s.pictures)
+    return replace(plan, pictures=s.pictures, identity=identity.of(each, base))
 
 
 # --------------------------------------------------------------------------------------------------

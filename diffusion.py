@@ -53,6 +53,7 @@ class Base:
     prediction: str  # "epsilon" or "v_prediction"
     size: int  # pixels of a side
     device: torch.device
+    source: object = None  # Path of the folder or file that it was loaded from
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -7,8 +7,7 @@ tests/test_audit.py.
 """
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ import numpy as np
 from command.errors import UserError
 from diffusion import GRID_SEED, TIMESTEPS
 from files.images import PARTS, ROLES, Images, near_duplicates, parts
-from settings import FREE, LOOKS, Settings
+from run.identity import decided, digest_of
+from settings import Settings
 
 NOISES = 2  # per timestep of the losses; the prediction itself is kept for the first
 SIMA_TIMESTEPS = (100,)  # beside 0
@@ -42,19 +42,16 @@ class Plan:
     digest: str  # of the images as loaded
     steps: list[int] | None = None  # at which an adapter is asked; None: see `due`
     pictures: int = 0  # drawn of each adapter at each of these steps
+    identity: dict = field(default_factory=dict)  # base, files and settings, see run/identity.py
 
     def __len__(self) -> int:
         return len(self.roles)
 
-    @property
-    def trained(self) -> dict:
-        """The settings that decide what an adapter becomes."""
-        return {k: v for k, v in asdict(self.settings).items() if k not in {*FREE, *LOOKS}}
-
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""
         asked = [TIMESTEPS, NOISES, SIMA_TIMESTEPS, GRID_SEED, self.due(), self.drawn(index)]
-        facts = [self.trained, asked, self.digest, self.pool, self.held_out, self.canaries]
+        facts = [self.identity, decided(self.settings), asked, self.digest]
+        facts += [self.pool, self.held_out, self.canaries]
         return digest_of([*facts, index, self.roles[index]])
 
     def drawn(self, index: int) -> list[int]:
@@ -142,8 +139,3 @@ def deal(
 def hash_of(images: Images) -> str:
     """SHA-256 of pictures and captions."""
     return hashlib.sha256("".join(images.hashes()).encode()).hexdigest()
-
-
-def digest_of(facts: list) -> str:
-    """SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

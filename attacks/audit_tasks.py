@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 import lora
 from algorithm import Diverged
 from attacks import quality, single, workers
-from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, digest_of, hash_of
+from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, hash_of
 from attacks.store import damaged, read_arrays
 from command import progress
 from command.errors import UserError
@@ -45,7 +45,9 @@ from files import text_encoder
 from files.bases import load_base
 from files.encode import encode
 from files.images import Images, load_images
+from run import identity
 from run.folder import git_commit
+from run.identity import digest_of
 from settings import Settings
 
 # (base, images, settings of one adapter) -> (step, the adapter in the base) after every step
@@ -114,13 +116,15 @@ def _training(train: Train, base: Base, data: Encoded, s: Settings) -> Iterator:
 def _subject(plan: Plan) -> tuple[Base, Encoded]:
     """The base and the images of the plan, from the last call if it was for the same plan."""
     s = plan.settings
-    key = digest_of([plan.trained, s.device, plan.images, plan.digest])
+    key = digest_of([asdict(s), plan.images, plan.digest, plan.identity])
     if key not in _loaded:
         _loaded.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # printed when the plan was made
             base = load_base(s.model, s.device, s.dtype, s.size)
             images = load_images(s.data, base.size, s.caption, s.nonmembers)
             images = Images(plan.names, plan.captions, images.pixels[plan.images])
+            what = "the audit was begun with"
+            identity.require(plan.identity, identity.of(s, base), s, what)
             if hash_of(images) != plan.digest:
                 raise UserError(f"{s.data} is not what the audit was begun with: put it back")
             _loaded[key] = base, encode(base, images, {})
@@ -277,7 +281,8 @@ def finished(plan: Plan, index: int) -> bool:
         return False
     if str(read_arrays(path, "key")["key"]) != plan.key(index):
         raise UserError(
-            f"{plan.out} holds an audit with other settings or images: give another --out"
+            f"{plan.out} holds an audit with other settings, images, base model or files: give "
+            "another --out"
         )
     return True
 

@@ -20,12 +20,13 @@ from torchvision.transforms.functional import InterpolationMode, affine
 
 from attacks import quality
 from attacks.store import Store
-from attacks.target import Target, base_stamp, sources
+from attacks.target import Target, sources
 from command.errors import UserError, shown
 from diffusion import GRID_SEED, Base, Encoded, encode_images
-from files.bases import load_base
+from files.bases import content, load_base
 from files.encode import encode
 from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
+from run.identity import digest_of
 
 SUBSET_SEED = 0  # of the choice of test non-members
 CROPS = np.linspace(0.95, 0.7, 10).tolist()  # shares of a side, as PFAMI's authors have them
@@ -75,6 +76,11 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Examina
     """
     c = target.config
     base = load_base(c["model"], device, c["dtype"], c.get("size"))
+    if (now := content(base)) != target.identity.get("model", now):
+        raise UserError(
+            f"the base model {shown(c['model'])} is not the one that {target.run} was trained on: "
+            "put it back, or name where it lies with --model"
+        )
     images = load_images(c["data"], base.size, c["caption"], c.get("nonmembers"))
     every = dealt(target, images)
     roles, chosen = {}, []
@@ -85,8 +91,7 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Examina
     names, captions = ([given[i] for i in chosen] for given in (images.names, images.captions))
     data = encode(base, Images(names, captions, images.pixels[chosen]), roles)
     hashes = images.hashes()
-    content = json.dumps({role: [hashes[i] for i in index] for role, index in every.items()})
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    digest = digest_of({role: [hashes[i] for i in index] for role, index in every.items()})
     fresh = every.get("fresh", [])
     held_out = fresh if len(fresh) > 1 else every["nonmember_test"]
     pictures, said = images.pixels[held_out], [images.captions[i] for i in held_out]
@@ -100,7 +105,7 @@ def examine(target: Target, s, network, asked: list) -> Examination:
     e = prepare(target, s.device, s.test_nonmembers)
     if s.pictures and len(e.held_out) < 2:
         raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
-    key = json.dumps([fingerprint(target, e.content, s), asked])
+    key = json.dumps([fingerprint(target, [content(e.base), e.content], s), asked])
     # beside the runs, so that every run over the same images finds what is in it
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     e.network, e.store = network, Store(target.run.parent / f"control-{digest}", key)
@@ -110,14 +115,13 @@ def examine(target: Target, s, network, asked: list) -> Examination:
     return e
 
 
-def fingerprint(target: Target, content: str, s) -> str:
-    """What the scores and the pictures of the base model depend on, by content and not by name,
-    beside the number and steps of the pictures.
+def fingerprint(target: Target, held: list[str], s) -> str:
+    """What the scores and the pictures of the base model depend on, beside the number and steps of
+    the pictures; `held` are the hashes of the base and of the images.
     """
     choices = {"nonmembers": s.test_nonmembers, "features": s.features}
     seeds = [GRID_SEED, SUBSET_SEED, target.config["seed"]]
-    base = [base_stamp(target.config["model"]), target.config["dtype"]]
-    return json.dumps([seeds, base, content, choices])
+    return json.dumps([seeds, target.config["dtype"], held, choices])
 
 
 def dealt(target: Target, images: Images) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ from attacks.classifiers import blind_features, classifier_score
 from attacks.examination import CROPS, CUTS, Examination, cut
 from attacks.single import ATTACKS, CUTS_AT, FITTED
 from attacks.store import Store
-from attacks.target import Target, adapter_digest
+from attacks.target import Target
 from command import progress
 from command.errors import UserError
 from curves import roc
@@ -39,7 +39,7 @@ from diffusion import (
     loss_grid,
 )
 from files import adapters as files
-from files import text_encoder
+from files import contents, text_encoder
 
 KINDS = tuple(paper.RATES)  # of the fresh attackers
 PICTURES, PICTURE_STEPS = 2, 6  # pictures per caption of the black-box attack, their DDIM steps
@@ -218,7 +218,7 @@ def measured(e: Examination, target: Target, s, shadows_plan: Plan | None = None
             e.control = control.measure(s, shadows_plan)
     adapter, _ = files.load(e.base, target.adapter)
     with inside(unet, adapter):
-        key = json.dumps([e.store.key.decode(), adapter_digest(target.adapter)])
+        key = json.dumps([e.store.key.decode(), contents.of_adapter(target.adapter)])
         store = Store(target.folder / "scores", key)
         return Model(target.name, e, adapter, store, e.control).measure(s, shadows_plan)
 

@@ -11,19 +11,20 @@ run, which is the last of N + 1 adapters.  The draw knows nothing of who is a me
 Tested in tests/test_shadow.py.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
 from attacks import audit_plan, audit_tasks, lira
 from attacks.examination import Examination
-from attacks.target import Target, base_stamp
+from attacks.target import Target
 from command.errors import UserError
 from command.flags import checked
 from diffusion import Encoded
 from files.images import ROLES, Images
+from run import identity
 from run.folder import RunFolder
-from settings import FREE, Settings
+from settings import Settings
 
 SEED = 1001  # added to the run's own
 LEAST = 2  # shadows with and shadows without it that every image needs
@@ -48,10 +49,11 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
             f"take --shadow {needed + needed % 2} or fewer --test-nonmembers"
         )
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
-    facts = [asdict(s) | dict.fromkeys(FREE), base_stamp(s.model), digest, roles, target.step]
-    out = str(target.run.parent / f"shadows-{audit_plan.digest_of(facts)[:8]}")
+    known = identity.of(s, examination.base)
+    facts = [known, digest, roles, target.step]
+    out = str(target.run.parent / f"shadows-{identity.digest_of(facts)[:8]}")
     pool = examination.positions, images, roles, [], [], data.names, data.captions, digest
-    return audit_plan.Plan(s, out, *pool, steps=[target.step])
+    return audit_plan.Plan(s, out, *pool, steps=[target.step], identity=known)
 
 
 def as_trained(target: Target) -> Settings:

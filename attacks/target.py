@@ -5,11 +5,10 @@ A target comes from a run folder of train.py, or from flags for an adapter train
 for that.  Held by tests/test_evaluate.py and tests/test_evaluate_faults.py.
 """
 
-import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from command.errors import UserError, shown
@@ -19,8 +18,6 @@ from run.folder import RunFolder, read_splits
 from run.resolve import check_numbers
 from settings import FREE, LOOKS, Settings
 
-BASE_FILES = (".safetensors", ".json", ".txt")  # weights, configs, and merges of a tokenizer
-PEFT_CONFIG = "adapter_config.json"  # beside an adapter's weights
 NEEDED = ("method", "model", "data", "caption", "dtype", "seed")  # of the settings of a run
 NUMBERS = {  # lowest and highest
     "test_nonmembers": (0, 10**7),
@@ -43,6 +40,7 @@ class Target:
     config: dict  # settings: model, data, caption, dtype, method, seed, and for runs the others
     splits: dict[str, list[str]] | None  # file names per role; None: the data folder comes split
     images: dict[str, str] | None = None  # file name -> hash; None: nothing says what they were
+    identity: dict = field(default_factory=dict)  # as in run/identity.py
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,12 +123,12 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
     refuse(without, f"{folder} was trained without --nonmembers: leave it out")
     config |= {name: value for name, value in instead.items() if value is not None}
     adapter, step = run.adapter(at)
-    splits, images = run.splits(), run.images()
+    splits, images, _ = held = run.splits(), run.images(), run.identity()
     for name in (name for names in splits.values() for name in names if images is not None):
         damaged = f"the images.json of {run} is damaged: it has no hash of {shown(name)}"
         refuse(not isinstance(images.get(name), str), damaged)
     results = run.path if at == "last" else run.path / f"at-{at}"
-    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, splits, images)
+    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, *held)
 
 
 def read_adapter(s) -> Target:
@@ -150,13 +148,14 @@ def read_adapter(s) -> Target:
 
 
 # --------------------------------------------------------------------------------------------------
-# Which targets belong together, and what kept scores depend on
+# Which targets belong together
 
 
 def sources(target: Target) -> str:
     """Where images and base of a target come from: targets that agree share an examination."""
     names = ("model", "data", "nonmembers", "caption", "dtype", "seed", "size")
-    return json.dumps([[target.config.get(k) for k in names], target.splits, target.images])
+    held = target.splits, target.images, target.identity.get("model")
+    return json.dumps([[target.config.get(k) for k in names], *held])
 
 
 def kind(target: Target) -> str:
@@ -171,31 +170,3 @@ def kind(target: Target) -> str:
         chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")
     return json.dumps([chosen, "best" if best else target.step], sort_keys=True)
-
-
-def base_stamp(model: str) -> list:
-    """Names, sizes and times of the files of a base; of one from the hub its name.
-
-    Hashes of gigabytes would take longer than some attacks.
-    """
-    path = Path(model)
-    if path.is_file():
-        files = [path, *sorted(path.with_suffix("").rglob("*"))]  # with its configs beside it
-    else:
-        files = sorted(path.rglob("*"))
-    stats = [(f.name, f.stat()) for f in files if f.suffix in BASE_FILES and f.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats] or [model]
-
-
-def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's files: of a folder all that may say something about it."""
-    if adapter.is_dir():
-        files = [f for f in sorted(adapter.iterdir()) if f.suffix in (".safetensors", ".json")]
-    else:
-        files = [adapter, adapter.with_name(PEFT_CONFIG)]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

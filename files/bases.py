@@ -20,7 +20,7 @@ from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
 from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
-from files import checkpoints
+from files import checkpoints, contents
 from files.tensors import opened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,6 +34,7 @@ CONFIGS = dict.fromkeys(PARTS, "config.json") | {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
 }
+CONFIG_SUFFIXES = (".json", ".txt")  # configs, and merges of a tokenizer
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 # Of a single file: how the keys of each part begin, and keys that say that it is something else
 CLIP, CONV_IN = "cond_stage_model.transformer.", "model.diffusion_model.input_blocks.0.0.weight"
@@ -98,10 +99,8 @@ def load_base(
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here: {reason}") from None
     dtype, name = DTYPES[resolve_dtype(dtype, device)], shown(model)
-    if os.path.isfile(model):
-        pipeline = _single_file(Path(model), dtype)
-    else:
-        pipeline = _folder(_find(model), dtype)
+    source = Path(model) if os.path.isfile(model) else _find(model)
+    pipeline = (_single_file if source.is_file() else _folder)(source, dtype)
     for part in PARTS:
         _check_weights(name, part, getattr(pipeline, part))
     abar, prediction = _noise(name, pipeline.scheduler)
@@ -116,9 +115,29 @@ def load_base(
     if device == "cpu":  # convolutions are a tenth faster
         pipeline.unet.to(memory_format=torch.channels_last)
     device = torch.device(device)
-    base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device)
+    base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device, source)
     _try_out(base)
     return base
+
+
+def content(base: Base) -> str | None:
+    """SHA-256 of the files that a base was loaded from, wherever they lie and whatever its dtype;
+    None of one that was not loaded.
+    """
+    source = base.source
+    if source is None:
+        return None
+    if source.is_file():
+        beside = source.with_suffix("")
+        files = [f for f in beside.rglob("*") if f.suffix in CONFIG_SUFFIXES]
+        yaml = source.with_suffix(".yaml")
+        own = contents.of_files(source.parent, [source, yaml], named=False)
+        return own + contents.of_files(beside, files)
+    files = [f for part in CONFIGS for f in (source / part).iterdir()]
+    files = [source / "model_index.json", *(f for f in files if f.suffix in CONFIG_SUFFIXES)]
+    for part, (_, stem) in PARTS.items():
+        files += _weights(source / part, stem)[1]
+    return contents.of_files(source, files)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,7 +269,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if library is transformers:  # else its error does not name the tensor
         options["ignore_mismatched_sizes"] = True
-    variant, where = _variant(folder / part, stem), f"the {part} of {shown(folder)}"
+    variant, where = _weights(folder / part, stem)[0], f"the {part} of {shown(folder)}"
     with _one_sentence(f"cannot load {where} from safetensors"):
         module, info = getattr(library, kind).from_pretrained(
             folder / part, dtype=dtype, variant=variant, **options
@@ -268,14 +287,16 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def _variant(folder: Path, stem: str) -> str | None:
-    """The variant of the weights, "fp16" for `model.fp16.safetensors`; None for the plain name."""
+def _weights(folder: Path, stem: str) -> tuple[str | None, list[Path]]:
+    """The variant of the weights, "fp16" for `model.fp16.safetensors`, None for the plain name; and
+    its files.
+    """
     name = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
-    matches = [name.fullmatch(file.name) for file in folder.glob("*.safetensors")]
-    variants = {match[1] for match in matches if match}
-    if None in variants or not variants:
-        return None
-    return "fp16" if "fp16" in variants else min(variants)
+    matches = {file: name.fullmatch(file.name) for file in folder.glob("*.safetensors")}
+    variants = {file: match[1] for file, match in matches.items() if match}
+    order = [None, "fp16", *sorted(filter(None, variants.values()))]
+    variant = next((v for v in order if v in variants.values()), None)
+    return variant, [file for file, v in variants.items() if v == variant]
 
 
 # --------------------------------------------------------------------------------------------------

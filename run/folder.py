@@ -82,6 +82,14 @@ class RunFolder:
             raise UserError(f"{path} is damaged: it is not an object of file name -> hash")
         return found
 
+    def identity(self) -> dict:
+        """What the run is (run/identity.py), {} of one from before there was such a thing."""
+        found = self.config().get("identity", {})
+        if not isinstance(found, dict):
+            path = self.path / "config.json"
+            raise UserError(f"{path} is damaged: its identity is not an object")
+        return found
+
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; row 0 is the base model."""
         path = self.path / "metrics.jsonl"

@@ -25,8 +25,8 @@ from command import progress
 from command.errors import PASSING, UserError
 from files import adapters
 from files.images import Images
-from run import cost, due, pictures, snapshot, state, watch
-from run.folder import MetricsLog, RunFolder, provenance, tensorboard
+from run import cost, due, identity, pictures, snapshot, state, watch
+from run.folder import MetricsLog, RunFolder, git_commit, provenance, tensorboard
 from run.precheck import going_on
 from run.processes import Processes
 from settings import PLACES
@@ -57,7 +57,7 @@ class Keeper:
         if self.processes.main:
             self.folder.sweep()
         if self.settings.resume and any(self.folder.state.glob("**/step-*.safetensors")):
-            self.require_same_images()
+            self.require_the_same()
             if self.processes.main:
                 self.folder.move({name: getattr(self.settings, name) for name in PLACES})
         elif self.processes.main:
@@ -78,6 +78,7 @@ class Keeper:
         data, count = self.run.data, self.processes.count
         config = {
             "settings": asdict(self.settings) | {"resume": False},
+            "identity": identity.of(self.settings, self.run.base),
             "processes": count,
             "roles": {role: len(index) for role, index in data.roles.items()},
             "trainable_parameters": sum(p.numel() for p in self.run.parameters),
@@ -91,11 +92,15 @@ class Keeper:
         found = Images(data.names, data.captions, data.pixels).hashes()
         return dict(zip(data.names, found, strict=True))
 
-    def require_same_images(self) -> None:
-        """Before going on: the images must be those that the run was begun with, by content and by
-        role; raises UserError.
+    def require_the_same(self) -> None:
+        """Before going on: base, files and settings must be those that the run was begun with, by
+        content, and the images, also by role; raises UserError.
         """
-        now, before, s = self.hashes(), self.folder.images() or {}, self.settings
+        s, known, code = self.settings, self.folder.identity(), git_commit()
+        identity.require(known, identity.of(s, self.run.base), s, f"{self.folder} was begun with")
+        if self.processes.main and self.folder.config().get("git_commit", code) != code:
+            print(f"note: {self.folder} was begun by other code: its numbers may differ")
+        now, before = self.hashes(), self.folder.images() or {}
         sets = f"{s.data} or {s.nonmembers}" if s.nonmembers else s.data
         changed = [name for name, known in before.items() if now.get(name, known) != known]
         if changed:

@@ -30,7 +30,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict,
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    facts = {"step": step, "checksum": checksum(tensors)} | facts
+    facts = {"step": step} | facts
+    facts |= {"checksum": checksum(tensors, facts)}
     content = serialize(tensors, {"format": "pt", "state": json.dumps(facts)})
     path = write_whole(folder / f"step-{step:06d}.safetensors", content)
     for old in files(folder)[:-keep]:
@@ -38,9 +39,9 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict,
     return path
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names and bytes: a disk that flips a bit does not change a run."""
-    digest = hashlib.sha256()
+def checksum(tensors: dict[str, torch.Tensor], facts: dict) -> str:
+    """SHA-256 over facts, names and bytes: a disk that flips a bit does not change a run."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
@@ -83,9 +84,9 @@ def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
         tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
     if not isinstance(facts, dict):
         raise ValueError("its facts are not an object")
-    step, stated = facts.pop("step"), facts.pop("checksum", None)
-    if stated not in (None, checksum(tensors)):  # states of before had none
+    if facts.pop("checksum", None) != checksum(tensors, facts):
         raise ValueError("its checksum does not fit")
+    step = facts.pop("step")
     if type(step) is not int:
         raise ValueError(f"its step is {step!r}")
     return step, tensors, facts

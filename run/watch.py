@@ -20,6 +20,7 @@ from run.folder import RunFolder, git_commit
 from run.precheck import going_on
 from settings import Settings
 
+TOO_FAR = 1.5  # held-out loss before the first step; the noise, or v, itself has about 1
 HESSIAN_SEED = 20251  # of the batch that --hessian-every looks at; unrelated to any training seed
 
 # --------------------------------------------------------------------------------------------------
@@ -130,6 +131,12 @@ def base_row(run: Run) -> dict[str, float]:
         raise UserError(
             f"the held-out loss is not finite before the first step, and {cause} is the cause: its "
             f"weights are not finite or too large for --dtype {s.dtype}"
+        )
+    if not s.init and losses["nonmember_val_loss"] > TOO_FAR:
+        print(
+            f"note: the held-out loss of {s.model} is {losses['nonmember_val_loss']:.2f} before the"
+            " first step, above the 1 of a model that answers nothing: is its prediction type (now "
+            f"{run.base.prediction}) right, and are the pictures at its size?"
         )
     return {"step": 0, **losses}
 

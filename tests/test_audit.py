@@ -397,7 +397,7 @@ def test_going_on(audited, tiny_base, image_folder, in_thread, tmp_path, monkeyp
         patched.setattr(audit_tasks, "work", None)
         again = audit.audit(flags(*given))
     assert again["steps"] == record["steps"]
-    with pytest.raises(UserError, match="other settings or images"):
+    with pytest.raises(UserError, match="other settings, images, base model or files"):
         audit.audit(flags(*given, lr=0.01))
     done = [path.stat().st_mtime_ns for path in answers]
     monkeypatch.setattr(audit_tasks, "git_commit", lambda: "next")

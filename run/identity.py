@@ -38,7 +38,9 @@ def _content(name: str, value: str | None) -> str | None:
 
 
 def decided(s: Settings) -> dict:
-    """The settings that decide what an adapter becomes, without places."""
+    """The settings that decide what an adapter becomes, without PLACES: what lies there counts, not
+    where.
+    """
     return {k: v for k, v in asdict(s).items() if k not in {*FREE, *LOOKS, *PLACES}}
 
 

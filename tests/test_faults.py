@@ -215,7 +215,8 @@ def rewrite(path, change):
     """Write a state anew as `change(tensors, facts)` leaves it, with a checksum that fits."""
     step, tensors, facts = state.load(path.parent)
     change(tensors, facts)
-    facts = {"step": step, "checksum": state.checksum(tensors)} | facts
+    facts = {"step": step} | facts
+    facts |= {"checksum": state.checksum(tensors, facts)}
     save_file(tensors, path, {"state": json.dumps(facts)})
 
 
@@ -411,8 +412,8 @@ def test_precision_of_accelerate_is_not_used(capsys, monkeypatch):
 @few
 @given(
     caption=st.text(
-        alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300
-    ).filter(str.strip),
+        alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=300
+    ).filter(lambda text: any(c.isprintable() and c != " " for c in text)),
     stem=st.text(
         alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"),
         min_size=1,

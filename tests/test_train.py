@@ -15,7 +15,7 @@ import train
 from algorithm import Shuffled
 from command.errors import one_line_errors
 from command.flags import parse
-from run import precheck
+from run import precheck, watch
 from settings import Settings
 
 ROOT = Path(train.__file__).parent
@@ -216,3 +216,11 @@ def test_bad_input_is_one_line_and_exit_2(
     assert len(errors) == 1 and words in errors[0]
     assert not (tmp_path / "out" / "adapter").exists()
     assert case == "nan" or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.5])
+def test_a_base_far_above_one_is_noted(small, tmp_path, no_pictures, monkeypatch, capsys, limit):
+    """Its prediction type may be wrong: the tiny base, which answers noise, is at about 1.05."""
+    monkeypatch.setattr(watch, "TOO_FAR", limit)
+    train.train(small(tmp_path / "run", method="lora", steps=1))
+    assert ("prediction type (now epsilon)" in capsys.readouterr().out) == (limit < 1)

@@ -111,7 +111,7 @@ def stored(settings: Settings) -> tuple[Settings, dict | None]:
     if not (out / "config.json").exists():
         return settings, None
     known, summary, compared = _read_run(RunFolder(out))
-    taken = {name: getattr(settings, name) for name in FREE}
+    taken = {name: getattr(settings, name) for name in FREE} | {"out": str(out)}
     for f in fields(Settings):
         given = getattr(settings, f.name)
         if f.name not in known or f.name in FREE or given in (f.default, known[f.name]):
@@ -122,7 +122,7 @@ def stored(settings: Settings) -> tuple[Settings, dict | None]:
                 f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
             )
         taken[f.name] = given
-    return replace(Settings(**known), **taken | {"out": str(out)}), summary
+    return replace(Settings(**known), **taken), summary
 
 
 def _read_run(run: RunFolder) -> tuple[dict, dict | None, list[str]]:

@@ -5,6 +5,7 @@ test run.
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ os.environ.setdefault(
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "grey", "pink", "brown", "cyan")
 SHAPES = ("circle", "square", "triangle", "ring")
 CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts():
+    """SIGINT reaches the processes that tests start, also where a shell's `&` has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

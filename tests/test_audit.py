@@ -225,7 +225,7 @@ def test_dry_run(audited, tiny_base, image_folder, tmp_path, capsys):
 def test_the_cost_of_an_adapter(tiny_base, image_folder, monkeypatch):
     """A clock that the steps and the queries turn: every step, those of teachers, every round."""
     plan = make_plan(tiny_base, image_folder, method="distill", teachers=3, teacher_steps=7)
-    clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     adapter = SimpleNamespace(state_dict=lambda: {"A": torch.zeros(5)})
 
     def steps(base, data, s):

@@ -72,7 +72,7 @@ def spoilt(run, folder):
         k: json.dumps(config | {"settings": config["settings"] | {k: v}}) for k, v in odd.items()
     }
     losses = [json.dumps({"step": 2, "nonmember_val_loss": x}) for x in (None, "1", [1], math.nan)]
-    gone = config | {"settings": config["settings"] | {"model": "/gone/base"}}
+    gone = config | {"settings": config["settings"] | {"model": "/gone/model"}}
     text = Path(run, "splits.json").read_text()
     changes = [
         ("splits.json", text[:1], "splits.json"),
@@ -94,7 +94,7 @@ def spoilt(run, folder):
         *[("metrics.jsonl", row, "the held-out loss of step 2 is") for row in losses],
         *[(f"{name}.json", "a pipe", "a pipe") for name in ("images", "splits")],
         ("metrics.jsonl", "a pipe", "a pipe"),
-        ("config.json", json.dumps(gone), "there is no base model /gone/base"),
+        ("config.json", json.dumps(gone), "there is no base model /gone/model"),
         ("metrics.jsonl", None, "not a complete run"),
         ("metrics.jsonl", '{"step": 0}\n{"st', "not a complete run"),
         ("metrics.jsonl", "3\n", "not every line is an object"),

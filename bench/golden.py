@@ -96,7 +96,7 @@ def rest(folder: Path, base: str, images: str) -> None:
     evaluation = ["evaluate.py", *runs, "--pictures", "6", "--sampling-steps", "4"]
     audit = ["audit.py", "--method", "smp", "--adapters", "4", "--pool", "20", "--steps", "6"]
     audit += ["--save-every", "3", "--rank", "2", "--alpha", "4", "--batch-size", "4", "--model"]
-    audit += [base, "--data", images, "--jobs", "1", "--lr", "0.01", "--samples", "0"]
+    audit += [base, "--data", images, "--jobs", "1", "--lr", "0.01"]
     audit += ["--pictures", "2", "--target", "attention", "--out", str(folder / "audit")]
     for words in (evaluation, audit):
         words = [sys.executable, *words]

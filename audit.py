@@ -121,7 +121,8 @@ def make_plan(s: Audit):
     Raises UserError for images or a base that cannot be used.
     """
     from attacks import audit_plan
-    from files.bases import load_base, resolve_device, resolve_dtype
+    from files.bases import load_base
+    from files.devices import resolve_device, resolve_dtype
     from files.images import load_images
     from run import identity
 

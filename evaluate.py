@@ -86,7 +86,7 @@ def evaluate(s: Settings) -> list[dict]:
         from attacks import quality
         from attacks.examination import examine
         from attacks.model import ASKED, measured
-        from files.bases import resolve_device
+        from files.devices import resolve_device
     s = replace(s, device=resolve_device(s.device))
     network, examination, records, models = quality.load_network(s.features), None, [], []
     for one in found:

@@ -142,7 +142,8 @@ def start(main: bool = True) -> None:
     """
     global _line
     if not main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (until the process ends)
+        # open until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
         return
     _line = Line(sys.stderr)
     if _line.live:

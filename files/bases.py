@@ -21,7 +21,7 @@ from command.errors import UserError, shown
 from command.whole_files import read_json
 from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
 from files import checkpoints, contents
-from files.tensors import opened
+from files.devices import resolve_device, resolve_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe")
@@ -36,46 +36,8 @@ CONFIGS = dict.fromkeys(PARTS, "config.json") | {
 }
 CONFIG_SUFFIXES = (".json", ".txt")  # configs, and merges of a tokenizer
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-# Of a single file: how the keys of each part begin, and keys that say that it is something else
-CLIP, CONV_IN = "cond_stage_model.transformer.", "model.diffusion_model.input_blocks.0.0.weight"
-HELD = {
-    "a UNet": r"model\.diffusion_model\.|(conv_in|down_blocks|mid_block|input_blocks)\.",
-    "a VAE": r"first_stage_model\.|vae\.|(encoder|decoder)\.(conv_in|down|up|mid)",
-    "a text encoder": r"cond_stage_model\.|text_model\.|(encoder\.layers|embeddings)\.",
-}
-OTHERS = {
-    "a LoRA (--init starts from one)": r".*(lora[._](A|B|up|down|layer)\b|hada_w|lokr_w)",
-    "a ControlNet": r"control_model\.|controlnet_",
-    "Stable Diffusion XL": r"conditioner\.",
-    "Stable Diffusion 3": r"(.*\.)?joint_blocks\.",
-    "Flux, or a model like it": r"(.*\.)?double_blocks\.",
-    "a motion module of AnimateDiff": r".*\bmotion_modules\.",
-    "a textual inversion": r"(emb_params|string_to_param|clip_[lg])\b",
-}
-CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 LARGEST = torch.finfo(torch.float32).max ** 0.5  # 1.8e19, whose square is still finite
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-
-def resolve_device(device: str, before: str | None = None) -> str:
-    """ "auto" as the name of a device that is present: `before` if it is, else cuda, mps or cpu."""
-    if device != "auto":
-        return device
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    present["cpu"] = True
-    order = [*([before] if before else []), *present]
-    return next(name for name in order if present.get(name.split(":")[0]))
-
-
-def resolve_dtype(dtype: str | None, device: str) -> str:
-    """ "auto" or None as the name of a dtype: on CUDA bfloat16, or float16 where the GPU has no
-    bfloat16; elsewhere float32.
-    """
-    if dtype not in ("auto", None):
-        return dtype
-    if not resolve_device(device).startswith("cuda") or not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 @progress.stage("loading the base model")
@@ -311,7 +273,7 @@ def _single_file(path: Path, dtype: torch.dtype):
     """
     from diffusers import StableDiffusionPipeline
 
-    _require_checkpoint(path)
+    checkpoints.require_whole(path)
     beside, config = path.with_suffix(""), {}
     where = f"(no configs in {shown(beside)}/, so the hub is asked for them)"
     if (beside / "model_index.json").is_file():
@@ -320,7 +282,11 @@ def _single_file(path: Path, dtype: torch.dtype):
     with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
         try:
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(path), dtype=dtype, **UNUSED, **_bare_clip(path, dtype, config), **config
+                str(path),
+                dtype=dtype,
+                **UNUSED,
+                **checkpoints.bare_clip(path, dtype, config),
+                **config,
             )
         except NotImplementedError:  # PyTorch's, for a tensor without a value
             lack = "it lacks tensors of its unet or vae"
@@ -344,47 +310,6 @@ def _read_prediction(path: Path, pipeline, beside: Path | None) -> None:
         )
     if changes:
         pipeline.scheduler = ddim(pipeline.scheduler, **changes)
-
-
-def _require_checkpoint(path: Path) -> None:
-    """Raises UserError that says what a file is, unless it is a checkpoint with all its parts."""
-    name = shown(path)
-    with opened(path) as file:
-        keys = list(file.keys())
-        shape = file.get_slice(CONV_IN).get_shape() if CONV_IN in keys else []
-    for kind, known in OTHERS.items():
-        if CONV_IN not in keys and any(re.match(known, key) for key in keys):
-            raise UserError(f"{name} is {kind}: --model takes Stable Diffusion 1.x or 2.x")
-    parts = {part: any(re.match(known, key) for key in keys) for part, known in HELD.items()}
-    if not any(parts.values()):
-        raise UserError(f"{name} is no checkpoint: it has no UNet, no VAE and no text encoder")
-    if not all(parts.values()):
-        has = " and ".join(part for part, there in parts.items() if there)
-        lacks = " and ".join(f"no {part[2:]}" for part, there in parts.items() if not there)
-        raise UserError(f"{name} has {has} but {lacks}: --model takes a whole checkpoint")
-    for channels in shape[1:2]:
-        if channels in CHANNELS:
-            kind = f"is {CHANNELS[channels]} model (its UNet takes {channels} channels)"
-            raise UserError(f"{name} {kind}: --model takes one of text to image")
-
-
-def _bare_clip(path: Path, dtype: torch.dtype, config: dict) -> dict[str, torch.nn.Module]:
-    """{"text_encoder": of a checkpoint whose keys of CLIP lack `text_model.`}, else {}.
-
-    Such a file works in A1111, and diffusers does not find its text encoder.
-    """
-    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-    from transformers import CLIPTextModel
-
-    with opened(path) as file:
-        keys = [key for key in file.keys() if key.startswith(CLIP)]  # noqa: SIM118
-        if not keys or any(key.startswith(f"{CLIP}text_model.") for key in keys):
-            return {}
-        tensors = {key.replace(CLIP, f"{CLIP}text_model."): file.get_tensor(key) for key in keys}
-    where = {"subfolder": "text_encoder", "config": config.get("config")}
-    where["torch_dtype"] = dtype
-    module = create_diffusers_clip_model_from_ldm(CLIPTextModel, tensors, **where)
-    return {"text_encoder": module}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""What a single .safetensors checkpoint says beside its weights: tensors that diffusers would drop,
-and which prediction the model makes.
+"""What a single .safetensors file is: a checkpoint with all its parts or something else, with
+tensors that diffusers would drop, and of a model that predicts what.
 
+    require_whole(path)            # a UNet, a VAE and a text encoder, of text to image
     require_known(path)            # every tensor has a place in Stable Diffusion, or is harmless
     value, where, changes = prediction(path)
 
@@ -38,8 +39,66 @@ HARMLESS = re.compile(
 )
 PREDICTIONS = {"v": "v_prediction", "eps": "epsilon"}  # in diffusers' words
 PARAMETERIZATION = re.compile(r"""^\s*parameterization:\s*["']?(\w+)""", re.M)
+# Of a single file: how the keys of each part begin, and keys that say that it is something else
+CLIP, CONV_IN = "cond_stage_model.transformer.", "model.diffusion_model.input_blocks.0.0.weight"
+HELD = {
+    "a UNet": r"model\.diffusion_model\.|(conv_in|down_blocks|mid_block|input_blocks)\.",
+    "a VAE": r"first_stage_model\.|vae\.|(encoder|decoder)\.(conv_in|down|up|mid)",
+    "a text encoder": r"cond_stage_model\.|text_model\.|(encoder\.layers|embeddings)\.",
+}
+OTHERS = {
+    "a LoRA (--init starts from one)": r".*(lora[._](A|B|up|down|layer)\b|hada_w|lokr_w)",
+    "a ControlNet": r"control_model\.|controlnet_",
+    "Stable Diffusion XL": r"conditioner\.",
+    "Stable Diffusion 3": r"(.*\.)?joint_blocks\.",
+    "Flux, or a model like it": r"(.*\.)?double_blocks\.",
+    "a motion module of AnimateDiff": r".*\bmotion_modules\.",
+    "a textual inversion": r"(emb_params|string_to_param|clip_[lg])\b",
+}
+CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 BASE_STEP = 875_000  # of Stable Diffusion 2-base, the epsilon model of that family; diffusers' test
 MOST_YAML = 10**6  # bytes
+
+
+def require_whole(path: Path) -> None:
+    """Raises UserError that says what a file is, unless it is a checkpoint with all its parts."""
+    name = shown(path)
+    with opened(path) as file:
+        keys = list(file.keys())
+        shape = file.get_slice(CONV_IN).get_shape() if CONV_IN in keys else []
+    for kind, known in OTHERS.items():
+        if CONV_IN not in keys and any(re.match(known, key) for key in keys):
+            raise UserError(f"{name} is {kind}: --model takes Stable Diffusion 1.x or 2.x")
+    parts = {part: any(re.match(known, key) for key in keys) for part, known in HELD.items()}
+    if not any(parts.values()):
+        raise UserError(f"{name} is no checkpoint: it has no UNet, no VAE and no text encoder")
+    if not all(parts.values()):
+        has = " and ".join(part for part, there in parts.items() if there)
+        lacks = " and ".join(f"no {part[2:]}" for part, there in parts.items() if not there)
+        raise UserError(f"{name} has {has} but {lacks}: --model takes a whole checkpoint")
+    for channels in shape[1:2]:
+        if channels in CHANNELS:
+            kind = f"is {CHANNELS[channels]} model (its UNet takes {channels} channels)"
+            raise UserError(f"{name} {kind}: --model takes one of text to image")
+
+
+def bare_clip(path: Path, dtype: torch.dtype, config: dict) -> dict[str, torch.nn.Module]:
+    """{"text_encoder": of a checkpoint whose keys of CLIP lack `text_model.`}, else {}.
+
+    Such a file works in A1111, and diffusers does not find its text encoder.
+    """
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+    from transformers import CLIPTextModel
+
+    with opened(path) as file:
+        keys = [key for key in file.keys() if key.startswith(CLIP)]  # noqa: SIM118
+        if not keys or any(key.startswith(f"{CLIP}text_model.") for key in keys):
+            return {}
+        tensors = {key.replace(CLIP, f"{CLIP}text_model."): file.get_tensor(key) for key in keys}
+    where = {"subfolder": "text_encoder", "config": config.get("config")}
+    where["torch_dtype"] = dtype
+    module = create_diffusers_clip_model_from_ldm(CLIPTextModel, tensors, **where)
+    return {"text_encoder": module}
 
 
 def require_known(path: Path) -> None:

@@ -48,7 +48,8 @@ class Flags:
 def make(flags: Flags) -> dict:
     """Train on each set and write the file; returns {layer: (U, V)}.  Raises UserError."""
     from algorithm import algorithm_1
-    from files.bases import load_base, resolve_dtype
+    from files.bases import load_base
+    from files.devices import resolve_dtype
     from files.encode import encode
     from files.images import ROLES, load_images
     from lora import remove

@@ -9,7 +9,8 @@ from command.errors import UserError
 from diffusion import PARTS, Base, Encoded
 from files import lora_files, whole
 from files import roles as dealing
-from files.bases import load_base, resolve_device, resolve_dtype
+from files.bases import load_base
+from files.devices import resolve_device, resolve_dtype
 from files.encode import encode
 from files.images import Images, load_images
 from run.folder import RunFolder

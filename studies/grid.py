@@ -97,7 +97,7 @@ def seeds(s: Study) -> range:
 
 def processes(s: Study) -> int:
     """How many runs go on at a time; raises UserError for fewer than one."""
-    from files.bases import resolve_device
+    from files.devices import resolve_device
 
     if s.jobs is not None and s.jobs < 1:
         raise UserError(f"--jobs must be 1 or more, not {s.jobs}")

@@ -14,7 +14,8 @@ from conftest import assert_same_run
 
 import train
 from diffusion import Encoded, ignore
-from files.bases import load_base, resolve_device, resolve_dtype
+from files.bases import load_base
+from files.devices import resolve_device, resolve_dtype
 from files.encode import FEW
 from run import cost, due, keeper, pictures, prepare, state, watch
 from run.folder import RunFolder

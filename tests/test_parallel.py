@@ -15,7 +15,7 @@ from torch import nn
 
 import train
 from algorithm import Batch, Run, algorithm_1
-from files.bases import resolve_dtype
+from files.devices import resolve_dtype
 from objectives import adaptation_loss, mi_gain, objective
 from run.processes import Parallel, Processes, pull_back
 from settings import Settings

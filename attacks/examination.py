@@ -41,7 +41,8 @@ class Examination:
     data: Encoded
     seed: int
     sources: str  # targets of the same sources share an examination
-    content: str  # SHA-256 of the pictures and captions of every role, in their order
+    # SHA-256 of the base's files, and of the pictures and captions of every role, in their order
+    content: tuple[str | None, str]
     positions: list[int]  # (N,) of the encoded images among those of the data folder
     # (M, H, W, 3): fresh pictures, or the test non-members where there are none
     held_out: np.ndarray
@@ -95,7 +96,8 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Examina
     fresh = every.get("fresh", [])
     held_out = fresh if len(fresh) > 1 else every["nonmember_test"]
     pictures, said = images.pixels[held_out], [images.captions[i] for i in held_out]
-    return Examination(base, data, c["seed"], sources(target), digest, chosen, pictures, said)
+    held = now, digest
+    return Examination(base, data, c["seed"], sources(target), held, chosen, pictures, said)
 
 
 def examine(target: Target, s, network, asked: list) -> Examination:
@@ -105,7 +107,7 @@ def examine(target: Target, s, network, asked: list) -> Examination:
     e = prepare(target, s.device, s.test_nonmembers)
     if s.pictures and len(e.held_out) < 2:
         raise UserError("one held-out image is too few for the Frechet distance: --pictures 0")
-    key = json.dumps([fingerprint(target, [content(e.base), e.content], s), asked])
+    key = json.dumps([fingerprint(target, [*e.content], s), asked])
     # beside the runs, so that every run over the same images finds what is in it
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     e.network, e.store = network, Store(target.run.parent / f"control-{digest}", key)

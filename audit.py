@@ -76,6 +76,7 @@ class Audit(Method):
 
         Raises UserError for a setting that an audit decides in another way.
         """
+        values = Settings.adopted(values, path)
         values = {name.replace("-", "_"): value for name, value in values.items()}
         for name, neutral in DECIDED.items():
             if values.get(name, neutral) != neutral:

@@ -130,6 +130,7 @@ def written(target, model, trained, started: float) -> dict:
         "at": target.at,
         "images": {role: len(index) for role, index in data.roles.items()},
         "shadows": len(trained) if trained else 0,
+        "promise": target.promise,
         "adapted": model.record,
         "base": model.control.record,
         "blind": blind(data),
@@ -166,6 +167,8 @@ def conclude(s: Settings, found: list, models: list, records: list[dict]) -> Non
     for target, record in zip(found, records, strict=True):
         print()
         tables.say(record["verdict"])
+        if record["promise"]:
+            tables.say(f"Promised: {record['promise']}.")
         if not record["shadows"]:
             print("An attacker who trains adapters of his own was not tried: --shadow 8.")
         print(f"files:    {target.folder}/report.html, exposure.csv, eval.json, figures/")

@@ -128,10 +128,6 @@ class Adapter:
         """A and B of every layer, as modules."""
         return [f for layer in self.layers.values() for f in (layer.lora_A, layer.lora_B)]
 
-    def trained(self) -> list[nn.Module]:
-        """The modules that hold the parameters, in their order."""
-        return self.factors()
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """The parameters by name, detached: what a training state holds."""
         return self.state_dict()

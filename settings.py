@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from command.errors import UserError
 from command.flags import option
 
 EMBEDDED = str(Path(__file__).parent / "base")
@@ -26,7 +27,7 @@ FAST = {
     "lr": 1e-3, "attacker_lr": 3e-3, "batch_size": 8, "epochs": 32, "members": 100,
     "schedule": "cosine",
 }  # fmt: skip
-DP = {"lr": 0.06, "steps": 20, "schedule": "linear"}  # of --method dp, methods/dp.py
+DP = {"lr": 0.08, "steps": 6, "schedule": "linear"}  # of --method dp, methods/dp.py
 FULL_LR = {True: 1e-4, False: 5e-6}  # of --target full, for the embedded model or not
 TABLES = {"embedded": FAST, "Stable Diffusion": PAPER}
 
@@ -110,6 +111,11 @@ class Settings:
         "smaller, the more noise",
         group="differential privacy",
     )
+    delta_dp: float | None = option(
+        None,
+        "dp: the chance that the promise fails (default: 0.1 / members)",
+        group="differential privacy",
+    )
     directions: str | None = option(
         None,
         "dp: file of the public directions that it trains along (default: those of the embedded "
@@ -150,7 +156,7 @@ class Settings:
     steps: int | None = option(
         None,
         "outer steps (default: 32 passes over the members of the embedded model, 400 of Stable "
-        "Diffusion; with distill half of it, with dp 20 steps)",
+        "Diffusion; with distill half of it, with dp 6 steps)",
         group="optimisation",
     )
     seed: int = option(
@@ -257,6 +263,13 @@ class Settings:
         passes = (FAST if is_embedded(self.model) else PAPER)["epochs"]
         return -(-passes // 2) if self.method == "distill" else passes
 
+    @staticmethod
+    def adopted(values: dict, path: Path) -> dict:
+        """The settings of a config file; raises UserError for those of a method that is gone."""
+        if values.get("method") == "dp" and "image_clip" in values:  # one of its flags
+            raise UserError(f"{path}: its --method dp is gone; commit 0db7ef9 was the last with it")
+        return values
+
     # Flags of earlier versions: the last commit that had each, and the values at which it changed
     # nothing; ... stands for any.
     RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)} | {
@@ -295,7 +308,7 @@ ABOVE_ZERO = {
     "size": 16_384, "rank": 4096, "alpha": 1e6, "members": 10**7, "batch_size": 65_536,
     "accumulate": 10**6, "steps": 10**9, "lr": 1e37, "attacker_lr": 1e37, "clip": None,
     "norms_every": 10**9, "save_every": 10**9, "state_every": 10**9, "teachers": 1000,
-    "teacher_steps": 10**9, "epsilon": 1e3,
+    "teacher_steps": 10**9, "epsilon": 1e3, "delta_dp": 0.5,
 }  # fmt: skip
 FROM_ZERO = {"lam": 1e9, "samples": 10_000, "hessian_every": 10**9, "seed": 2**62 - 1}
 

@@ -12,7 +12,7 @@ Tested in tests/test_audit.py against curves/roc.py and scipy.
 import math
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.stats import beta, binomtest, norm, t
 
 from curves import roc
 
@@ -70,6 +70,7 @@ class Decisions:
         mean, sd, count = np.mean(by_adapter), np.std(by_adapter, ddof=1), len(by_adapter)
         half = t.ppf(0.975, count - 1) * sd / math.sqrt(count)
         found |= {"auc_by_adapter": by_adapter, "auc_sd": float(sd)}
+        found["mu_bound"] = mu_bound(score, self.member)
         return found | {"auc_t_interval": [float(mean - half), float(mean + half)]}
 
     def caught(self, score: np.ndarray) -> np.ndarray:
@@ -83,6 +84,31 @@ def difference(decisions: Decisions, score: np.ndarray, other: np.ndarray) -> tu
     """(AUC of `score` minus that of `other`, its 95 % interval), paired over images."""
     change = decisions.auc(score) - decisions.auc(other)
     return float(change[0]), _interval(change[1:])
+
+
+def mu_bound(score: np.ndarray, member: np.ndarray) -> float:
+    """A lower bound on the mu of Gaussian differential privacy, of 95 % (cf. Nasr et al. 2023).
+
+    mu >= Phi^-1(TPR) - Phi^-1(FPR) at any threshold, TPR at its lower and FPR at its upper
+    Clopper-Pearson bound.  The threshold is chosen on every other image and read on the rest.
+    Decisions on one adapter depend on each other a little, which the bounds leave out.
+    """
+    choose, read = (slice(k, None, 2) for k in (0, 1))
+    cuts = np.unique(score[:, choose])
+    best = cuts[_mu_at(score[:, choose], member[:, choose], cuts).argmax()]
+    return max(0.0, float(_mu_at(score[:, read], member[:, read], best[None])[0]))
+
+
+def _mu_at(score: np.ndarray, member: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """The bound at each of some thresholds, -inf where it says nothing."""
+    rates = []
+    for side, low in ((member, True), (~member, False)):
+        count, values = int(side.sum()), np.sort(score[side])
+        hits = count - np.searchsorted(values, cuts)  # at or above the threshold
+        shape = (hits, count - hits + 1) if low else (hits + 1, count - hits)
+        with np.errstate(invalid="ignore"):
+            rates.append(np.nan_to_num(beta.ppf(0.025 if low else 0.975, *shape), nan=1 - low))
+    return norm.ppf(rates[0]) - norm.ppf(rates[1])
 
 
 def clopper_pearson(hits: int, count: int) -> list[float]:

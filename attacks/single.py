@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from attacks.classifiers import classifier_score, combined
+from attacks.per_image import PerImage
 from command import progress
 from diffusion import GRID_BATCH, GRID_SEED, TIMESTEPS, Base, answer, at_once, squared_error
-from methods.per_image import PerImage
 
 GRADIENT_BATCH = 16  # pictures in one forward with gradient
 AHEAD = (100, 200, 300, 500)  # candidates of PIA, PIAN and, with 0, of SimA

@@ -41,6 +41,7 @@ class Target:
     splits: dict[str, list[str]] | None  # file names per role; None: the data folder comes split
     images: dict[str, str] | None = None  # file name -> hash; None: nothing says what they were
     identity: dict = field(default_factory=dict)  # as in run/identity.py
+    promise: str | None = None  # what --method dp promised when it trained it
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
     `instead` of what the run says: model and images where they lie now, another dtype.
     """
     run = RunFolder(folder)
-    config, path = run.config()["settings"], run.path / "config.json"
+    whole, path = run.config(), run.path / "config.json"
+    config, promise = whole["settings"], (whole.get("summary") or {}).get("promise")
     for name in NEEDED:
         refuse(name not in config, f"{path} is damaged: its settings lack {name}")
     stated = {name: config.get(name) for name in (*NEEDED, "nonmembers", "size", "lam")}
@@ -128,7 +130,7 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
         damaged = f"the images.json of {run} is damaged: it has no hash of {shown(name)}"
         refuse(not isinstance(images.get(name), str), damaged)
     results = run.path if at == "last" else run.path / f"at-{at}"
-    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, *held)
+    return Target(f"{run} @{step}", run.path, results, adapter, step, at, config, *held, promise)
 
 
 def read_adapter(s) -> Target:

@@ -5,7 +5,8 @@ pictures.
     python -m methods.directions STYLE_1 STYLE_2 --model SD15_FOLDER --out FILE --device cuda
 
 Each public set, a folder in one of the forms that train.py takes, gets a plain LoRA of its own; the
-directions are the leading singular vectors of all their updates together.
+directions are the leading singular vectors of all their updates together.  --dry-run says hours and
+memory.
 """
 
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Flags:
     seed: int = option(0, "of the trainings", group="optimisation")
     size: int | None = option(None, "as in train.py")
     caption: str | None = option(None, "as in train.py")
+    dry_run: bool = option(False, "say what it would cost, from two steps, and stop")
 
 
 def make(flags: Flags) -> dict:
@@ -55,6 +57,7 @@ def make(flags: Flags) -> dict:
     from lora import remove
     from methods import subspace
     from methods.assembly import assemble
+    from run import cost
     from run.folder import git_commit
     from run.processes import Processes
 
@@ -68,17 +71,28 @@ def make(flags: Flags) -> dict:
     given = {name: getattr(flags, name) for name in names}
     s = resolve(Settings(method="lora", out="/nowhere", norms_every=10**9, **given))
     s = replace(s, dtype=resolve_dtype(s.dtype, s.device))
-    base, updates = load_base(s.model, s.device, s.dtype, s.size), []
+    base, updates, seconds = load_base(s.model, s.device, s.dtype, s.size), [], 0.0
     for name in sets:
         images = load_images(name, base.size, s.caption)
         roles = {role: [] for role in ROLES} | {"member_aux": list(range(len(images.names)))}
-        run = assemble(s, base, encode(base, images, roles), Processes(str(base.device)))
+        data = encode(base, images, roles, few=flags.dry_run)
+        run = assemble(s, base, data, Processes(str(base.device)))
+        if flags.dry_run:
+            step = cost.second_step(algorithm_1, run)
+            print(f"{name}: {len(images.names)} pictures, {s.steps} steps at {step:.2g} s")
+            seconds += s.steps * step
+            remove(base.unet, run.adapter)
+            continue
         with progress.stage(f"{name}, {len(images.names)} pictures", s.steps) as bar:
             for _ in algorithm_1(run, range(1, s.steps + 1)):
                 bar.advance()
         layers = run.adapter.layers.items()
         updates.append({k: layer.delta().detach().cpu() for k, layer in layers})
         remove(base.unet, run.adapter)
+    if flags.dry_run:
+        print(f"time:     about {cost.duration(seconds)}, memory {cost.peak_memory(base.device)}")
+        print(f"dry run: {flags.out} was not written")
+        return {}
     try:
         found = subspace.directions_of(updates, flags.directions)
     except ValueError as error:

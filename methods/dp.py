@@ -6,7 +6,7 @@
 All N members are in every step, so nothing is subsampled.  The sum changes by at most C when one
 image is added or removed, and each step is a Gaussian mechanism of noise multiplier sigma.  T steps
 are mu-Gaussian-DP with mu = sqrt(T) / sigma, exactly (Dong, Roth & Su 2019, arXiv 1905.02383,
-Corollary 3.3); `sigma_for` finds the sigma of a promised (epsilon, delta).
+Corollary 3.3); `promise` finds the sigma of a promised (epsilon, delta).
 
 The noise has norm sigma C sqrt(d) beside the clipped sum, so d must be small: of every layer only a
 k x k core between public directions is trained (Yu et al. 2021, arXiv 2102.12677).  C is far below
@@ -17,16 +17,16 @@ DP-SGD's (Abadi et al. 2016, arXiv 1607.00133).  Tested in tests/test_dp.py.
 
 import math
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from scipy.special import log_ndtr, ndtr, ndtri
 
 from algorithm import Batch, Run, Shuffled
 from command.errors import UserError
 from diffusion import Base
 from methods import subspace
-from methods.per_image import PerImage
+from methods.promise import Promise, mu_for
 from run.processes import Parallel
 
 CORE = 4  # k: numbers of a layer are k x k
@@ -43,8 +43,9 @@ def secret() -> int:
 def new_adapter(s, base: Base) -> subspace.CoreAdapter:
     """Fresh cores in the base; raises UserError for directions of other layers."""
     directions, target = subspace.load(s.directions)
+    first = {name: of_layer.leading(CORE) for name, of_layer in directions.items()}
     try:
-        return subspace.inject(base.unet, subspace.leading(directions, CORE), target)
+        return subspace.inject(base.unet, first, target)
     except ValueError as error:
         raise UserError(f"{s.model} cannot be adapted along {s.directions}: {error}") from None
 
@@ -69,13 +70,15 @@ class Private(Parallel):
     kept in the training state alone, which is deleted when the run is finished.
     """
 
+    counted = None  # members in a step, where these are not all
+
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
         s, processes, members = self.settings, self.processes, self.data.members()
         self.D_tr = Everyone(members, len(members), self.outer)
         self.D_tr.filling = -len(members) % processes.count
         self.optimizer = torch.optim.Adam(self.parameters, lr=s.lr, betas=BETAS)
-        self.sigma = sigma_for(s.epsilon, promised_delta(self), s.steps)
+        self.sigma = promise(self).sigma
         # whoever could draw the same noise again could subtract it
         own = torch.tensor([secret() if processes.main else 0], device=self.base.device)
         self.outer.manual_seed(processes.sum([own])[0].item())
@@ -83,7 +86,19 @@ class Private(Parallel):
     @property
     def size(self) -> int:
         """Members in one step: all."""
-        return len(self.data.members())
+        return self.counted or len(self.data.members())
+
+    @contextmanager
+    def one_forward(self) -> Iterator[float]:
+        """Inside, a step is of as many members as go through the UNet together, for a dry run;
+        yields how many such a step has.
+        """
+        whole, members = self.D_tr, self.data.members()
+        few = members[: self.settings.batch_size * self.processes.count]
+        self.D_tr = Everyone(few, len(few), self.outer)
+        self.D_tr.filling, self.counted = -len(few) % self.processes.count, len(few)
+        yield len(members) / len(few)
+        self.D_tr, self.counted = whole, None
 
     def error(self, b: Batch) -> torch.Tensor:
         """The error maps of the whole batch; with gradient the clipped gradients are summed on the
@@ -92,20 +107,19 @@ class Private(Parallel):
         if not torch.is_grad_enabled():
             return super().error(b)
         self.sums = [torch.zeros_like(p) for p in self.parameters]
-        modules, errors = self.adapter.trained(), []
-        for part in self.processes.parts(len(b), self.settings.batch_size * DRAWS):
-            with PerImage(modules) as per_image:
+        errors = []
+        with self.adapter.folded(), subspace.EachImage(self.adapter) as each:
+            for part in self.processes.parts(len(b), self.settings.batch_size * DRAWS):
                 error = Run.error(self, b[part])  # one forward
                 images = len(error) // DRAWS
                 value = error.flatten(1).mean(1).sum() / DRAWS
-                found = list(per_image.gradients(value, images))
-            every = [m.to_parameter(g) for m, g in zip(modules, found, strict=True)]
-            first = part.start // DRAWS  # of the images of the whole batch
-            counted = torch.arange(first, first + images, device=value.device) < self.size
-            weights = clip_factors(every, CLIP) * counted
-            for total, gradient in zip(self.sums, every, strict=True):
-                total += torch.tensordot(weights, gradient, 1)
-            errors.append(error.detach())
+                every = each.gradients(value, images)
+                first = part.start // DRAWS  # of the images of the whole batch
+                counted = torch.arange(first, first + images, device=value.device) < self.size
+                weights = clip_factors(every, CLIP) * counted
+                for total, gradient in zip(self.sums, every, strict=True):
+                    total += torch.tensordot(weights, gradient, 1)
+                errors.append(error.detach())
         self.sums = self.processes.sum(self.sums)
         return self.processes.gather(torch.cat(errors))
 
@@ -130,71 +144,19 @@ def clip_factors(gradients: list[torch.Tensor], limit: float) -> torch.Tensor:
     return (limit / norms.clamp_min(1e-30)).clamp(max=1.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# What the noise promises
-
-
-def delta_of(epsilon: float, mu: float) -> float:
-    """The delta at which mu-Gaussian-DP is (epsilon, delta)-DP (Dong et al. 2019, Corollary 2.13):
-
-    Phi(-epsilon / mu + mu / 2) - e^epsilon Phi(-epsilon / mu - mu / 2).
-    """
-    first = log_ndtr(-epsilon / mu + mu / 2)
-    second = epsilon + log_ndtr(-epsilon / mu - mu / 2)
-    return float(math.exp(first) - math.exp(second))
-
-
-def mu_for(epsilon: float, delta: float) -> float:
-    """The largest mu whose Gaussian DP is within (epsilon, delta), by bisection from below."""
-    low, high = 1e-6, 1e3
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        if delta_of(epsilon, middle) <= delta:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def sigma_for(epsilon: float, delta: float, steps: int) -> float:
-    """The noise multiplier with which `steps` full batches keep (epsilon, delta)."""
-    return math.sqrt(steps) / mu_for(epsilon, delta)
-
-
 def promised_delta(run: Run) -> float:
-    """A tenth of 1 / N: with 1 / N the whole of one image could be published."""
-    return 0.1 / len(run.data.members())
+    """--delta-dp, or a tenth of 1 / N.
 
-
-@dataclass
-class Promise:
-    """(epsilon, delta) of the adapter after all steps, for adding or removing one image with its
-    caption, the number of members being known.
+    Raises UserError for 1 / N and above, with which the whole of one image could be published.
     """
-
-    epsilon: float
-    delta: float
-    sigma: float
-    mu: float
-
-    def caught(self, fpr: float) -> float:
-        """The most members that any attack names at a false-alarm rate: Phi(Phi^-1(fpr) + mu)."""
-        return float(ndtr(ndtri(fpr) + self.mu))
-
-    def facts(self) -> dict[str, float]:
-        """For the summary of a run."""
-        return {"epsilon": self.epsilon, "delta": self.delta, "noise_multiplier": self.sigma}
-
-    def __str__(self) -> str:
-        return (
-            f"epsilon {self.epsilon:g} at delta {self.delta:.1g}: whatever the attack on the "
-            f"adapter, at one false alarm in a hundred it names at most {self.caught(0.01):.0%} of "
-            "the members; it holds for one image with its caption, and for the adapter alone"
-        )
+    asked, members = run.settings.delta_dp, len(run.data.members())
+    if asked is not None and asked * members >= 1:
+        raise UserError(f"--delta-dp {asked:g} promises nothing to {members} images: below 1 / N")
+    return asked or 0.1 / members
 
 
 def promise(run: Run) -> Promise:
-    """What the noise of the whole run promises."""
+    """What the noise of the whole run promises; raises UserError as `promised_delta`."""
     s, delta = run.settings, promised_delta(run)
     mu = mu_for(s.epsilon, delta)
     return Promise(s.epsilon, delta, math.sqrt(s.steps) / mu, mu)

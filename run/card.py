@@ -30,7 +30,7 @@ ALWAYS = ["rank", "alpha", "target", "lr", "schedule", "batch_size", "seed", "dt
 OF_METHOD = {
     "attacked": ["lam", "proxy", "attacker_lr"],
     "distill": ["teachers", "teacher_steps"],
-    "dp": ["epsilon"],
+    "dp": ["epsilon", "steps"],
 }
 IF_CHANGED = ["accumulate", "flip", "normalise", "stop"]
 
@@ -100,6 +100,8 @@ def flags(s: Settings) -> dict[str, object]:
     """The settings that matter, by flag; none of them names a file."""
     names = ALWAYS + OF_METHOD.get("attacked" if s.attacked else s.method, [])
     names += [name for name in IF_CHANGED if getattr(s, name) != getattr(Settings, name)]
+    if s.method == "dp":
+        names.remove("seed")  # it deals the members
     if s.target == "full":
         names = [name for name in names if name not in ("rank", "alpha")]
     values = {f"--{name.replace('_', '-')}": getattr(s, name) for name in names}

@@ -152,7 +152,11 @@ def dry_run(
         found["public"] = f"{sum(len(D.indices) for D in run.public)} public pictures"
     if promised:
         found["promise"] = str(promised)
-    seconds = second_step(algorithm, run)
+    if s.method == "dp":  # all members are in a step, hours of a large model
+        with run.one_forward() as forwards_of_a_step:
+            seconds = forwards_of_a_step * second_step(algorithm, run)
+    else:
+        seconds = second_step(algorithm, run)
     layers = len(run.adapter.layers)
     where = f"{layers} layers" if layers else "the whole UNet"
     device = f"on {run.base.device} x {processes.count}"

@@ -101,6 +101,8 @@ def save_adapter(run: Run, folder: Path, step: int) -> None:
         "steps": step,
         "git_commit": git_commit(),
     }
+    if s.method == "dp":  # it deals the members: who has all images could deal them again
+        del facts["seed"]
     adapters.save(run.adapter, folder, facts)
 
 

@@ -302,6 +302,24 @@ def test_bootstrap_draws_images():
     assert high - low > 2 * (b - a)
 
 
+def test_the_bound_on_mu_is_one():
+    """Scores of the Gaussian mechanism itself, which no attack beats: of forty audits hardly one
+    claims more than its mu, and most claim half of it; one without signal claims nothing.
+    """
+    rng = np.random.default_rng(0)
+    for mu, least in ((0.0, 0.0), (1.0, 0.6), (2.0, 1.4)):
+        found = []
+        for _ in range(40):
+            halves = [rng.permutation(200) < 100 for _ in range(4)]
+            member = np.concatenate([[half, ~half] for half in halves])
+            score = rng.normal(size=member.shape) + mu * member
+            found.append(decisions.mu_bound(score, member))
+        assert np.mean(np.array(found) > mu) <= 0.05
+        assert np.median(found) >= least
+    member = np.array([[True, False] * 20, [False, True] * 20])
+    assert 0 < decisions.mu_bound(member * 1.0, member) < 10  # told apart wholly: still finite
+
+
 def test_caught():
     """How often an image's memberships score above all but 1 % of the others."""
     score, member = scored(images=100)

@@ -18,7 +18,7 @@ import lora
 import train
 from algorithm import Run, algorithm_1
 from command.errors import UserError
-from methods import directions, dp
+from methods import directions, dp, promise
 from methods.assembly import assemble
 from run import state
 from run.folder import RunFolder
@@ -48,7 +48,7 @@ def settings(tiny_base, file, **flags):
 
 @pytest.fixture
 def run(subject, tiny_base, file, request):
-    """A run with the given flags, whose cores are no longer zero."""
+    """A run with the given flags, whose cores have left their start."""
     flags = getattr(request, "param", {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dp, "secret", lambda: 5)
@@ -117,11 +117,9 @@ def test_one_image_moves_the_sum_by_at_most_the_clip(run, image):
     run.error(b)
     sums = [g.clone() for g in run.sums]
     others = [i for i in range(len(b)) if not rows.start <= i < rows.stop]
-    members = run.data.members
-    run.data.members = lambda: members()[1:]  # one image fewer counts
+    run.counted = run.size - 1  # one image fewer counts
     run.error(b[others])
-    without = run.sums
-    del run.data.members
+    without, run.counted = run.sums, None
     assert 0 < distance(sums, without) <= dp.CLIP * (1 + 1e-4)
     b.z0[rows] *= 1e3
     run.error(b)
@@ -153,6 +151,14 @@ def test_filling_up_to_what_processes_share(subject, tiny_base, file):
     assert len(index) == 15 * dp.DRAWS and set(index[12 * dp.DRAWS :].tolist()) == {0}
 
 
+def test_a_dry_run_times_one_forward(run):
+    """Of three of twelve members; afterwards all are in a step again."""
+    with run.one_forward() as count:
+        assert count == 4 and len(run.batch(run.D_tr)) == 3 * dp.DRAWS
+        assert [row["step"] for row in algorithm_1(run, (1, 2))] == [1, 2]
+    assert len(run.batch(run.D_tr)) == 12 * dp.DRAWS and run.size == 12
+
+
 def test_the_noise_has_its_deviation(run):
     """sigma C / N on every number; none in the norms that are logged."""
     run.error(run.batch(run.D_tr))
@@ -180,7 +186,7 @@ def test_the_accountant_against_a_library(epsilon, steps):
     dp-accounting, and little less noise would not.
     """
     delta = 1e-3
-    sigma = dp.sigma_for(epsilon, delta, steps)
+    sigma = math.sqrt(steps) / promise.mu_for(epsilon, delta)
 
     def library(multiplier):
         accountant = pld.PLDAccountant()
@@ -198,14 +204,16 @@ def test_the_closed_form_of_mu():
         want = norm.cdf(-epsilon / mu + mu / 2) - math.exp(epsilon) * norm.cdf(
             -epsilon / mu - mu / 2
         )
-        assert dp.delta_of(epsilon, mu) == pytest.approx(want, rel=1e-6)
-        assert dp.mu_for(epsilon, want) == pytest.approx(mu, rel=1e-6)
-    assert dp.sigma_for(1.0, 1e-3, 20) > dp.sigma_for(3.0, 1e-3, 20) > dp.sigma_for(3.0, 1e-3, 10)
+        assert promise.delta_of(epsilon, mu) == pytest.approx(want, rel=1e-6)
+        assert promise.mu_for(epsilon, want) == pytest.approx(mu, rel=1e-6)
+        assert promise.epsilon_for(mu, want) == pytest.approx(epsilon, rel=1e-6)
+    assert promise.epsilon_for(0.0, 1e-3) == promise.epsilon_for(1e-3, 1e-3) == 0.0
+    assert promise.mu_for(1.0, 1e-5) < promise.mu_for(1.0, 1e-3) < promise.mu_for(3.0, 1e-3)
 
 
 def test_what_an_attack_catches_at_most():
     """The likelihood ratio of N(0, 1) and N(mu, 1), which no attack beats, by drawing them."""
-    found = dp.Promise(8.0, 1e-3, 2.0, 2.0)
+    found = promise.Promise(8.0, 1e-3, 2.0, 2.0)
     g = torch.Generator().manual_seed(0)
     out, inside = torch.randn(2, 400_000, generator=g) + torch.tensor([[0.0], [2.0]])
     threshold = out.quantile(0.99)
@@ -280,5 +288,5 @@ def test_what_cannot_be_promised_is_refused(tiny_base, file, flags, words):
 def test_the_embedded_defaults():
     """Directions, steps, rate and schedule of the embedded model."""
     s = resolve(Settings(method="dp"))
-    assert (s.steps, s.lr, s.schedule, s.epsilon) == (20, 0.06, "linear", 8.0)
+    assert (s.steps, s.lr, s.schedule, s.epsilon) == (6, 0.08, "linear", 8.0)
     assert Path(s.directions).is_file()

@@ -55,6 +55,9 @@ class Audit(Method):
         "steps between askings of an adapter (default: an eighth, a quarter, half and all steps)",
         group=OWN,
     )
+    at: list[str] | None = option(
+        None, "steps at which an adapter is asked, in place of --save-every", group=OWN
+    )
     pictures: int = option(
         0,
         "pictures of each adapter and step, for the Frechet distance of all together",
@@ -106,6 +109,9 @@ def complete(s: Audit) -> Audit:
     s = replace(s, out=s.out or f"runs/audit-{s.method}")
     found = resolve(settings_of_one(s))
     steps = found.steps or -(-found.epochs * found.members // (found.batch_size * found.accumulate))
+    for at in s.at or ():
+        if not (at.isdecimal() and 1 <= int(at) <= steps):
+            raise UserError(f"--at takes steps from 1 to {steps}, not {at}")
     flags = {f.name: getattr(found, f.name) for f in fields(Method)}
     return replace(s, **flags | {"steps": steps})
 
@@ -133,7 +139,8 @@ def make_plan(s: Audit):
     each = replace(each, size=base.size)
     images = load_images(s.data, each.size, s.caption)
     plan = audit_plan.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
-    return replace(plan, pictures=s.pictures, identity=identity.of(each, base))
+    steps = sorted({int(at) for at in s.at}) if s.at else None
+    return replace(plan, steps=steps, pictures=s.pictures, identity=identity.of(each, base))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -48,7 +48,11 @@ ROWS = {
     "distill-private-flip": {"method": "distill", "public": "none", "flip": True},
     "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
     "distill-ten": {"method": "distill", "teachers": 10},
+    "lora-public-flip": SHORT | {"steps": 75, "flip": True, "init": "runs/public/adapter"},
+    "dp-epsilon-1": {"method": "dp", "epsilon": 1.0},
+    "dp-epsilon-3": {"method": "dp", "epsilon": 3.0},
     "dp-epsilon-8": {"method": "dp", "epsilon": 8.0},
+    "dp-no-noise": {"method": "dp", "epsilon": 1000.0},
 }
 
 DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are

@@ -107,7 +107,10 @@ def complete(s: Audit) -> Audit:
     if s.pictures < 0:
         raise UserError(f"--pictures must be 0 or more, not {s.pictures}")
     s = replace(s, out=s.out or f"runs/audit-{s.method}")
+    from files import images  # numpy and Pillow: not for --help
+
     found = resolve(settings_of_one(s))
+    images.check(s.data, s.caption)
     steps = found.steps or -(-found.epochs * found.members // (found.batch_size * found.accumulate))
     for at in s.at or ():
         if not (at.isdecimal() and 1 <= int(at) <= steps):

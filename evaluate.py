@@ -5,7 +5,8 @@ controls, intervals and a report.
     python evaluate.py runs/lora --at best      # at its best held-out loss
     python evaluate.py runs/smp --shadow 8      # an attacker who trains, too
     python evaluate.py runs/lora --data FOLDER  # its images, moved or renamed
-    python evaluate.py --adapter my.safetensors --model SD15 --data FOLDER
+    python evaluate.py --adapter my.safetensors --model SD15 \\
+        --members TRAINED_ON --nonmembers OTHERS
 
 Figures are of test images that no choice was made on.  The hyper-parameters that an attack leaves
 open are chosen on the images that the attacker knows (auxiliary and validation), thresholds and
@@ -44,10 +45,18 @@ class Settings:
         "the runs lie now",
         group=WHERE,
     )
-    nonmembers: str | None = option(None, "where the --nonmembers of the runs lie now", group=WHERE)
+    nonmembers: str | None = option(
+        None, "beside --members; or where the --nonmembers of the runs lie now", group=WHERE
+    )
     device: str = option("auto", "as in train.py", group=WHERE)
     adapter: str | None = option(
         None, "file or folder of an adapter (diffusers, peft or kohya form)", group=ELSEWHERE
+    )
+    members: str | None = option(
+        None,
+        "images that --adapter was trained on, a folder, in place of --data; --nonmembers are "
+        "images of the same kind that it was not trained on",
+        group=ELSEWHERE,
     )
     splits: str | None = option(
         None, "JSON of role -> file names, as splits.json of a run", group=ELSEWHERE

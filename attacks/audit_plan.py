@@ -103,9 +103,10 @@ def deal(
     taken = aux + 2 * val
     needed = pool + taken
     if len(kept) < needed + 2:
+        fits = [p for p in range(10, pool, 2) if least(p) <= len(kept)]
         raise UserError(
-            f"a pool of {pool} needs at least {needed + 2} distinct images and there are "
-            f"{len(kept)}: lower --pool or add images"
+            f"a pool of {pool} needs at least {least(pool)} distinct images and there are "
+            f"{len(kept)}: {f'take --pool {fits[-1]} or ' if fits else ''}add images"
         )
     rng = np.random.default_rng(settings.seed)
     most = needed + HELD_OUT_IMAGES + (NONMEMBER_SETS - 1) * taken
@@ -134,6 +135,12 @@ def deal(
         }
         roles.append({role: sorted(dealt.get(role, [])) for role in ROLES})
     return Plan(settings, out, chosen, pool, roles, held_out, wrong, names, captions, digest)
+
+
+def least(pool: int) -> int:
+    """Distinct images that a pool of this size needs, with the attacker's non-members."""
+    aux, val, _ = parts(pool // 2)
+    return pool + aux + 2 * val + 2
 
 
 def hash_of(images: Images) -> str:

@@ -26,6 +26,7 @@ from diffusion import GRID_SEED, Base, Encoded, encode_images
 from files.bases import content, load_base
 from files.encode import encode
 from files.images import FOLDERS, OUTSIDE, PARTS, SIDES, Images, load_images, split_as_it_comes
+from files.roles import say, split
 from run.identity import digest_of
 
 SUBSET_SEED = 0  # of the choice of test non-members
@@ -133,10 +134,14 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
     """
     source = target.config["data"]
     if target.splits is None:
+        if images.private is not None:
+            roles = split(images, target.config["seed"], None, most=images.private)
+            say(roles, target.config["nonmembers"])
+            return roles
         if images.folders is None:
             raise UserError(
-                f"{source} does not say who is a member: give --splits, or sub-folders "
-                f"{', '.join(FOLDERS)}"
+                f"{source} does not say who is a member: give --members and --nonmembers in its "
+                f"place, or --splits, or sub-folders {', '.join(FOLDERS)}"
             )
         return split_as_it_comes(images, target.config["seed"])
     position = {name: i for i, name in enumerate(images.names)}

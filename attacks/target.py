@@ -78,18 +78,22 @@ def check_flags(s) -> None:
     device = re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device)
     refuse(not device, f"--device must be auto, cpu, cuda, cuda:1 or mps, not {s.device}")
     if s.runs:
-        for flag in ("adapter", "splits", "caption", "out"):
+        for flag in ("adapter", "members", "splits", "caption", "out"):
             own = "is for an adapter without a run folder; a run has its own: leave it out"
             refuse(getattr(s, flag) is not None, f"--{flag} {own}")
         return
-    why = "--nonmembers is for runs that were given one: leave it out"
-    refuse(s.nonmembers is not None, why)
+    why = "--members and --nonmembers go together: folders of images that it was trained on and not"
+    refuse((s.members is None) != (s.nonmembers is None), why)
+    why = "--members and --nonmembers say all of the images: leave --data and --splits out"
+    refuse(s.members is not None and (s.data or s.splits), why)
     refuse(s.at != "last", "--at needs a run folder: --adapter is one adapter, without steps")
     refuse(s.shadow, "--shadow needs a run of train.py, which says how it was trained")
 
 
 def check_places(config: dict) -> None:
-    """Base and images must be there; a hub name is only known by its form."""
+    """Base, images and captions must be there; a hub name is only known by its form."""
+    from files import images
+
     model, data, others = config["model"], config["data"], config.get("nonmembers")
     there = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", model) or os.path.exists(model)
     refuse(
@@ -103,6 +107,9 @@ def check_places(config: dict) -> None:
         others not in (None, *EMBEDDED_SETS) and not os.path.isdir(others),
         f"there is no folder {others} of the non-members: name where it lies now with --nonmembers",
     )
+    for folder in (data, others):
+        if folder:
+            images.check(folder, config.get("caption"))
 
 
 def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
@@ -135,15 +142,17 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
 
 def read_adapter(s) -> Target:
     """An adapter trained elsewhere; raises UserError unless it, its base and images are named."""
-    for flag in ("model", "adapter", "data"):
-        either = "name run folders, such as runs/smp, or --model, --adapter and --data"
-        refuse(getattr(s, flag) is None, f"{either}: --{flag} is missing")
+    either = "name run folders, such as runs/smp, or --adapter, --model, --members and --nonmembers"
+    for flag in ("adapter", "model", "members"):
+        there = getattr(s, flag) or (flag == "members" and s.data)
+        refuse(not there, f"{either}: --{flag} is missing")
     missing = not os.path.exists(s.adapter)
     refuse(missing, f"there is no adapter {s.adapter}: --adapter takes a file or a folder")
     folder = Path(s.out or "runs/evaluation")
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     refuse(not there.is_dir(), f"{there} is not a folder: give --out the name of one")
-    config = {name: getattr(s, name) for name in ("model", "data", "caption")}
+    config = {name: getattr(s, name) for name in ("model", "nonmembers", "caption")}
+    config["data"] = s.members or s.data
     config |= {"method": "adapter", "seed": 0, "dtype": s.dtype or "float32"}
     splits = read_splits(Path(s.splits)) if s.splits else None
     return Target(s.adapter, folder, folder, Path(s.adapter), None, "file", config, splits)

@@ -13,6 +13,8 @@ import hashlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +105,28 @@ def load_images(
     return Images(images.names + names, captions, pixels, private=len(images.names))
 
 
+def check(data: str, caption: str | None = None) -> None:
+    """Raises UserError for a folder or captions that cannot be used; opens no picture."""
+    if data not in EMBEDDED_SETS:
+        with _readable(Path(data)):
+            _listed(Path(data), caption)
+
+
 def _load(data: str, size: int, caption: str | None) -> Images:
     if data in EMBEDDED_SETS:
         from files import emojis
 
         with progress.stage(f"reading images of {data}"):
             return Images(*getattr(emojis, data)(size))
-    folder = Path(data)
+    with _readable(Path(data)):
+        return _load_folder(Path(data), size, caption)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses is a UserError."""
     try:
-        return _load_folder(folder, size, caption)
+        yield
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
         raise UserError(
@@ -120,20 +135,8 @@ def _load(data: str, size: int, caption: str | None) -> Images:
 
 
 def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
-    if not folder.exists():
-        raise UserError(
-            f'there is no folder {shown(folder)}: give a folder of images, or "twemoji" for the '
-            "embedded set"
-        )
-    if not folder.is_dir():
-        raise UserError(f"{shown(folder)} is a file: give the folder that holds the images")
-    if caption is not None:
-        caption = folders.caption(caption, "--caption")
-        if not caption:
-            raise UserError("--caption is empty: give the words that describe the images")
-    found, indices = _find(folder)
+    found, indices, captions, notes = _listed(folder, caption)
     files = [file for file, _ in found.images]
-    captions, notes = _captions(found.images, caption)
     if found.left:
         notes.append(f"not used: {found.unused(folder)}")
     if notes:
@@ -159,6 +162,23 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
         pixels=pixels,
         folders=indices,
     )
+
+
+def _listed(folder: Path, caption: str | None) -> tuple:
+    """What a folder holds: (files, their indices per sub-folder of the paper, captions, notes)."""
+    if not folder.exists():
+        raise UserError(
+            f'there is no folder {shown(folder)}: give a folder of images, or "twemoji" for the '
+            "embedded set"
+        )
+    if not folder.is_dir():
+        raise UserError(f"{shown(folder)} is a file: give the folder that holds the images")
+    if caption is not None:
+        caption = folders.caption(caption, "--caption")
+        if not caption:
+            raise UserError("--caption is empty: give the words that describe the images")
+    found, indices = _find(folder)
+    return found, indices, *_captions(found.images, caption)
 
 
 def _find(folder: Path) -> tuple[folders.Found, dict[str, list[int]] | None]:

@@ -107,8 +107,8 @@ def _sizes_beside(own: int, others: int, members: int) -> tuple[dict, dict]:
     if left < 2:
         raise UserError(
             f"{members} members need at least {aux + 2 * val + 2} non-members, and --nonmembers "
-            f"holds {others} distinct images that are not among the members': add some or lower "
-            "--members"
+            f"holds {others} distinct images that are not among the members': add some or take "
+            "fewer members"
         )
     mine = {"member_aux": aux, "member_val": val, "member_test": test, "fresh": 0}
     taken = min(left, OUTSIDE_TEST)

@@ -55,6 +55,8 @@ def launched() -> tuple[int, int]:
 
 
 def _require_paths(s: Settings) -> None:
+    from files import images  # numpy and Pillow: not for --help
+
     if s.track and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
         raise UserError(f"--track {s.track} needs a package that is missing: pip install {s.track}")
     path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
@@ -63,16 +65,14 @@ def _require_paths(s: Settings) -> None:
             f"there is no base model {shown(s.model)}: give a StableDiffusionPipeline folder, "
             "a .safetensors checkpoint or a hub name"
         )
-    if s.data not in EMBEDDED_SETS and not os.path.exists(s.data):
-        raise UserError(
-            f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
-            "embedded set"
-        )
+    images.check(s.data, s.caption)
     if s.nonmembers not in (None, *EMBEDDED_SETS) and not os.path.exists(s.nonmembers):
         raise UserError(
             f"there is no folder {shown(s.nonmembers)}: give --nonmembers a folder of images that "
             "are not among the private ones, or openmoji"
         )
+    if s.nonmembers:
+        images.check(s.nonmembers, s.caption)
     if s.public not in (None, "none", *EMBEDDED_SETS) and not os.path.exists(s.public):
         raise UserError(
             f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"

@@ -139,6 +139,23 @@ def test_refusals(run, tmp_path):
             evaluate.evaluate(settings)
 
 
+def test_an_adapter_with_two_folders(run, tiny_base, image_folder, tmp_path):
+    """Those it was trained on and others: every image has a role of its side, none is fresh."""
+    folders = {"members": tmp_path / "in", "nonmembers": tmp_path / "out"}
+    for i, folder in enumerate(folders.values()):
+        folder.mkdir()
+        for path in sorted(Path(image_folder).iterdir()):
+            if (int(path.stem) < 16) == (i == 0):
+                shutil.copy(path, folder)
+    flags = {name: str(folder) for name, folder in folders.items()}
+    target = read_adapter(evaluate.Settings(adapter=f"{run}/adapter", model=tiny_base, **flags))
+    data = prepare(target).data
+    members, others = data.sides("aux", "val", "test")
+    assert len(members) == 16 and len(others) == 8 + 4 + 12
+    assert all(data.names[i].startswith("nonmembers/") for i in others)
+    assert not any(data.names[i].startswith("nonmembers/") for i in members)
+
+
 def test_test_non_members_are_a_random_subset():
     """File names sort emojis by kind: the first ones would all be of a kind, and any attack would
     tell them apart.

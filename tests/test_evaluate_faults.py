@@ -131,14 +131,16 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
     ]  # fmt: skip
     cases += [
         ({"runs": [run], flag: "x"}, f"--{flag} is for an adapter without a run folder")
-        for flag in ("adapter", "splits", "caption", "out")
+        for flag in ("adapter", "members", "splits", "caption", "out")
     ]
     cases += [
         ({"runs": [run], "data": "/gone"}, "there is no folder /gone"),
         ({"runs": [run], "model": "/gone"}, "there is no base model /gone"),
         ({"runs": [run, str(tmp_path)]}, "not a run folder"),
-        ({}, "--model is missing"),
-        (other | {"data": None}, "--data is missing"),
+        ({}, "--adapter is missing"),
+        (other | {"data": None}, "--members is missing"),
+        (other | {"members": image_folder}, "--members and --nonmembers go together"),
+        (other | {"members": "/x", "nonmembers": "/y"}, "leave --data and --splits out"),
         (other | {"data": "/gone"}, "there is no folder /gone"),
         (other | {"model": "gone.safetensors"}, "there is no base model"),
         (other | {"adapter": "/gone"}, "there is no adapter /gone"),

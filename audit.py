@@ -56,7 +56,9 @@ class Audit(Method):
         group=OWN,
     )
     at: list[str] | None = option(
-        None, "steps at which an adapter is asked, in place of --save-every", group=OWN
+        None,
+        "a step at which adapters are asked, in place of --save-every; may come again",
+        group=OWN,
     )
     pictures: int = option(
         0,

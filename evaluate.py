@@ -157,6 +157,7 @@ def written(target, model, trained, started: float) -> dict:
 
 def conclude(s: Settings, found: list, models: list, records: list[dict]) -> None:
     """The tables and figures of all targets together."""
+    from attacks import shadows
     from attacks.target import kind
     from curves import plots
     from report import figures, tables
@@ -178,8 +179,9 @@ def conclude(s: Settings, found: list, models: list, records: list[dict]) -> Non
         tables.say(record["verdict"])
         if record["promise"]:
             tables.say(f"Promised: {record['promise']}.")
-        if not record["shadows"]:
-            print("An attacker who trains adapters of his own was not tried: --shadow 8.")
+        if not record["shadows"] and record["method"] != "adapter":
+            count = shadows.advised(record)
+            print(f"An attacker who trains adapters of his own was not tried: --shadow {count}.")
         print(f"files:    {target.folder}/report.html, exposure.csv, eval.json, figures/")
 
 

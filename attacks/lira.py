@@ -7,8 +7,9 @@ phi(target) with the shadows that trained on x (in) and those that did not (out)
     offline    (phi - mean_out) / sd_out                                    Carlini et al., offline
     online     log N(phi; mean_in, var_in) - log N(phi; mean_out, var_out)  Carlini et al., Alg. 1
     pooled     (phi - (mean_in + mean_out) / 2)' S^-1 d                     Fisher's discriminant
+    scaled     the same over its deviation at this image
 
-In the last line d, the mean of mean_in - mean_out, and the covariance S are pooled over images.
+In the last lines d, the mean of mean_in - mean_out, and the covariance S are pooled over images.
 With few shadows that is worth more than a shift of each image's own.
 
 Shadows.  The partner of the target, which trained on the other half, is left out.  With it an image
@@ -146,10 +147,24 @@ def pooled(x: np.ndarray, member: np.ndarray, target: int) -> np.ndarray:
     """(phi - (mean_in + mean_out) / 2)' S^-1 d, S the mean of both sides' covariances: x (N, P, F)
     -> (P,).
     """
+    middle = sum(means(x, member, target)) / 2
+    return (x[target] - middle) @ discriminant(x, member, target)
+
+
+def scaled(x: np.ndarray, member: np.ndarray, target: int) -> np.ndarray:
+    """`pooled` over its own deviation at each image, from the shadows: some images' answers scatter
+    more than others'.
+    """
+    y = (x @ discriminant(x, member, target))[:, :, None]
+    variance = sum(variances(y, member, target, side) for side in (True, False)) / 2
+    return ((y[target] - sum(means(y, member, target)) / 2) / np.sqrt(variance))[:, 0]
+
+
+def discriminant(x: np.ndarray, member: np.ndarray, target: int) -> np.ndarray:
+    """S^-1 d, (F,)."""
     mean_in, mean_out = means(x, member, target)
     covariance = sum(pooled_covariance(x, member, target, side) for side in (True, False)) / 2
-    shift = (mean_in - mean_out).mean(0)
-    return (x[target] - (mean_in + mean_out) / 2) @ np.linalg.solve(shrunk(covariance), shift)
+    return np.linalg.solve(shrunk(covariance), (mean_in - mean_out).mean(0))
 
 
 def projected(x: np.ndarray, member: np.ndarray, target: int) -> np.ndarray:
@@ -175,6 +190,7 @@ ATTACKS = {
     "LiRA online, loss": (online, "loss"),
     "LiRA pooled, loss": (pooled, "loss"),
     HEADLINE: (pooled, "all"),
+    "LiRA scaled, all": (scaled, "all"),
 }  # name: attack and statistic
 
 

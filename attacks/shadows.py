@@ -42,11 +42,10 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
     roles = [shadow_roles(sizes, inside) for inside in blocks(images, members, count, s.seed)]
     times = np.bincount([i for r in roles for i in members_of(r)], minlength=images)
     if min(times.min(), count - times.max()) < LEAST:
-        needed = -(-LEAST * images // min(members, images - members))
         raise UserError(
             f"--shadow {count} is too few for {images} images of which {members} are members: "
             f"every image must be in {LEAST} shadows and out of {LEAST}; "
-            f"take --shadow {needed + needed % 2} or fewer --test-nonmembers"
+            f"take --shadow {fewest(images, members)} or fewer --test-nonmembers"
         )
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     known = identity.of(s, examination.base)
@@ -54,6 +53,19 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
     out = str(target.run.parent / f"shadows-{identity.digest_of(facts)[:8]}")
     pool = examination.positions, images, roles, [], [], data.names, data.captions, digest
     return audit_plan.Plan(s, out, *pool, steps=[target.step], identity=known)
+
+
+def fewest(images: int, members: int) -> int:
+    """Shadows that a run needs which has so many images with a role, and members among them."""
+    needed = -(-LEAST * images // min(members, images - members))
+    return needed + needed % 2
+
+
+def advised(record: dict) -> int:
+    """Shadows to try on an evaluated adapter, by its record: more attack better."""
+    sizes = record["images"]
+    members = sum(size for role, size in sizes.items() if role.startswith("member"))
+    return max(8, fewest(sum(sizes.values()), members))
 
 
 def as_trained(target: Target) -> Settings:

@@ -139,14 +139,23 @@ def only_dealt(images: Images, roles: dict[str, list[int]]) -> tuple[Images, dic
 # What a run prints about them
 
 
-def say(roles: dict[str, list[int]], nonmembers: str | None) -> None:
-    """Print how many images play which part, and what limits the evaluation."""
+def say(roles: dict[str, list[int]], nonmembers: str | None, own: bool = False) -> None:
+    """Print how many images play which part, and what limits the evaluation.
+
+    `own` says that the images are a person's own, who may want all of them to be learned.
+    """
     counts = []
     for side, name in (("member", "members"), ("nonmember", "non-members")):
         sizes = {part: len(roles[f"{side}_{part}"]) for part in ("aux", "val", "test")}
         each = ", ".join(f"{size} {part}" for part, size in sizes.items())
         counts.append(f"{sum(sizes.values())} {name} ({each})")
     print(f"images:   {', '.join(counts)}, {len(roles['fresh'])} fresh", flush=True)
+    members, total = (sum(len(roles[r]) for r in roles if r.startswith(k)) for k in ("m", ""))
+    if own and not nonmembers and members < total:
+        print(
+            f"note: the adapter trains on {members} of {total} images and the others test it; with "
+            "--nonmembers FOLDER, or openmoji, it trains on all of them"
+        )
     if nonmembers:
         print(
             f"note: the non-members are of {shown(nonmembers)}: where they differ in kind from the "

@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from attacks import shadows
 from command.whole_files import write_whole
 from diffusion import Encoded
 from files.images import PARTS, SIDES
@@ -27,6 +28,7 @@ CLOSEST = 12  # generated pictures closest to a member
 THUMBNAIL = 96  # pixels of the longer side
 CAPTION = 140  # letters of a caption on the page
 FIGURES = ("roc", "scores", "timesteps")  # on the page
+FEW = 20  # test non-members: with fewer no rate of 5 % can be told
 FPR = 0.05  # false alarms at which members are counted as caught; the page says 5 %
 FORMULA = tuple("=+-@＝＋－＠")  # what a spreadsheet takes for the beginning of a formula
 
@@ -135,6 +137,7 @@ def page(examination, adapted, base, record: dict, folder: Path) -> str:
     drawn = [folder / "figures" / f"{name}.png" for name in FIGURES]
     return environment.get_template("report.html.jinja").render(
         record=record,
+        shadows=shadows.advised(record),
         exposed=exposed(data, adapted.scores, record),
         attacks=attacks(record),
         figures={path.stem: data_uri(path.read_bytes()) for path in drawn if path.is_file()},
@@ -163,7 +166,10 @@ def exposed(data: Encoded, scores: dict[str, np.ndarray], record: dict) -> dict:
     for i in order[:SHOWN]:
         rate = {"rate": in_words(rates[i], count), "caught": rates[i] <= FPR}
         members.append(pictured(data, i) | {"part": part[i]} | rate)
+    if count < FEW:
+        members = [member | {"caught": False} for member in members]
     return {
+        "few": count < FEW,
         "members": members,
         "caught": {name: (rates[index] <= FPR).sum() for name, index in sets.items()},
         "of": {name: len(index) for name, index in sets.items()},

@@ -50,7 +50,7 @@ def print_tables(records: list[dict]) -> None:
         say(
             "warning: the test members and non-members differ in kind: a classifier tells them "
             "apart without any model. So do attacks, on the base as well, whoever was trained on: "
-            "compare with the last column, or take --shadow 8, which compares an image with itself"
+            "compare with the last column, or take --shadow N, which compares an image with itself"
         )
 
 

@@ -180,6 +180,9 @@ class Keeper:
         killed one stopped.
         """
         main = self.processes.main
+        if main:
+            plan = f"{count} {name}s, {self.settings.teacher_steps} steps each"
+            print(f"plan:     {plan}, then {cost.steps_line(self.run)}", flush=True)
         with progress.stage(f"{count} {name}s", count) as bar:
             for k, part in enumerate(runs):
                 folder, steps = self.folder.state / f"{name}-{k}", part.settings.steps

@@ -118,8 +118,10 @@ def stored(settings: Settings) -> tuple[Settings, dict | None]:
             continue
         if known[f.name] is None or f.name not in compared:
             flag = "--" + f.name.replace("_", "-")
+            longer = f"; a new run goes on from --init {out}/adapter" if f.name == "steps" else ""
             raise UserError(
                 f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
+                f"{longer}"
             )
         taken[f.name] = given
     return replace(Settings(**known), **taken), summary

@@ -7,7 +7,7 @@ import torch
 import lora
 from command.errors import UserError
 from diffusion import PARTS, Base, Encoded
-from files import lora_files, whole
+from files import EMBEDDED_SETS, lora_files, whole
 from files import roles as dealing
 from files.bases import load_base
 from files.devices import resolve_device, resolve_dtype
@@ -41,7 +41,7 @@ def deal(s: Settings, images: Images, speak: bool) -> tuple[Settings, Images, di
     if images.private is not None:
         images, roles = dealing.only_dealt(images, roles)
     if speak:
-        dealing.say(roles, s.nonmembers)
+        dealing.say(roles, s.nonmembers, own=s.data not in EMBEDDED_SETS and not images.folders)
     count = sum(len(roles[f"member_{part}"]) for part in PARTS)
     return replace(s, members=s.members or count), images, roles
 

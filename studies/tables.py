@@ -7,6 +7,7 @@ In docs/*.md a table stands between `<!-- table: NAME -->` and `<!-- /table -->`
 its own.  Long tables are files in docs/records/.  tests/test_studies.py holds both to the records.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from attacks.lira import THRESHOLD
 from command.errors import UserError
 from command.flags import option
 from command.whole_files import read_json, write_whole
+from methods import dp
+from methods.promise import mu_for
 from report.tables import cell, rounded
+from settings import DP
 from studies import as_released, defences, grid, paper, records, smoothness, verdicts
 from studies.paper_tables import TABLES as PAPER
 from studies.records import COMBINED, HEADLINE, HELD_OUT, LOSS, PICTURES, PROXY, Figure, Records
@@ -46,10 +50,15 @@ FRONTIER = (  # (row, step, what the table calls it)
     ("smp", "50", "SMP, 50 of 400 steps"),
     ("smp", "400", "SMP"),
     ("mp", "400", "MP"),
+    ("lora-public-flip", "19", "LoRA `--flip` from a public LoRA, 19 of 75 steps"),
     ("distill", "200", "distill"),
     ("distill-flip", "200", "distill `--flip`"),
     ("distill-private-flip", "200", "distill `--flip --public none`"),
+    ("dp-epsilon-8", "6", "dp `--epsilon 8`"),
+    ("dp-epsilon-3", "6", "dp `--epsilon 3`"),
+    ("dp-epsilon-1", "6", "dp `--epsilon 1`"),
 )
+EPSILONS = (1, 3, 8)
 MODELS = {  # what a table calls the runs of a row, and the folder of the evaluation
     "LoRA": ("lora", ""),
     "SMP": ("smp", ""),
@@ -141,7 +150,7 @@ def second_pool() -> dict[str, dict]:
 def shadow_attacks(audits: dict[str, dict]) -> str:
     """The AUC of every attack at every step."""
     steps = {f"{name}, {at}": a["steps"][at] for name, a in audits.items() for at in a["steps"]}
-    names = list(next(iter(steps.values()))["attacks"])
+    names = list(dict.fromkeys(name for step in steps.values() for name in step["attacks"]))
     lines = [["AUC: method, step", *names]]
     for title, step in steps.items():
         found = [step["attacks"].get(name) for name in names]
@@ -157,9 +166,21 @@ def frontier() -> str:
         line = defences.row(name, at, first[name], first)
         again = second[name]["steps"].get(at) if name in second else None
         lines.append([title, *line[1:], cell(again["attacks"][HEADLINE]) if again else "-"])
-    six = screen()
-    line = defences.row("dp", "100", six["dp"], six)
-    lines.append(["dp without a promise, 100 steps (six adapters)", *line[1:], "-"])
+    return records.markdown(lines)
+
+
+ATTENTION_LAYERS = 128  # of Stable Diffusion v1.5
+
+
+def noise() -> str:
+    """How long the noise of a step of --method dp is, in clips: sigma sqrt(d) / N."""
+    numbers = ATTENTION_LAYERS * dp.CORE**2
+    lines = [["members", *(f"epsilon {epsilon}" for epsilon in EPSILONS)]]
+    for members in (100, 400, 1000, 4000):
+        mus = [mu_for(epsilon, 0.1 / members) for epsilon in EPSILONS]
+        sigmas = [math.sqrt(DP["steps"]) / mu for mu in mus]
+        found = [sigma * math.sqrt(numbers) / members for sigma in sigmas]
+        lines.append([f"{members:,}", *(f"{length:.2f}" for length in found)])
     return records.markdown(lines)
 
 
@@ -229,6 +250,7 @@ MADE = {
         defences.table(screen(), last=True),
         *("Frechet, held out", THRESHOLD, SIDE, "cost", "uses"),
     ),
+    "noise": lambda: narrow(noise()),
     "paper": lambda: narrow(changes(), "table"),
     "seeds": lambda: narrow(seeds()),
     "smoothness": lambda: narrow(

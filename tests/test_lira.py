@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import norm
 
 from attacks import lira
+from attacks.decisions import Decisions
 from curves import roc
 
 
@@ -114,6 +115,24 @@ def test_pooled_shift_is_fishers_discriminant():
     np.testing.assert_allclose(lira.pooled(x, member, 3), want)
 
 
+def test_scaling_finds_more_where_images_scatter_unlike():
+    """A shift of membership that is the same everywhere, under noise of .3 to 3: dividing by each
+    image's own deviation catches more at few false alarms.
+    """
+    rng = np.random.default_rng(0)
+    halves = [rng.permutation(400) < 200 for _ in range(8)]
+    member = np.concatenate([[half, ~half] for half in halves])
+    noise = np.exp(rng.uniform(np.log(0.3), np.log(3), 400))
+    x = (rng.normal(size=member.shape) * noise + member)[:, :, None]
+    rates = {}
+    for attack in (lira.pooled, lira.scaled):
+        score = np.stack([attack(x, member, k) for k in range(16)])
+        rates[attack] = Decisions(member).figures(score)
+    plain, own = (rates[attack] for attack in (lira.pooled, lira.scaled))
+    assert own["auc"] > plain["auc"] + 0.01
+    assert own["tpr_at_1_fpr"] > 1.5 * plain["tpr_at_1_fpr"]
+
+
 def test_adapters_of_unlike_level_hide_nothing():
     """Adapters that end at other losses, and steeper ones: as they are, their levels drown what
     membership does; levelled they do not.
@@ -169,7 +188,7 @@ def test_nothing_is_found_where_nothing_is():
     answers, member = planted(0.0, seed=5)
     scores = lira.attacks(answers, member)
     found = {name: area(score, member) for name, score in scores.items()}
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(0.44 < value < 0.56 for value in found.values()), found
 
 
@@ -188,5 +207,5 @@ def test_the_targets_own_labels_are_not_read():
 def test_four_adapters_have_no_projection():
     """Which needs two shadows on each side; the others do with one."""
     scores = lira.attacks(*planted(1.0, adapters=4))
-    assert "projected prediction" not in scores and len(scores) == 5
+    assert "projected prediction" not in scores and len(scores) == 6
     assert all(np.isfinite(score).all() for score in scores.values())

@@ -62,6 +62,9 @@ def quality_of(answer: dict[str, np.ndarray], real: dict[str, torch.Tensor]) -> 
     for name, features in real.items():
         drawn = torch.from_numpy(np.concatenate(answer["features"]))
         found[f"frechet_{name}"] = quality.frechet_distance(features, drawn)
+        by_model = torch.from_numpy(answer["features"])
+        kid, interval = quality.kernel_distance_of_all(features, by_model)
+        found |= {f"kid_{name}": kid, f"kid_{name}_interval": interval}
     return found
 
 

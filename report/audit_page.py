@@ -14,6 +14,7 @@ from attacks.store import damaged, read_arrays
 from command.errors import UserError
 from command.whole_files import read_json, write_json
 from curves import plots, roc
+from methods.promise import epsilon_for
 from report.tables import cell, rounded, say
 
 PRINTED = 5  # exposed images in the table
@@ -40,6 +41,8 @@ def print_record(record: dict) -> None:
     print_attacks(f"step {step}", last["attacks"])
     if "canaries" in last:
         print_attacks("canaries", last["canaries"])
+    if method == "dp":
+        print_promise(record, last)
     print_steps({method: record})
     print("\nmost exposed, by the strongest attack at 1 % FPR")
     for image in record["exposed"][:PRINTED]:
@@ -47,6 +50,15 @@ def print_record(record: dict) -> None:
         print(f"  {image['caught']} of {image['of']}  {name:30.30}  {caption:.38}")
     training, queries = record["seconds"]["training"], record["seconds"]["queries"]
     print(f"\n{training:.0f} s of training and {queries:.0f} s of queries, over all processes")
+
+
+def print_promise(record: dict, last: dict) -> None:
+    """What was promised, and what the attack chosen beforehand shows of it."""
+    s, groups = record["settings"], {"attacks": "the pool", "canaries": "the canaries"}
+    delta = s["delta_dp"] or 0.1 / (record["pool"] // 2)
+    bounds = {groups[name]: last[name][HEADLINE]["mu_bound"] for name in groups if name in last}
+    shown = ", ".join(f"{epsilon_for(mu, delta):.2g} on {name}" for name, mu in bounds.items())
+    print(f"\npromised: epsilon {s['epsilon']:g} at delta {delta:.1g}; {HEADLINE} shows: {shown}")
 
 
 def print_attacks(title: str, attacks: dict[str, dict]) -> None:

@@ -25,6 +25,28 @@ def test_frechet_distance_is_the_closed_form():
     assert quality.frechet_distance(real, real) == pytest.approx(0, abs=1e-3)
 
 
+def test_the_kernel_distance_of_several_models():
+    """That of all pictures together; the interval over models holds that of many of their kind, and
+    is wide where models differ.
+    """
+    g = torch.Generator().manual_seed(0)
+    real = torch.randn(60, 8, generator=g)
+    held, widths = 0, []
+    for spread in (0.0, 0.5):
+        shifts = spread * torch.randn(40, 8, 1, 8, generator=g)
+        every = torch.randn(40, 8, 12, 8, generator=g) + shifts
+        found = [quality.kernel_distance_of_all(real, models) for models in every]
+        truth = np.mean([value for value, _ in found])
+        held += sum(low <= truth <= high for _, (low, high) in found)
+        widths.append(np.mean([high - low for _, (low, high) in found]))
+    assert 70 <= held <= 80 and widths[1] > 2 * widths[0]
+    whole = every[0].flatten(0, 1)
+    pair = [(x.double() @ y.double().T / 8 + 1) ** 3 for x, y in ((real, real), (whole, whole))]
+    inside = sum((k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in pair)
+    want = inside - 2 * ((real.double() @ whole.double().T / 8 + 1) ** 3).mean()
+    assert found[0][0] == pytest.approx(want.item())
+
+
 def test_kernel_distance_is_the_unbiased_mmd():
     """With one subset of all pictures, KID is the unbiased cubic-kernel MMD, written out here."""
     real, generated = (x[:50].double() for x in gaussians())

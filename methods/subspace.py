@@ -109,7 +109,7 @@ class EachImage:
         found = []
         came_back = torch.autograd.grad(value, [self.seen[layer][1] for layer in self.layers])
         for layer, back in zip(self.layers, came_back, strict=True):
-            ends = back.to(layer.lora_B.left.dtype), self.seen[layer][0]
+            ends = [x.to(layer.lora_B.left.dtype) for x in (back, self.seen[layer][0])]
             if layer.lora_B.convolution:
                 ends = [x.flatten(2).transpose(1, 2) for x in ends]
             back, given = (x.reshape(images, -1, x.shape[-1]) for x in ends)

@@ -117,7 +117,8 @@ def row(name: str, at: str, audit: dict, audits: dict[str, dict]) -> list[str]:
     said.append("-" if distance is None else f"{distance:.0f}")
     said += [rounded(attacks[THRESHOLD]["auc"]), cell(attacks[HEADLINE])]
     said.append("-" if rate is None else f"{rate:.2f}")
-    loras = {n: audits[n] for n in audits if audits[n]["settings"]["method"] == "lora"}
+    loras = {n: a for n, a in audits.items() if a["settings"]["method"] == "lora"}
+    loras = {n: a for n, a in loras.items() if not a["settings"].get("init")}  # a public start
     side = None
     for names in (PLAIN, loras):
         others = [lora for n, lora in loras.items() if n in names and n != name]

@@ -320,6 +320,16 @@ def test_the_bound_on_mu_is_one():
     assert 0 < decisions.mu_bound(member * 1.0, member) < 10  # told apart wholly: still finite
 
 
+def test_steps_that_are_named_are_the_ones_asked(tiny_base, image_folder):
+    """With --at; one beyond the last is refused."""
+    flags = {"model": tiny_base, "data": image_folder, "method": "lora", "steps": 6, "pool": 20}
+    asked = audit.complete(audit.Audit(**flags, at=["5", "2"]))
+    assert audit.make_plan(asked).due() == [2, 5]
+    for at in ("7", "0", "x"):
+        with pytest.raises(UserError, match="--at takes steps from 1 to 6"):
+            audit.complete(audit.Audit(**flags, at=[at]))
+
+
 def test_caught():
     """How often an image's memberships score above all but 1 % of the others."""
     score, member = scored(images=100)

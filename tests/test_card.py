@@ -136,6 +136,10 @@ AUDITS = {
     "smp": [("audit-smp", 50), ("audit-smp", 400)],
     "mp": [("audit-mp", 400)],
     "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],
+    "dp": [
+        *((f"defences/dp-epsilon-{epsilon}", 6) for epsilon in (8, 3, 1)),
+        *(("defences/lora-flip-shorter", step) for step in (38, 75)),
+    ],
 }
 
 

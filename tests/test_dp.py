@@ -11,6 +11,7 @@ import dp_accounting
 import pytest
 import torch
 from dp_accounting import pld
+from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.stats import norm
 
@@ -18,6 +19,7 @@ import lora
 import train
 from algorithm import Run, algorithm_1
 from command.errors import UserError
+from command.flags import checked
 from methods import directions, dp, promise
 from methods.assembly import assemble
 from run import state
@@ -211,6 +213,28 @@ def test_the_closed_form_of_mu():
     assert promise.mu_for(1.0, 1e-5) < promise.mu_for(1.0, 1e-3) < promise.mu_for(3.0, 1e-3)
 
 
+def test_delta_is_a_tenth_of_one_by_n_or_what_was_asked(subject, tiny_base, file):
+    """A promise with 1 / N would let one image out whole, and is refused."""
+    for delta in (None, 0.02):
+        s = settings(tiny_base, file, delta_dp=delta, epsilon=2.0)
+        run = assemble(s, *subject, Processes())
+        lora.remove(subject[0].unet, run.adapter)
+        found = dp.promise(run)
+        assert found.delta == pytest.approx(delta or 0.1 / 12)
+        assert found.sigma == run.sigma == pytest.approx(2 / promise.mu_for(2.0, found.delta))
+    run.settings = replace(run.settings, delta_dp=1 / 12)
+    with pytest.raises(UserError, match="give one below 1 / N"):
+        dp.promise(run)
+
+
+def test_a_config_of_the_method_before_is_refused():
+    """It had another dp, which would be a silent change."""
+    old = {"method": "dp", "image_clip": 0.1, "epsilon": 8.0}
+    with pytest.raises(UserError, match="its --method dp is gone; commit 0db7ef9"):
+        checked(Settings, old, Path("config.json"))
+    assert checked(Settings, old | {"method": "lora"}, Path("config.json"))["method"] == "lora"
+
+
 def test_what_an_attack_catches_at_most():
     """The likelihood ratio of N(0, 1) and N(mu, 1), which no attack beats, by drawing them."""
     found = promise.Promise(8.0, 1e-3, 2.0, 2.0)
@@ -257,7 +281,12 @@ def test_a_run_says_what_it_promises_and_tells_no_secret(
     summary = RunFolder(whole).config()["summary"]
     assert summary["epsilon"] == 3.0 and summary["delta"] == pytest.approx(0.1 / 12)
     assert not (whole / "state").exists() and not (part / "state").exists()
-    assert "whatever the attack" in (whole / "adapter" / "README.md").read_text()
+    assert summary["promise"].startswith("epsilon 3 at delta 0.008: whatever the attack")
+    card = (whole / "adapter" / "README.md").read_text()
+    assert "whatever the attack" in card and "It is wrong to say that it covers" in card
+    assert "--seed" not in card and "Loss attack on" not in card
+    with safe_open(whole / name, "pt") as saved:  # the seed deals the members
+        assert "seed" not in saved.metadata() and saved.metadata()["method"] == "dp"
 
 
 def test_the_norms_of_a_row_are_finite_and_the_held_out_losses_see_no_member(run):

@@ -66,7 +66,7 @@ class Everyone(Shuffled):
 class Private(Parallel):
     """A run whose gradient is the noised sum of clipped gradients of single images.
 
-    Its draws and noise follow a secret, not --seed, which the adapter's file tells.  The secret is
+    Its draws and noise follow a secret, not --seed, which others may know.  The secret is
     kept in the training state alone, which is deleted when the run is finished.
     """
 

@@ -55,8 +55,6 @@ def launched() -> tuple[int, int]:
 
 
 def _require_paths(s: Settings) -> None:
-    from files import images  # numpy and Pillow: not for --help
-
     if s.track and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
         raise UserError(f"--track {s.track} needs a package that is missing: pip install {s.track}")
     path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
@@ -65,14 +63,16 @@ def _require_paths(s: Settings) -> None:
             f"there is no base model {shown(s.model)}: give a StableDiffusionPipeline folder, "
             "a .safetensors checkpoint or a hub name"
         )
-    images.check(s.data, s.caption)
+    if s.data not in EMBEDDED_SETS and not os.path.exists(s.data):
+        raise UserError(
+            f"there is no folder {shown(s.data)}: give a folder of images, or twemoji for the "
+            "embedded set"
+        )
     if s.nonmembers not in (None, *EMBEDDED_SETS) and not os.path.exists(s.nonmembers):
         raise UserError(
             f"there is no folder {shown(s.nonmembers)}: give --nonmembers a folder of images that "
             "are not among the private ones, or openmoji"
         )
-    if s.nonmembers:
-        images.check(s.nonmembers, s.caption)
     if s.public not in (None, "none", *EMBEDDED_SETS) and not os.path.exists(s.public):
         raise UserError(
             f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
@@ -83,6 +83,10 @@ def _require_paths(s: Settings) -> None:
         )
     if s.init and not os.path.exists(s.init):
         raise UserError(f"there is no adapter file {shown(s.init)}: --init names one to start from")
+    from files import images  # numpy and Pillow, once all names are right
+
+    for folder in filter(None, (s.data, s.nonmembers)):
+        images.check(folder, s.caption)
 
 
 def _require_processes(config: Path) -> None:

@@ -101,7 +101,7 @@ def test_the_flag_of_evaluate(run, others):
     targets(evaluate.Settings(runs=[str(out)], nonmembers=str(others)))
     with pytest.raises(UserError, match="there is no folder /gone of the non-members"):
         targets(evaluate.Settings(runs=[str(out)], nonmembers="/gone"))
-    with pytest.raises(UserError, match="--nonmembers is for runs"):
+    with pytest.raises(UserError, match="--members and --nonmembers go together"):
         targets(evaluate.Settings(adapter="x", model="y", data="z", nonmembers=str(others)))
 
 

@@ -56,13 +56,13 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
 
 
 def fewest(images: int, members: int) -> int:
-    """Shadows that a run needs which has so many images with a role, and members among them."""
+    """The least shadows of a run of so many images with a role, of which so many are members."""
     needed = -(-LEAST * images // min(members, images - members))
     return needed + needed % 2
 
 
 def advised(record: dict) -> int:
-    """Shadows to try on an evaluated adapter, by its record: more attack better."""
+    """Shadows to advise for an evaluated adapter, by its record: 8, or as many as it needs."""
     sizes = record["images"]
     members = sum(size for role, size in sizes.items() if role.startswith("member"))
     return max(8, fewest(sum(sizes.values()), members))

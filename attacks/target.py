@@ -84,7 +84,7 @@ def check_flags(s) -> None:
         return
     why = "--members and --nonmembers go together: folders of images that it was trained on and not"
     refuse((s.members is None) != (s.nonmembers is None), why)
-    why = "--members and --nonmembers say all of the images: leave --data and --splits out"
+    why = "--members and --nonmembers name all images: leave --data and --splits out"
     refuse(s.members is not None and (s.data or s.splits), why)
     refuse(s.at != "last", "--at needs a run folder: --adapter is one adapter, without steps")
     refuse(s.shadow, "--shadow needs a run of train.py, which says how it was trained")

@@ -150,7 +150,8 @@ def say(roles: dict[str, list[int]], nonmembers: str | None, own: bool = False) 
         each = ", ".join(f"{size} {part}" for part, size in sizes.items())
         counts.append(f"{sum(sizes.values())} {name} ({each})")
     print(f"images:   {', '.join(counts)}, {len(roles['fresh'])} fresh", flush=True)
-    members, total = (sum(len(roles[r]) for r in roles if r.startswith(k)) for k in ("m", ""))
+    members = sum(len(roles[f"member_{part}"]) for part in ("aux", "val", "test"))
+    total = sum(map(len, roles.values()))
     if own and not nonmembers and members < total:
         print(
             f"note: the adapter trains on {members} of {total} images and the others test it; with "

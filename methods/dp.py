@@ -41,7 +41,7 @@ def secret() -> int:
 
 
 def new_adapter(s, base: Base) -> subspace.CoreAdapter:
-    """Fresh cores in the base; raises UserError for directions of other layers."""
+    """Cores at their public start in the base; raises UserError for directions of other layers."""
     directions, target = subspace.load(s.directions)
     first = {name: of_layer.leading(CORE) for name, of_layer in directions.items()}
     try:
@@ -66,8 +66,8 @@ class Everyone(Shuffled):
 class Private(Parallel):
     """A run whose gradient is the noised sum of clipped gradients of single images.
 
-    Its draws and noise follow a secret, not --seed, which others may know.  The secret is
-    kept in the training state alone, which is deleted when the run is finished.
+    Its draws and noise follow a secret, not --seed, which others may know.  The secret is kept in
+    the training state alone, which is deleted when the run is finished.
     """
 
     counted = None  # members in a step, where these are not all

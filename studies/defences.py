@@ -162,8 +162,8 @@ def attacked(s: dict) -> bool:
 
 def uses(s: dict) -> str:
     """What a method needs beside the members; `subspace` is a flag of old records."""
-    public = s.get("public") not in (None, "none") or s.get("subspace")
-    public = public or s.get("directions") or s.get("init")
+    public = s.get("public") not in (None, "none")
+    public = public or any(s.get(name) for name in ("subspace", "directions", "init"))
     needed = {"non-members": attacked(s), "public pictures": public}
     return ", ".join(name for name, there in needed.items() if there) or "-"
 

@@ -30,6 +30,7 @@ from diffusion import GRID_SEED, encode_captions, encode_images, loss_grid, samp
 from files import lora_files
 from files.bases import load_base
 from files.images import ROLES, Images, load_images
+from methods.promise import mu_for
 from report import audit_page
 from settings import Settings
 
@@ -318,6 +319,17 @@ def test_the_bound_on_mu_is_one():
         assert np.median(found) >= least
     member = np.array([[True, False] * 20, [False, True] * 20])
     assert 0 < decisions.mu_bound(member * 1.0, member) < 10  # told apart wholly: still finite
+
+
+def test_what_was_promised_is_beside_what_is_shown(capsys):
+    """The bound on mu as an epsilon at the promised delta, of the pool and of the canaries."""
+    settings = {"epsilon": 8.0, "delta_dp": None}
+    shown = {lira.HEADLINE: {"mu_bound": mu_for(0.5, 1e-3)}}
+    last = {"attacks": shown, "canaries": {lira.HEADLINE: {"mu_bound": 0.0}}}
+    audit_page.print_promise({"settings": settings, "pool": 200}, last)
+    said = capsys.readouterr().out
+    assert "promised: epsilon 8 at delta 0.001" in said
+    assert "shows: 0.5 on the pool, 0 on the canaries" in said
 
 
 def test_steps_that_are_named_are_the_ones_asked(tiny_base, image_folder):

@@ -63,6 +63,7 @@ def made_up(pictures: int | None = 8, names: dict = ORDINARY, size: int = 16):
         "run": "runs/<b>x</b>",
         "step": 4,
         "shadows": 0,
+        "promise": None,
         "method": "smp",
         "verdict": "It <i>leaks</i>.",
     }
@@ -378,3 +379,31 @@ def test_in_a_browser(written, tmp_path):
         dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
         found.append(re.search(r"<title>(.*?)</title>", dom).group(1))
     assert found == ["What runs/&lt;b&gt;x&lt;/b&gt; leaks", f"{24 + 3 + 8 * 3 + 8 * 3} 0 1"]
+
+
+def test_with_few_non_members_no_picture_is_marked(tmp_path, monkeypatch):
+    """With nineteen the page says so and counts nobody as caught; with twenty it counts."""
+    monkeypatch.setitem(SIZES, "nonmember", (14, 6, 19))
+    few = made_up(pictures=None)
+    monkeypatch.setitem(SIZES, "nonmember", (14, 6, 20))
+    enough = made_up(pictures=None)
+    pages = [report.page(*found, tmp_path) for found in (few, enough)]
+    marked = [page.count('<li class="caught"') for page in pages]
+    assert marked[0] == 0 < marked[1]
+    told = ["too few to say which members are caught" in page for page in pages]
+    assert told == [True, False] and "are caught at 5 % false alarms" not in pages[0]
+
+
+def test_a_promise_is_on_the_page(tmp_path):
+    """And more shadows than eight are advised where there are many images for a member; none for an
+    adapter that nobody knows how to train again.
+    """
+    examination, adapted, base, record = made_up(pictures=None)
+    plain = report.page(examination, adapted, base, record, tmp_path)
+    assert "Promised" not in plain and "evaluate.py --shadow 8 does" in plain
+    images = record["images"] | {"nonmember_test": 400}
+    other = record | {"promise": "epsilon 8", "images": images}
+    page = report.page(examination, adapted, base, other, tmp_path)
+    assert "Promised: epsilon 8." in page and "evaluate.py --shadow 30 does" in page
+    foreign = report.page(examination, adapted, base, record | {"method": "adapter"}, tmp_path)
+    assert "--shadow" not in foreign

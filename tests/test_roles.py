@@ -281,3 +281,12 @@ def test_images_of_two_sets(tmp_path, image_folder):
             shutil.copy(f"{image_folder}/{name}", tmp_path / part)
     with pytest.raises(UserError, match=r"has non-members of its own: leave --nonmembers out"):
         load_images(str(tmp_path), 16, nonmembers=image_folder)
+
+
+def test_a_person_is_told_how_many_images_are_learned(capsys):
+    """Of one's own, where some are kept apart; not with others' as non-members."""
+    dealt = {role: list(range(3)) for role in ROLES}
+    for others, own, told in ((None, True, True), (None, False, False), ("others", True, False)):
+        say(dealt, others, own)
+        said = capsys.readouterr().out
+        assert ("the adapter trains on 9 of 21 images" in said) == told

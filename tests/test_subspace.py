@@ -146,3 +146,14 @@ def test_the_embedded_directions():
         for basis in (layer.lora_B.left, layer.lora_A.weight.flatten(1).T):
             basis = basis / basis.norm(dim=0)
             torch.testing.assert_close(basis.T @ basis, torch.eye(rank), atol=4e-3, rtol=0)
+
+
+def test_a_dry_run_of_directions_writes_nothing(tiny_base, image_folder, tmp_path, capsys):
+    """It says pictures, steps and time, and leaves the base as it was for the next set."""
+    out = tmp_path / "d.safetensors"
+    flags = {"model": tiny_base, "target": "all", "steps": 50, "batch_size": 4, "lr": 0.01}
+    sets = [image_folder, image_folder]
+    made = directions.make(directions.Flags(data=sets, out=str(out), dry_run=True, **flags))
+    said = capsys.readouterr().out
+    assert made == {} and not out.exists()
+    assert said.count("40 pictures, 50 steps at") == 2 and "time:     about" in said

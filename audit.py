@@ -13,6 +13,7 @@ several steps: the audit gives leakage against held-out loss.  A killed audit go
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -152,10 +153,11 @@ def make_plan(s: Audit):
 # The audit
 
 
-def audit(s: Audit) -> dict:
+def audit(s: Audit, train: Callable | None = None) -> dict:
     """Train what is missing, attack, write audit.json and the figures; returns the record.
 
-    With `audits` compares those and returns the comparison.  Raises UserError.
+    With `audits` compares those and returns the comparison.  `train` is an audit_tasks.Train in
+    place of the method's own, for studies.  Raises UserError.
     """
     if s.audits:
         from report.audit_page import compare
@@ -176,7 +178,7 @@ def audit(s: Audit) -> dict:
     executor = workers.cluster(s.cluster) if s.cluster else workers.processes(s.jobs)
     folder = Path(s.out)
     with lock.held(folder):
-        audit_tasks.train_all(plan, train_adapter, executor, s.method)
+        audit_tasks.train_all(plan, train or train_adapter, executor, s.method)
     record, scores = audit_record.measure(plan, asdict(s))
     audit_tasks.write_arrays(folder / "scores.npz", scores)
     write_json(folder / "audit.json", record)

@@ -121,8 +121,8 @@ class Student(Parallel):
         settings = replace(s, method="lora", steps=s.teacher_steps, seed=(k + 1) * 2**32 + s.seed)
         data = replace(self.data, roles=self.data.roles | left)
         shared = {name: getattr(self, name) for name in SHARED if hasattr(self, name)}
-        kind = type("Teacher", tuple(c for c in type(self).__bases__ if c is not Student), {})
-        return kind(settings, self.base, data, self.adapter, **shared)
+        kinds = tuple(c for c in type(self).__bases__ if not issubclass(c, Student))
+        return type("Teacher", kinds, {})(settings, self.base, data, self.adapter, **shared)
 
     def untrained(self) -> None:
         """Let all teachers be as they begin, for a dry run."""

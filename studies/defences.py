@@ -9,6 +9,7 @@ more row costs that row.  At the end stands table.md, of all rows that are there
 with the folders of some draws them.  Tested in tests/test_studies.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from studies.records import SHADOWED
 
 SHORT = {"method": "lora", "steps": 100}  # LoRA leaks all after 400 steps, so its kin have fewer
 CALIBRATED = {"method": "smp", "proxy": "calibrated"}
+SOUP = {"method": "distill", "public": "none", "flip": True, "steps": 1, "teacher_steps": 50}
 # name -> flags; the name is a folder
 ROWS = {
     "lora": {"method": "lora"},
@@ -46,6 +48,9 @@ ROWS = {
     "distill-flip": {"method": "distill", "flip": True},
     "distill-private": {"method": "distill", "public": "none"},
     "distill-private-flip": {"method": "distill", "public": "none", "flip": True},
+    "distill-two": {"method": "distill", "public": "none", "flip": True, "teachers": 2},
+    "distill-seen": {"method": "distill", "public": "none", "flip": True},
+    "distill-soup": SOUP,
     "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
     "distill-ten": {"method": "distill", "teachers": 10},
     "lora-public-flip": SHORT | {"steps": 75, "flip": True, "init": "runs/public/adapter"},
@@ -54,6 +59,7 @@ ROWS = {
     "dp-epsilon-8": {"method": "dp", "epsilon": 8.0},
     "dp-no-noise": {"method": "dp", "epsilon": 1000.0},
 }
+ABLATIONS = {"distill-seen": "train_seen", "distill-soup": "train_soup"}  # in leaving_out.py
 
 DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are
 SIDES = {1: "yes", -1: "no", 0: "not told apart", None: "not measured"}
@@ -81,7 +87,7 @@ def study(s: Study) -> str:
     own = Audit(**{f.name: getattr(s, f.name) for f in fields(Audit)})
     for name in grid.chosen(s.rows, ROWS):
         print(f"\n{name}: {ROWS[name]}")
-        audit.audit(replace(own, **ROWS[name], out=str(out / name)))
+        audit.audit(replace(own, **ROWS[name], out=str(out / name)), trainer(name))
     if s.dry_run:
         return ""
     found = records.read_audits(out)
@@ -89,6 +95,13 @@ def study(s: Study) -> str:
     write_whole(out / "table.md", text)
     print(f"\n{text}\nfiles:    {out}/table.md")
     return text
+
+
+def trainer(name: str) -> Callable | None:
+    """What trains an adapter of a row; None for the method as it is."""
+    from studies import leaving_out
+
+    return getattr(leaving_out, ABLATIONS[name]) if name in ABLATIONS else None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -58,6 +58,12 @@ class Settings:
         "images of the same kind that it was not trained on",
         group=ELSEWHERE,
     )
+    config: str | None = option(
+        None,
+        "how --adapter was trained: flags of train.py in JSON, as in config.json of a run; --data "
+        "are then candidates, whose members are searched for",
+        group=ELSEWHERE,
+    )
     splits: str | None = option(
         None, "JSON of role -> file names, as splits.json of a run", group=ELSEWHERE
     )
@@ -90,6 +96,8 @@ def evaluate(s: Settings) -> list[dict]:
     """
     from attacks import target
 
+    if s.config:
+        return [search(s)]
     found = target.targets(s)
     with progress.stage("loading the libraries"):
         from attacks import quality
@@ -109,6 +117,18 @@ def evaluate(s: Settings) -> list[dict]:
     with progress.stage("tables"):
         conclude(s, found, models, records)
     return records
+
+
+def search(s: Settings) -> dict:
+    """Which candidates an adapter from elsewhere was trained on; see attacks/candidates.py."""
+    from attacks import target
+
+    target.check_flags(s)
+    with progress.stage("loading the libraries"):
+        from attacks import candidates
+        from files.devices import resolve_device
+        from train import train_adapter
+    return candidates.search(replace(s, device=resolve_device(s.device)), train_adapter)
 
 
 def train_shadows(target, examination, s: Settings):

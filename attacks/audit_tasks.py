@@ -71,7 +71,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
         if finished(plan, index):  # by a worker that died before it reported
             return
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-        base, data = _subject(plan)
+        base, data = subject(plan)
         data = replace(data, roles=plan.roles[index])
         folder = plan.folder(index)
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def _training(train: Train, base: Base, data: Encoded, s: Settings) -> Iterator:
         raise UserError(f"training with --seed {s.seed} is {error}: lower --lr") from None
 
 
-def _subject(plan: Plan) -> tuple[Base, Encoded]:
+def subject(plan: Plan) -> tuple[Base, Encoded]:
     """The base and the images of the plan, from the last call if it was for the same plan."""
     s = plan.settings
     key = digest_of([asdict(s), plan.images, plan.digest, plan.identity])
@@ -243,7 +243,7 @@ def cost(plan: Plan, train: Train) -> dict[str, float]:
     Measured in this process on the second of two steps and on one round of queries.
     """
     s = replace(plan.settings, steps=max(2, plan.settings.steps), teacher_steps=1)
-    base, data = _subject(plan)
+    base, data = subject(plan)
     data = replace(data, roles=plan.roles[0])
     found, rounds = {"training": 0.0}, len(plan.due())
     counts = {s.method: plan.due()[-1]}

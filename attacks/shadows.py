@@ -27,6 +27,9 @@ from run.folder import RunFolder
 from settings import Settings
 
 SEED = 1001  # added to the run's own
+# what a run shows on its way, and nobody looks at here
+UNSEEN = {"samples": 0, "prompt": None, "hessian_every": 0, "norms_every": 10**9, "track": None}
+UNSEEN |= {"save_every": None, "stop": "last", "dry_run": False, "resume": False}
 LEAST = 2  # shadows with and shadows without it that every image needs
 
 
@@ -76,10 +79,7 @@ def as_trained(target: Target) -> Settings:
     s = Settings(**checked(Settings, config["settings"], target.run / "config.json"))
     now = {name: target.config.get(name) for name in ("model", "data", "nonmembers")}
     whole = s.accumulate * config.get("processes", 1)  # the same whole batch in one process
-    looks = {"samples": 0, "prompt": None, "hessian_every": 0, "norms_every": 10**9}
-    looks |= {"track": None, "save_every": None, "stop": "last"}
-    free = {"accumulate": whole, "dtype": target.config["dtype"], "dry_run": False, "resume": False}
-    return replace(s, **now, **looks, **free)
+    return replace(s, **now, **UNSEEN, accumulate=whole, dtype=target.config["dtype"])
 
 
 def blocks(images: int, members: int, count: int, seed: int) -> list[list[int]]:

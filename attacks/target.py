@@ -78,16 +78,30 @@ def check_flags(s) -> None:
     device = re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device)
     refuse(not device, f"--device must be auto, cpu, cuda, cuda:1 or mps, not {s.device}")
     if s.runs:
-        for flag in ("adapter", "members", "splits", "caption", "out"):
+        for flag in ("adapter", "members", "splits", "caption", "out", "config"):
             own = "is for an adapter without a run folder; a run has its own: leave it out"
             refuse(getattr(s, flag) is not None, f"--{flag} {own}")
         return
+    if s.config:
+        return check_search(s)
     why = "--members and --nonmembers go together: folders of images that it was trained on and not"
     refuse((s.members is None) != (s.nonmembers is None), why)
     why = "--members and --nonmembers name all images: leave --data and --splits out"
     refuse(s.members is not None and (s.data or s.splits), why)
     refuse(s.at != "last", "--at needs a run folder: --adapter is one adapter, without steps")
-    refuse(s.shadow, "--shadow needs a run of train.py, which says how it was trained")
+    refuse(s.shadow, "--shadow needs to know how --adapter was trained: name a --config")
+
+
+def check_search(s) -> None:
+    """The flags of a search for members."""
+    for flag in ("adapter", "model", "data", "nonmembers"):
+        needs = "--config, a search for members, needs --adapter, --model, --data and --nonmembers"
+        refuse(getattr(s, flag) is None, f"{needs}: --{flag} is missing")
+    for flag in ("members", "splits"):
+        refuse(getattr(s, flag) is not None, f"--config finds the members: leave --{flag} out")
+    refuse(not s.shadow, "--config is how shadows are trained: name their number with --shadow")
+    refuse(not os.path.exists(s.adapter), f"there is no adapter {s.adapter}")
+    check_places({name: getattr(s, name) for name in ("model", "data", "nonmembers", "caption")})
 
 
 def check_places(config: dict) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from studies import correlation, records
 from studies.correlation import Pooled
+from studies.equal_loss import at_equal_loss, best_step, of_step
 from studies.paper_tables import CORRELATIONS, DATA, PAPER
 from studies.records import COMBINED, LOSS, PICTURES, PROXY, SHADOWED, Estimate, Figure, Records
 
@@ -170,8 +171,8 @@ def shadows(found: Results) -> list[Part]:
     """The shadow attack on SMP, as it ends and where it is best."""
     parts = []
     for audit in found.audits.get("smp", []):
-        for at in dict.fromkeys([list(audit["steps"])[-1], records.best_step(audit)]):
-            auc = records.of_step(audit["steps"][at])
+        for at in dict.fromkeys([list(audit["steps"])[-1], best_step(audit)]):
+            auc = of_step(audit["steps"][at])
             says, over = f"audit, step {at}: AUC at chance", f"{len(auc.seeds)} adapters"
             parts.append(Part(says, SHADOWED.cell(auc), over, at_chance(auc)))
     return parts or [Part("audit: AUC at chance", "-", "-", None)]
@@ -179,15 +180,16 @@ def shadows(found: Results) -> list[Part]:
 
 def equal_loss(found: Results) -> Part:
     """The shadow attack on SMP at its best step, less that on LoRA at the same held-out loss."""
-    says, pair = "audits, AUC of shadow attacks, SMP - LoRA at the same held-out loss", None
+    says, compared = "audits, AUC of shadow attacks, SMP - LoRA at the same held-out loss", None
     for audit in found.audits.get("smp", [])[:1]:
-        step = audit["steps"][records.best_step(audit)]
-        pair = records.at_equal_loss(step, found.audits.get("lora", []))
-    if pair is None:
+        step = audit["steps"][best_step(audit)]
+        compared = at_equal_loss(step, found.audits.get("lora", []))
+    if compared is None:
         return Part(says, "-", "-", None)
-    change = records.minus(*pair)
-    over = " and ".join(str(len(auc.seeds)) for auc in pair) + " adapters"
-    return Part(says, SHADOWED.cell(change, signed=True), over, lower(change))
+    change = compared.change
+    return Part(
+        says, SHADOWED.cell(change, signed=True), f"{len(change.seeds)} pairs", lower(change)
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from command.flags import option
 from command.whole_files import write_whole
 from report.tables import cell, rounded
 from settings import ATTACKED
-from studies import grid, records
+from studies import equal_loss, grid, records
 from studies.records import SHADOWED
 
 SHORT = {"method": "lora", "steps": 100}  # LoRA leaks all after 400 steps, so its kin have fewer
@@ -63,8 +63,9 @@ ABLATIONS = {"distill-seen": "train_seen", "distill-soup": "train_soup"}  # in l
 
 DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are
 SIDES = {1: "yes", -1: "no", 0: "not told apart", None: "not measured"}
+LESS_PLAIN = "less plain LoRA's at the same loss"
 HEADS = ["method, step", "held-out loss", "Frechet, held out", THRESHOLD, HEADLINE]
-HEADS += ["its TPR at 1 % FPR", "less plain LoRA's at the same loss", "less any LoRA's"]
+HEADS += ["highest TPR at 1 % FPR", "LoRA's at the same loss", LESS_PLAIN, "less any LoRA's"]
 HEADS += ["less than any LoRA?", "cost", "uses"]
 PLAIN = ("lora", "lora-constant", "lora-short", "lora-shorter")  # LoRA and nothing else
 
@@ -90,7 +91,7 @@ def study(s: Study) -> str:
         audit.audit(replace(own, **ROWS[name], out=str(out / name)), trainer(name))
     if s.dry_run:
         return ""
-    found = records.read_audits(out)
+    found = equal_loss.read_audits(out)
     text = table({name: found[name] for name in [*ROWS, *found] if name in found})
     write_whole(out / "table.md", text)
     print(f"\n{text}\nfiles:    {out}/table.md")
@@ -125,20 +126,22 @@ def row(name: str, at: str, audit: dict, audits: dict[str, dict]) -> list[str]:
     """
     step = audit["steps"][at]
     attacks = step["attacks"]
-    rate, distance = attacks[HEADLINE]["tpr_at_1_fpr"], step.get("frechet_held_out")
+    rate, distance = equal_loss.highest_rate(step), step.get("frechet_held_out")
     said = [f"{name}, {at}", f"{step['held_out_loss']:.4f}".lstrip("0")]
     said.append("-" if distance is None else f"{distance:.0f}")
     said += [rounded(attacks[THRESHOLD]["auc"]), cell(attacks[HEADLINE])]
-    said.append("-" if rate is None else f"{rate:.2f}")
     loras = {n: a for n, a in audits.items() if a["settings"]["method"] == "lora"}
     loras = {n: a for n, a in loras.items() if not a["settings"].get("init")}  # a public start
-    side = None
+    compared, others = [], []
     for names in (PLAIN, loras):
         others = [lora for n, lora in loras.items() if n in names and n != name]
-        pair = None if name in PLAIN else records.at_equal_loss(step, others)
-        change = records.minus(*pair) if pair else None
-        side = -change.side() if change else None
-        said.append(SHADOWED.cell(change, signed=True))
+        compared.append(None if name in PLAIN else equal_loss.at_equal_loss(step, others))
+    there = compared[-1]
+    said += ["-" if r is None else f"{r:.2f}" for r in (rate, there and there.tpr)]
+    for found in compared:
+        none = "not asked" if others and name not in PLAIN else "-"
+        said.append(SHADOWED.cell(found.change, signed=True) if found else none)
+    side = -there.change.side() if there else None
     verdict = "-" if name in PLAIN else SIDES[side]
     return [*said, verdict, f"{cost(audit['settings'], int(at)):.1f}", uses(audit["settings"])]
 

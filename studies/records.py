@@ -1,19 +1,16 @@
-"""What finished runs and audits say: figures over seeds, their differences, and audits at the same
-held-out loss.  All intervals are of 95 %.
+"""What finished runs say: figures over seeds and their differences.  All intervals are of 95 %.
 
     by_seed = read(out, "smp")                       # {seed: eval.json with the training's summary}
     mean(by_seed, ASR)                               # Estimate(value, interval, seeds)
     difference(by_seed, read(out, "lora"), ASR)      # on the seeds that both have
 
-Tested in tests/test_seeds.py against sums by hand, audits in tests/test_verdicts.py.
+Tested in tests/test_seeds.py against sums by hand.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from attacks.comparisons import over_seeds
 from attacks.lira import HEADLINE
@@ -152,74 +149,3 @@ def markdown(lines: list[list[str]]) -> str:
     """A table whose first line is its head."""
     ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n"
-
-
-# --------------------------------------------------------------------------------------------------
-# Audits: audit.json of audit.py
-
-
-def read_audits(folder: Path) -> dict[str, dict]:
-    """{name: audit.json} of the audits in a folder."""
-    return {path.parent.name: read_json(path) for path in sorted(folder.glob("*/audit.json"))}
-
-
-def best_step(audit: dict) -> str:
-    """The step with the lowest held-out loss."""
-    return min(audit["steps"], key=lambda at: audit["steps"][at]["held_out_loss"])
-
-
-def of_step(step: dict) -> Estimate:
-    """The AUC of the shadow attack at a step of an audit, with its interval over adapters.
-
-    The AUC is of all decisions together, which may lie beside the mean of the adapters: the
-    interval is widened to hold it.
-    """
-    figures = step["attacks"][HEADLINE]
-    value = figures["auc"]
-    low, high = figures["auc_t_interval"]
-    adapters = list(range(len(figures["auc_by_adapter"])))
-    return Estimate(value, [max(min(low, value), 0.0), min(max(high, value), 1.0)], adapters)
-
-
-def at_equal_loss(step: dict, loras: list[dict]) -> tuple[Estimate, Estimate] | None:
-    """(AUC of an audit's step, AUC of LoRA stopped at the same held-out loss).
-
-    The second is read off the line between LoRA's steps on the way to its own best; of several
-    audits of LoRA the lowest counts.  Where none of them came down to the loss, the best step of
-    the one that came nearest is taken.  None where each was first asked at a lower loss: LoRA was
-    at this loss earlier than the audit shows.
-    """
-    if not loras:
-        return None
-    loss = step["held_out_loss"]
-    best = [lora["steps"][best_step(lora)]["held_out_loss"] for lora in loras]
-    limit = loss if min(best) <= loss else min(best)
-    there = [lora for lora, reached in zip(loras, best, strict=True) if reached <= limit]
-    found = [at for lora in there if (at := _on_the_way(lora, loss))]
-    if not found:
-        return None
-    return of_step(step), min(found, key=lambda estimate: estimate.value)
-
-
-def _on_the_way(audit: dict, loss: float) -> Estimate | None:
-    """An audit's AUC where its held-out loss was `loss`, before its best step; None where it was
-    not asked that early.
-    """
-    names = list(audit["steps"])
-    steps = [audit["steps"][at] for at in names[: names.index(best_step(audit)) + 1]]
-    steps.sort(key=lambda step: step["held_out_loss"])
-    losses = [step["held_out_loss"] for step in steps]
-    if loss > losses[-1]:
-        return None
-    found = [of_step(step) for step in steps]
-    ends = np.array([[e.value, *e.interval] for e in found])  # (steps, 3)
-    value, low, high = (float(np.interp(loss, losses, column)) for column in ends.T)
-    return Estimate(value, [low, high], found[0].seeds)
-
-
-def minus(first: Estimate, second: Estimate) -> Estimate:
-    """The difference of two independent estimates (Zou 2007)."""
-    value = first.value - second.value
-    low = math.hypot(first.value - first.interval[0], second.interval[1] - second.value)
-    high = math.hypot(first.interval[1] - first.value, second.value - second.interval[0])
-    return Estimate(value, [value - low, value + high], first.seeds)

@@ -21,6 +21,7 @@ from methods.promise import mu_for
 from report.tables import cell, rounded
 from settings import DP
 from studies import as_released, defences, grid, paper, records, smoothness, verdicts
+from studies.equal_loss import read_audits
 from studies.paper_tables import TABLES as PAPER
 from studies.records import COMBINED, HEADLINE, HELD_OUT, LOSS, PICTURES, PROXY, Figure, Records
 
@@ -128,7 +129,7 @@ def filled(page: str, name: str) -> str:
 
 def screen() -> dict[str, dict]:
     """Every row of six adapters."""
-    found = records.read_audits(KEPT / "screen")
+    found = read_audits(KEPT / "screen")
     for name, folder in SCREENED.items():
         found[name] = read_json(KEPT / "pilot" / folder / "audit.json")
     order = [*defences.ROWS, *sorted(found)]
@@ -138,13 +139,13 @@ def screen() -> dict[str, dict]:
 def sixteen() -> dict[str, dict]:
     """Every row of sixteen adapters on the first pool."""
     found = {n: read_json(KEPT / folder / "audit.json") for n, folder in SIXTEEN.items()}
-    found |= records.read_audits(KEPT / "defences")
+    found |= read_audits(KEPT / "defences")
     return {name: found[name] for name in defences.ROWS if name in found}
 
 
 def second_pool() -> dict[str, dict]:
     """Every row of sixteen adapters on other images, with other seeds."""
-    return records.read_audits(KEPT / "defences-1")
+    return read_audits(KEPT / "defences-1")
 
 
 def shadow_attacks(audits: dict[str, dict]) -> str:
@@ -245,7 +246,7 @@ MADE = {
     "verdicts": lambda: narrow(
         verdicts.table(verdicts.gather([*CLAIMED, KEPT / "smoothness"])), "over"
     ),
-    "frontier": lambda: narrow(frontier(), THRESHOLD, "less plain LoRA's at the same loss", SIDE),
+    "frontier": lambda: narrow(frontier(), THRESHOLD, defences.LESS_PLAIN, SIDE),
     "defences": lambda: narrow(
         defences.table(screen(), last=True),
         *("Frechet, held out", THRESHOLD, SIDE, "cost", "uses"),

@@ -5,9 +5,10 @@ import pytest
 
 from attacks.decisions import Decisions
 from attacks.lira import HEADLINE
+from bench import equal_loss as simulated
 from command.errors import UserError
 from command.whole_files import read_json, write_json
-from studies import claims, records, verdicts
+from studies import claims, equal_loss, verdicts
 from studies.claims import Part, Results
 from studies.records import Estimate
 from studies.verdicts import Verdicts
@@ -33,12 +34,16 @@ def runs(**figures):
 
 
 def audit(**steps):
-    """An audit: step -> (held-out loss, AUC, half of its interval over eight adapters)."""
+    """An audit: step -> (held-out loss, AUC, half of its interval over eight adapters), or with a
+    list of the adapters' AUCs and one of their losses.
+    """
     found = {}
-    for at, (loss, auc, half) in steps.items():
-        figures = {"auc": auc, "auc_by_adapter": [auc] * 8}
+    for at, (loss, auc, half, *by_adapter) in steps.items():
+        aucs, losses = by_adapter or ([auc] * 8, [loss] * 8)
+        figures = {"auc": auc, "auc_by_adapter": aucs, "tpr_at_1_fpr": auc / 2}
         figures["auc_t_interval"] = [auc - half, auc + half]
-        found[at.removeprefix("at")] = {"held_out_loss": loss, "attacks": {HEADLINE: figures}}
+        step = {"held_out_loss": loss, "held_out_loss_by_adapter": losses}
+        found[at.removeprefix("at")] = step | {"attacks": {HEADLINE: figures}}
     return {"steps": found}
 
 
@@ -158,13 +163,13 @@ def test_audits_at_the_same_loss():
     )
     smp = audit(at50=(0.11, 0.75, 0.03), at99=(0.14, 0.55, 0.1))
     part = claims.equal_loss(Results(audits={"lora": [lora], "smp": [smp]}))
-    half = np.hypot(0.03, 0.03)  # the middle of .02 and .04
-    assert part.here == f"+0.05 [{0.05 - half:+.2f}, {0.05 + half:+.2f}]" and part.side == -1
+    assert part.here == "+0.05 [+0.05, +0.05]" and part.side == -1 and part.over == "4 pairs"
 
     def at_loss(loss, *loras):
         (step,) = audit(at50=(loss, 0.75, 0.03))["steps"].values()
-        found = records.at_equal_loss(step, list(loras))
-        return found and pytest.approx(found[1].value)
+        found = equal_loss.at_equal_loss(step, list(loras))
+        assert found is None or found.tpr == pytest.approx(found.auc / 2)
+        return found and pytest.approx(found.auc)
 
     assert at_loss(0.11, lora) == 0.7
     higher = audit(at10=(0.12, 0.9, 0.02), at30=(0.10, 0.9, 0.02))
@@ -179,12 +184,47 @@ def test_audits_at_the_same_loss():
     assert at_loss(0.11) is None
 
 
+def test_the_interval_at_equal_loss_by_hand():
+    """Student's over pairs of what each is ahead of the line, its loss carried by the slope; with
+    other numbers of adapters of both sets apart.
+    """
+    ones = [(0.61, 0.121), (0.59, 0.119), (0.62, 0.120), (0.58, 0.120)]
+    twos = [(0.83, 0.101), (0.77, 0.099), (0.80, 0.100), (0.80, 0.100)]
+    mine = [(0.76, 0.111), (0.74, 0.109), (0.72, 0.112), (0.78, 0.108)]
+    lists = [[list(column) for column in zip(*rows, strict=True)] for rows in (ones, twos, mine)]
+    lora = audit(at10=(0.12, 0.6, 0.0, *lists[0]), at30=(0.10, 0.8, 0.0, *lists[1]))
+    (step,) = audit(at50=(0.11, 0.75, 0.0, *lists[2]))["steps"].values()
+    found = equal_loss.at_equal_loss(step, [lora]).change
+    slope, ahead = (0.8 - 0.6) / (0.10 - 0.12), []
+    for k in (0, 2):
+        auc, loss = (
+            [sum(rows[i][c] for i in (k, k + 1)) / 2 for rows in (ones, twos, mine)] for c in (0, 1)
+        )
+        off = [x[2] - (x[0] + x[1]) / 2 for x in (auc, loss)]
+        ahead.append(off[0] - slope * off[1])
+    half = 12.706 * np.std(ahead, ddof=1) / np.sqrt(2)  # t of one degree of freedom
+    assert found.value == pytest.approx(0.05)
+    assert found.interval == pytest.approx([0.05 - half, 0.05 + half], rel=1e-3)
+    six = [[*column, *column[:2]] for column in lists[2]]
+    (more,) = audit(at50=(0.11, 0.75, 0.0, *six))["steps"].values()
+    other = equal_loss.at_equal_loss(more, [lora]).change
+    assert other.value == pytest.approx(0.05) and other.interval != found.interval
+
+
+@pytest.mark.parametrize("adapters", [6, 8, 16])
+def test_what_is_the_same_is_told_apart_as_often_as_an_interval_says(adapters):
+    """In 3 to 7 % of simulations on the same halves, in no more on others."""
+    error = 3 * np.sqrt(0.05 * 0.95 / 1000)
+    assert 0.03 - error < simulated.told_apart(adapters, 1000) < 0.07 + error
+    assert simulated.told_apart(adapters, 300, alike=False) < 0.08
+
+
 def test_a_step_as_audits_write_it():
     """Its AUC, within an interval over adapters."""
     rng = np.random.default_rng(0)
     member = np.tile([True, False], (4, 15))
     figures = Decisions(member).figures(rng.normal(size=member.shape) + member)
-    found = records.of_step({"attacks": {HEADLINE: figures}})
+    found = equal_loss.of_step({"attacks": {HEADLINE: figures}})
     assert found.value == figures["auc"] and found.seeds == [0, 1, 2, 3]
     low, high = figures["auc_t_interval"]
     assert found.interval == pytest.approx([low, min(high, 1)])

@@ -184,7 +184,8 @@ def audit(s: Audit, train: Callable | None = None) -> dict:
     write_json(folder / "audit.json", record)
     audit_page.print_record(record)
     audit_page.draw(record, scores, folder)
-    print(f"files:    {folder}/audit.json, roc.png, frontier.png, adapters/")
+    audit_page.draw_exposed(record, audit_record.pixels(plan), folder)
+    print(f"files:    {folder}/audit.json, roc.png, frontier.png, exposed.png, adapters/")
     return record
 
 

@@ -5,6 +5,8 @@
 Tested in tests/test_audit.py.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -39,6 +41,7 @@ def measure(plan: Plan, settings: dict) -> tuple[dict, dict[str, np.ndarray]]:
         }
     found = steps[str(step)]["attacks"]
     strongest = max(found, key=lambda name: found[name]["auc"])  # judged on the same images
+    caught = Decisions(member).caught(scores[strongest])
     made = provenance() | {"trained_at": facts["commits"]}
     made["measured"] = made.pop("started")
     record = {
@@ -47,7 +50,8 @@ def measure(plan: Plan, settings: dict) -> tuple[dict, dict[str, np.ndarray]]:
         "adapters": len(plan),
         "pool": plan.pool,
         "steps": steps,
-        "exposed": exposed(plan, member, scores[strongest]),
+        "exposed": exposed(plan, member, scores[strongest], *caught),
+        "often": dict(zip(("caught", "alarmed"), map(often(member), caught), strict=True)),
         "seconds": facts["seconds"],
     }
     return record, kept
@@ -72,21 +76,36 @@ def real_features(plan: Plan) -> dict[str, torch.Tensor]:
     """Features of the held-out images and of the pool; nothing without --pictures."""
     if not plan.pictures:
         return {}
-    s = plan.settings
-    pixels = load_images(s.data, s.size, s.caption).pixels[plan.images]
-    parts = {"held_out": pixels[plan.held_out], "pool": pixels[: plan.pool]}
+    shown = pixels(plan)[plan.images]
+    parts = {"held_out": shown[plan.held_out], "pool": shown[: plan.pool]}
     return {name: quality.features(audit_tasks.feature_network(), x) for name, x in parts.items()}
 
 
-def exposed(plan: Plan, member: np.ndarray, score: np.ndarray) -> list[dict]:
-    """The images that a score gives away most, caught at 1 % FPR; the count is of memberships."""
-    caught = Decisions(member).caught(score)
+def pixels(plan: Plan) -> np.ndarray:
+    """(N, H, W, 3) of all images of the data."""
+    s = plan.settings
+    return load_images(s.data, s.size, s.caption).pixels
+
+
+def often(member: np.ndarray) -> Callable[[np.ndarray], int]:
+    """How many images come up in half of their trainings or more; false alarms in as many are the
+    control, since some images merely scatter.
+    """
+    return lambda counts: int((2 * counts >= len(member) // 2).sum())
+
+
+def exposed(plan: Plan, member: np.ndarray, score: np.ndarray, caught, alarms) -> list[dict]:
+    """The images that a score gives away most: how often each was caught as a member at 1 % FPR,
+    and how often it was a false alarm, each of N / 2 times.
+    """
     gap = np.where(member, score, 0).sum(0) - np.where(member, 0, score).sum(0)
     return [
         {
             "name": plan.names[i],
             "caption": plan.captions[i],
+            "image": plan.images[i],
             "caught": int(caught[i]),
+            "alarms": int(alarms[i]),
             "of": len(member) // 2,
             "canary": int(i) in plan.canaries,
         }

@@ -73,11 +73,13 @@ class Decisions:
         found["mu_bound"] = mu_bound(score, self.member)
         return found | {"auc_t_interval": [float(mean - half), float(mean + half)]}
 
-    def caught(self, score: np.ndarray) -> np.ndarray:
-        """(P,) in how many of its memberships an image scores above the threshold of CAUGHT_FPR."""
+    def caught(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) and (P,): how often an image scores above the threshold of CAUGHT_FPR, as a member
+        and, a false alarm, as none.
+        """
         outside = np.sort(score[~self.member])
         cut = outside[-1 - math.floor(CAUGHT_FPR * len(outside) + 1e-9)]
-        return (self.member & (score > cut)).sum(0)
+        return tuple((side & (score > cut)).sum(0) for side in (self.member, ~self.member))
 
 
 def difference(decisions: Decisions, score: np.ndarray, other: np.ndarray) -> tuple:

@@ -44,10 +44,16 @@ def print_record(record: dict) -> None:
     if method == "dp":
         print_promise(record, last)
     print_steps({method: record})
-    print("\nmost exposed, by the strongest attack at 1 % FPR")
+    print("\nmost exposed, by the strongest attack at 1 % FPR: caught, and false alarms")
     for image in record["exposed"][:PRINTED]:
         name, caption = image["name"], image["caption"] + " (canary)" * image["canary"]
-        print(f"  {image['caught']} of {image['of']}  {name:30.30}  {caption:.38}")
+        counts = f"{image['caught']} of {image['of']}, {image['alarms']}"
+        print(f"  {counts:12} {name:26.26}  {caption:.36}")
+    often = record["often"]
+    print(
+        f"caught in half of their trainings or more: {often['caught']} of {record['pool']} images; "
+        f"as many\nfalse alarms: {often['alarmed']}"
+    )
     training, queries = record["seconds"]["training"], record["seconds"]["queries"]
     print(f"\n{training:.0f} s of training and {queries:.0f} s of queries, over all processes")
 
@@ -89,6 +95,17 @@ def draw(record: dict, scores: dict[str, np.ndarray], folder: Path) -> None:
     axis.set_title(f"step {step}")
     plots.write(figure, folder / "roc.png")
     frontier({name: (record, name) for name in chosen}, colours, folder / "frontier.png")
+
+
+def draw_exposed(record: dict, pixels: np.ndarray, folder: Path) -> None:
+    """exposed.png: the twentieth of the pool that is given away most, the worst first; `pixels`
+    (N, H, W, 3) are all images of the data.
+    """
+    worst = record["exposed"][: max(1, record["pool"] // 20)]
+    rows = {"": [pixels[image["image"]] for image in worst]}
+    counts = [f"{i['caught']} of {i['of']}, false {i['alarms']}" for i in worst]
+    captions = [image["caption"] for image in worst]
+    plots.write(plots.picture_rows(rows, captions, {"": counts}), folder / "exposed.png")
 
 
 def frontier(lines: dict[str, tuple[dict, str]], colours: dict, path: Path) -> None:

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 import audit
 import lora
 import train
-from attacks import audit_plan, audit_tasks, decisions, lira, quality, workers
+from attacks import audit_plan, audit_record, audit_tasks, decisions, lira, quality, workers
 from command.errors import UserError
 from command.flags import parse
 from curves import roc
@@ -343,13 +343,17 @@ def test_steps_that_are_named_are_the_ones_asked(tiny_base, image_folder):
 
 
 def test_caught():
-    """How often an image's memberships score above all but 1 % of the others."""
+    """How often an image's memberships score above all but 1 % of the others, and how often it is
+    among these; one that merely scatters is told by its false alarms.
+    """
     score, member = scored(images=100)
-    score = score + 10.0 * (np.arange(100) == 7) * member
-    caught = decisions.Decisions(member).caught(score)
+    score = score + 10.0 * (np.arange(100) == 7) * member + 10.0 * (np.arange(100) == 8)
+    caught, alarms = decisions.Decisions(member).caught(score)
     cut = np.sort(score[~member])[-3]
-    assert caught[7] == 2
+    assert caught[7] == 2 and alarms[7] == 0 and alarms[8] == 2
     assert caught.sum() == (score[member] > cut).sum()
+    assert alarms.sum() == (score[~member] > cut).sum() == 2
+    assert audit_record.often(member)(caught) == (caught >= 1).sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,9 +405,12 @@ def test_a_whole_audit(audited, capsys):
         member, score = scores["member"], scores[f"8/{lira.HEADLINE}"]
     area = roc.auc(score[member], score[~member])
     assert last["attacks"][lira.HEADLINE]["auc"] == pytest.approx(area)
-    for name in ("roc.png", "frontier.png"):
+    for name in ("roc.png", "frontier.png", "exposed.png"):
         assert (out / name).stat().st_size > 5000
     assert len(record["exposed"]) == 20 and all(e["of"] == 2 for e in record["exposed"])
+    names = audit_record.load_images(record["settings"]["data"], 32).names
+    assert all(names[e["image"]] == e["name"] for e in record["exposed"])
+    assert sum(e["alarms"] for e in record["exposed"]) <= 0.01 * 2 * record["pool"]
     for index in range(4):
         assert (out / f"adapters/{index:02d}/adapter/pytorch_lora_weights.safetensors").is_file()
     audit_page.print_record(record)

@@ -61,6 +61,16 @@ class Base:
         side = self.size // self.pipeline.vae_scale_factor
         return self.unet.config.in_channels, side, side
 
+    def embed(self, captions: list[str]) -> torch.Tensor:
+        """tau: captions -> (N, L, D); longer ones than the tokenizer takes are cut."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = self.pipeline.tokenizer(captions, **options).input_ids.to(self.device)  # (N, L)
+        return self.pipeline.text_encoder(ids)[0]
+
+    def condition(self, text: torch.Tensor, dtype: torch.dtype) -> dict:
+        """The arguments by which the UNet is given what `embed` returned."""
+        return {"encoder_hidden_states": text.to(dtype)}
+
 
 # --------------------------------------------------------------------------------------------------
 # Images as the base sees them
@@ -136,13 +146,11 @@ def encode_images(base: Base, pixels: np.ndarray, done: Done = ignore) -> torch.
 def encode_captions(
     base: Base, captions: list[str], done: Done = ignore, batch: int = 64
 ) -> torch.Tensor:
-    """Captions -> text embeddings (N, L, D); longer ones than the tokenizer takes are cut."""
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    ids = base.pipeline.tokenizer(captions, **options).input_ids.to(base.device)  # (N, L)
+    """Captions -> text embeddings (N, L, D), or as the base packs them in `embed`."""
     parts = []
-    for part in ids.split(batch):
-        parts.append(base.pipeline.text_encoder(part)[0])
-        done(len(part))
+    for i in range(0, len(captions), batch):
+        parts.append(base.embed(captions[i : i + batch]))
+        done(len(parts[-1]))
     return torch.cat(parts)
 
 
@@ -186,8 +194,9 @@ def answer(base: Base, noisy_latents, timesteps, text) -> torch.Tensor:
     half = dtype in (torch.bfloat16, torch.float16)
     # autocast brings float32 adapters and a half-precision base together
     with torch.autocast(base.device.type, dtype) if half else nullcontext():
-        given = noisy_latents.to(dtype), timesteps, text.to(dtype)
-        return base.unet(*given, return_dict=False)[0].to(noisy_latents.dtype)
+        given = base.condition(text, dtype)
+        found = base.unet(noisy_latents.to(dtype), timesteps, **given, return_dict=False)[0]
+        return found.to(noisy_latents.dtype)
 
 
 def predict(base: Base, latents, text, timesteps, noise) -> torch.Tensor:

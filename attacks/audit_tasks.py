@@ -41,10 +41,10 @@ from diffusion import (
     sample,
 )
 from files import adapters as files
-from files import text_encoder
+from files import sdxl, text_encoder
 from files.bases import load_base
 from files.encode import encode
-from files.images import Images, load_images
+from files.images import load_images
 from run import identity
 from run.folder import git_commit
 from run.identity import digest_of
@@ -122,7 +122,8 @@ def subject(plan: Plan) -> tuple[Base, Encoded]:
         with contextlib.redirect_stdout(io.StringIO()):  # printed when the plan was made
             base = load_base(s.model, s.device, s.dtype, s.size)
             images = load_images(s.data, base.size, s.caption, s.nonmembers)
-            images = Images(plan.names, plan.captions, images.pixels[plan.images])
+            dealt = {"names": plan.names, "captions": plan.captions}
+            images = replace(images.take(plan.images), **dealt)
             what = "the audit was begun with"
             identity.require(plan.identity, identity.of(s, base), s, what)
             if hash_of(images) != plan.digest:
@@ -176,7 +177,8 @@ def drawn_features(base: Base, data: Encoded, index: list[int]) -> np.ndarray:
     shape, device = base.latent_shape, base.device
     streams = [torch.Generator().manual_seed(GRID_SEED + i) for i in index]
     noise = torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
-    pictures = sample(base, data.text[index], encode_captions(base, [""]), noise)
+    empty = encode_captions(base, [""])
+    pictures = sample(base, sdxl.framed_as(base, data.text[index], empty), empty, noise)
     return quality.features(feature_network(), pictures).numpy()
 
 

@@ -90,8 +90,7 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Examina
         index = subset(every[role], nonmembers) if role == "nonmember_test" else every[role]
         roles[role] = list(range(len(chosen), len(chosen) + len(index)))
         chosen += index
-    names, captions = ([given[i] for i in chosen] for given in (images.names, images.captions))
-    data = encode(base, Images(names, captions, images.pixels[chosen]), roles)
+    data = encode(base, images.take(chosen), roles)
     hashes = images.hashes()
     digest = digest_of({role: [hashes[i] for i in index] for role, index in every.items()})
     fresh = every.get("fresh", [])

@@ -39,7 +39,7 @@ from diffusion import (
     loss_grid,
 )
 from files import adapters as files
-from files import contents, text_encoder
+from files import contents, sdxl, text_encoder
 
 KINDS = tuple(paper.RATES)  # of the fresh attackers
 PICTURES, PICTURE_STEPS = 2, 6  # pictures per caption of the black-box attack, their DDIM steps
@@ -121,7 +121,9 @@ class Model:
         def variants() -> Iterator[tuple]:
             for share in CUTS:
                 captions = [cut(caption, share) for caption in self.data.captions]
-                yield self.data.latents, encode_captions(self.base, captions), TIMESTEPS[CUTS_AT]
+                text = encode_captions(self.base, captions)
+                text = sdxl.framed_as(self.base, text, self.data.text)
+                yield self.data.latents, text, TIMESTEPS[CUTS_AT]
 
         return self.first_draw("cuts", variants)
 

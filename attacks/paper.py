@@ -40,6 +40,7 @@ from diffusion import (
     sample,
     squared_error,
 )
+from files import sdxl
 
 FRESH = 8  # draws of noise per known image: fresh noise costs a UNet forward
 EPOCHS = 100  # as in the paper
@@ -204,4 +205,6 @@ def draw(base: Base, text: torch.Tensor, steps: int, seed: int = 1, done=ignore)
     """Pictures (N, H, W, 3) from embedded captions (N, L, D), of the same noise for every model."""
     shape = len(text), *base.latent_shape
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(base.device)
-    return sample(base, text, encode_captions(base, [""]), noise, steps, GUIDANCE, done)
+    empty = encode_captions(base, [""])
+    text = sdxl.framed_as(base, text, empty)  # pictures that are not cut
+    return sample(base, text, empty, noise, steps, GUIDANCE, done)

@@ -20,19 +20,23 @@ from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
 from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
-from files import checkpoints, contents
+from files import checkpoints, contents, sdxl
 from files.devices import resolve_device, resolve_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe")
-PARTS = {  # those with weights: the class, and how the names of the files begin
+XL = "StableDiffusionXLPipeline"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionPipelineSafe", XL)
+# those with weights: the class, and how the names of the files begin; _2 are of SDXL alone
+PARTS = {
     "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
     "text_encoder": ("CLIPTextModel", "model"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "model"),
 }
 CONFIGS = dict.fromkeys(PARTS, "config.json") | {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
 }
 CONFIG_SUFFIXES = (".json", ".txt")  # configs, and merges of a tokenizer
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -63,10 +67,12 @@ def load_base(
     dtype, name = DTYPES[resolve_dtype(dtype, device)], shown(model)
     source = Path(model) if os.path.isfile(model) else _find(model)
     pipeline = (_single_file if source.is_file() else _folder)(source, dtype)
-    for part in PARTS:
+    xl = type(pipeline).__name__ == XL
+    for part in _of_kind(PARTS, xl):
         _check_weights(name, part, getattr(pipeline, part))
     abar, prediction = _noise(name, pipeline.scheduler)
-    _fit_tokenizer(name, pipeline)
+    for tokenizer, encoder in zip(*sdxl.encoders(pipeline), strict=True):
+        _fit_tokenizer(name, tokenizer, encoder.config)
     takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if takes != has:
         what = f"{takes} channels for latents of {has}: is it an inpainting model?"
@@ -77,7 +83,8 @@ def load_base(
     if device == "cpu":  # convolutions are a tenth faster
         pipeline.unet.to(memory_format=torch.channels_last)
     device = torch.device(device)
-    base = Base(model, pipeline, pipeline.unet, abar.to(device), prediction, size, device, source)
+    given = model, pipeline, pipeline.unet, abar.to(device), prediction, size, device, source
+    base = sdxl.BaseXL(*given) if xl else Base(*given)
     _try_out(base)
     return base
 
@@ -95,11 +102,17 @@ def content(base: Base) -> str | None:
         yaml = source.with_suffix(".yaml")
         own = contents.of_files(source.parent, [source, yaml], named=False)
         return own + contents.of_files(beside, files)
-    files = [f for part in CONFIGS for f in (source / part).iterdir()]
+    parts = _of_kind(CONFIGS, isinstance(base, sdxl.BaseXL))
+    files = [f for part in parts for f in (source / part).iterdir()]
     files = [source / "model_index.json", *(f for f in files if f.suffix in CONFIG_SUFFIXES)]
     for part, (_, stem) in PARTS.items():
         files += _weights(source / part, stem)[1]
     return contents.of_files(source, files)
+
+
+def _of_kind(parts: dict, xl: bool) -> list[str]:
+    """Those of `parts` that a pipeline has."""
+    return [part for part in parts if xl or not part.endswith("_2")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,12 +136,13 @@ def _find(model: str) -> Path:
     nowhere = f"there is no folder {where}, and {model} cannot be loaded from the hub"
     with _one_sentence(nowhere), catch_warnings(action="ignore"):
         # the kind first, before gigabytes of another model are downloaded
-        _check_kind(model, StableDiffusionPipeline.load_config(model))
-        options = {"use_safetensors": True, **UNUSED}
+        index = StableDiffusionPipeline.load_config(model)
+        _check_kind(model, index)
+        kind, options = _class(index["_class_name"] == XL), {"use_safetensors": True, **UNUSED}
         try:
-            return Path(StableDiffusionPipeline.download(model, **options))
+            return Path(kind.download(model, **options))
         except OSError:  # some models have weights in half precision only
-            return Path(StableDiffusionPipeline.download(model, variant="fp16", **options))
+            return Path(kind.download(model, variant="fp16", **options))
 
 
 @contextmanager
@@ -156,27 +170,34 @@ def _one_sentence(what: str) -> Iterator[None]:
 
 
 def _folder(folder: Path, dtype: torch.dtype):
-    """The pipeline in a folder; raises UserError unless it is Stable Diffusion 1.x or 2.x in
+    """The pipeline in a folder; raises UserError unless it is Stable Diffusion 1.x, 2.x or XL in
     safetensors.
     """
-    from diffusers import StableDiffusionPipeline
-
-    _check_configs(folder)
-    parts = {part: _load_part(folder, part, dtype) for part in PARTS}
+    xl = _check_configs(folder)
+    exact = {"vae": torch.float32} if xl else {}  # its VAE overflows in half precision
+    parts = {p: _load_part(folder, p, exact.get(p, dtype)) for p in _of_kind(PARTS, xl)}
     with _one_sentence(f"cannot load the tokenizer and scheduler of {shown(folder)}"):
-        return StableDiffusionPipeline.from_pretrained(
-            folder, **parts, **UNUSED, local_files_only=True
-        )
+        return _class(xl).from_pretrained(folder, **parts, **UNUSED, local_files_only=True)
 
 
-def _check_configs(folder: Path) -> None:
-    """Raises UserError unless the folder has all parts of a pipeline that can be adapted."""
+def _class(xl: bool) -> type:
+    import diffusers
+
+    return getattr(diffusers, XL if xl else PIPELINES[0])
+
+
+def _check_configs(folder: Path) -> bool:
+    """Whether the folder is one of SDXL; raises UserError unless it has all parts of a pipeline
+    that can be adapted.
+    """
     name, index = shown(folder), folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{name} is not a StableDiffusionPipeline folder: it has no {index.name}")
     index = _read_config(index)
     _check_kind(name, index)
-    for part, config in CONFIGS.items():
+    xl = index["_class_name"] == XL
+    for part in _of_kind(CONFIGS, xl):
+        config = CONFIGS[part]
         if not (folder / part).is_dir():
             raise UserError(f"{name} is not whole: it has no folder {part}")
         (_check_sizes if part in PARTS else _read_config)(folder / part / config)
@@ -185,11 +206,12 @@ def _check_configs(folder: Path) -> None:
             raise UserError(f"{name}/model_index.json does not say of which class its {part} is")
         if part in PARTS and kind[1] != (only := PARTS[part][0]):
             raise UserError(f"the {part} of {name} is a {shown(kind[1])}: only {only} can be used")
-    tokenizer = folder / "tokenizer"
     names = ("tokenizer.json",), ("vocab.json", "merges.txt")
-    if not any(all((tokenizer / file).is_file() for file in files) for files in names):
-        # transformers would make an empty one, and all captions would be the same
-        raise UserError(f"{shown(tokenizer)} holds no vocabulary (vocab.json and merges.txt)")
+    for tokenizer in (folder / part for part in _of_kind(CONFIGS, xl) if part[:5] == "token"):
+        if not any(all((tokenizer / file).is_file() for file in files) for files in names):
+            # transformers would make an empty one, and all captions would be the same
+            raise UserError(f"{shown(tokenizer)} holds no vocabulary (vocab.json and merges.txt)")
+    return xl
 
 
 def _read_config(path: Path) -> dict:
@@ -214,9 +236,8 @@ def _check_sizes(path: Path) -> None:
 def _check_kind(name: str, index: dict) -> None:
     kind = index.get("_class_name")
     if kind not in PIPELINES:
-        raise UserError(
-            f"{name} is a {shown(kind)}: only a StableDiffusionPipeline (1.x or 2.x) can be adapted"
-        )
+        only = f"a StableDiffusionPipeline (1.x or 2.x) or a {XL}"
+        raise UserError(f"{name} is a {shown(kind)}: only {only} can be adapted")
 
 
 def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -227,7 +248,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     import transformers
 
     kind, stem = PARTS[part]
-    library = transformers if part == "text_encoder" else diffusers
+    library = transformers if part.startswith("text_encoder") else diffusers
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if library is transformers:  # else its error does not name the tensor
         options["ignore_mismatched_sizes"] = True
@@ -271,17 +292,17 @@ def _single_file(path: Path, dtype: torch.dtype):
     Its configs come from a folder of the same name beside it (any pipeline folder of that
     architecture; weights are not needed), else from the hub.
     """
-    from diffusers import StableDiffusionPipeline
-
-    checkpoints.require_whole(path)
+    xl = checkpoints.require_whole(path)
     beside, config = path.with_suffix(""), {}
     where = f"(no configs in {shown(beside)}/, so the hub is asked for them)"
     if (beside / "model_index.json").is_file():
-        _check_configs(beside)
+        if _check_configs(beside) != xl:
+            kinds = "SDXL and the other is not"
+            raise UserError(f"of {shown(path)} and the configs in {shown(beside)} one is {kinds}")
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
     with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
         try:
-            pipeline = StableDiffusionPipeline.from_single_file(
+            pipeline = _class(xl).from_single_file(
                 str(path),
                 dtype=dtype,
                 **UNUSED,
@@ -292,6 +313,8 @@ def _single_file(path: Path, dtype: torch.dtype):
             lack = "it lacks tensors of its unet or vae"
             raise UserError(f"{shown(path)} is not whole: {lack}") from None
     checkpoints.require_known(path)
+    if xl:
+        pipeline.vae.float()
     _read_prediction(path, pipeline, beside if config else None)
     return pipeline
 
@@ -353,11 +376,10 @@ def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
     return abar.float(), prediction
 
 
-def _fit_tokenizer(name: str, pipeline) -> None:
-    """Limit captions to what the text encoder takes.  Raises UserError for a tokenizer with tokens
-    that it does not have.
+def _fit_tokenizer(name: str, tokenizer, encoder) -> None:
+    """Limit captions to what the text encoder of this config takes.  Raises UserError for a
+    tokenizer with tokens that it does not have.
     """
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder.config
     highest = max(tokenizer.get_vocab().values())
     if highest >= encoder.vocab_size:
         raise UserError(

@@ -1,7 +1,7 @@
 """What a single .safetensors file is: a checkpoint with all its parts or something else, with
 tensors that diffusers would drop, and of a model that predicts what.
 
-    require_whole(path)            # a UNet, a VAE and a text encoder, of text to image
+    xl = require_whole(path)       # a UNet, a VAE and a text encoder, of text to image
     require_known(path)            # every tensor has a place in Stable Diffusion, or is harmless
     value, where, changes = prediction(path)
 
@@ -17,7 +17,7 @@ from command.errors import UserError, shown
 from command.whole_files import read_text
 from files.tensors import opened, refusal
 
-# The words that the names of tensors are made of, in the first releases of Stable Diffusion 1 and 2
+# The words that the names of tensors are made of, in the first releases of Stable Diffusion
 WORDS = {
     "model.diffusion_model": "input_blocks middle_block output_blocks time_embed label_emb out "
     "in_layers emb_layers out_layers skip_connection op conv norm proj_in proj_out "
@@ -30,6 +30,7 @@ WORDS = {
     "final_layer_norm model resblocks attn in_proj_weight in_proj_bias c_fc c_proj ln_1 ln_2 "
     "ln_final positional_embedding",
 }
+WORDS["conditioner"] = "embedders " + WORDS["cond_stage_model"]
 # Tensors that no picture depends on: averages of the weights over the training beside the weights,
 # buffers, parts of CLIP for images and of the VAE's training.  A name without a dot is no layer's.
 HARMLESS = re.compile(
@@ -44,31 +45,33 @@ CLIP, CONV_IN = "cond_stage_model.transformer.", "model.diffusion_model.input_bl
 HELD = {
     "a UNet": r"model\.diffusion_model\.|(conv_in|down_blocks|mid_block|input_blocks)\.",
     "a VAE": r"first_stage_model\.|vae\.|(encoder|decoder)\.(conv_in|down|up|mid)",
-    "a text encoder": r"cond_stage_model\.|text_model\.|(encoder\.layers|embeddings)\.",
+    "a text encoder": r"(cond_stage_model|conditioner|text_model|encoder\.layers|embeddings)\.",
 }
 OTHERS = {
     "a LoRA (--init starts from one)": r".*(lora[._](A|B|up|down|layer)\b|hada_w|lokr_w)",
     "a ControlNet": r"control_model\.|controlnet_",
-    "Stable Diffusion XL": r"conditioner\.",
     "Stable Diffusion 3": r"(.*\.)?joint_blocks\.",
     "Flux, or a model like it": r"(.*\.)?double_blocks\.",
     "a motion module of AnimateDiff": r".*\bmotion_modules\.",
     "a textual inversion": r"(emb_params|string_to_param|clip_[lg])\b",
 }
+XL_CLIPS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 BASE_STEP = 875_000  # of Stable Diffusion 2-base, the epsilon model of that family; diffusers' test
 MOST_YAML = 10**6  # bytes
 
 
-def require_whole(path: Path) -> None:
-    """Raises UserError that says what a file is, unless it is a checkpoint with all its parts."""
+def require_whole(path: Path) -> bool:
+    """Whether a checkpoint is of SDXL; raises UserError that says what a file is, unless it has all
+    parts of one.
+    """
     name = shown(path)
     with opened(path) as file:
         keys = list(file.keys())
         shape = file.get_slice(CONV_IN).get_shape() if CONV_IN in keys else []
     for kind, known in OTHERS.items():
         if CONV_IN not in keys and any(re.match(known, key) for key in keys):
-            raise UserError(f"{name} is {kind}: --model takes Stable Diffusion 1.x or 2.x")
+            raise UserError(f"{name} is {kind}: --model takes Stable Diffusion 1.x, 2.x or XL")
     parts = {part: any(re.match(known, key) for key in keys) for part, known in HELD.items()}
     if not any(parts.values()):
         raise UserError(f"{name} is no checkpoint: it has no UNet, no VAE and no text encoder")
@@ -80,6 +83,11 @@ def require_whole(path: Path) -> None:
         if channels in CHANNELS:
             kind = f"is {CHANNELS[channels]} model (its UNet takes {channels} channels)"
             raise UserError(f"{name} {kind}: --model takes one of text to image")
+    xl = any(key.startswith("conditioner.") for key in keys)
+    if xl and not all(any(key.startswith(clip) for key in keys) for clip in XL_CLIPS):
+        lacks = "lacks one of the two text encoders of Stable Diffusion XL (is it the refiner?)"
+        raise UserError(f"{name} {lacks}: --model takes a whole base")
+    return xl
 
 
 def bare_clip(path: Path, dtype: torch.dtype, config: dict) -> dict[str, torch.nn.Module]:

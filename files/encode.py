@@ -4,6 +4,7 @@ import torch
 
 from command import progress
 from diffusion import Base, Encoded, encode_captions, encode_images
+from files import sdxl
 from files.images import Images
 
 FEW = 4  # images that stand for all in a dry run
@@ -15,7 +16,7 @@ def encode(base: Base, images: Images, roles: dict[str, list[int]], few: bool = 
     With `few` only FEW images are encoded, and stand for all of them.
     """
     if few:
-        part = Images(images.names[:FEW], images.captions[:FEW], images.pixels[:FEW])
+        part = images.take(list(range(len(images.names)))[:FEW])
         data, at = encode(base, part, {}), torch.arange(len(images.names)) % len(part.names)
         latents, text = data.latents[at], data.text[at]
         return Encoded(images.names, images.captions, images.pixels, latents, text, roles)
@@ -27,5 +28,5 @@ def encode(base: Base, images: Images, roles: dict[str, list[int]], few: bool = 
     if long:
         print(f"note: {long} of {len(images.captions)} captions are cut to {most} tokens")
     with progress.stage("encoding captions", len(images.captions)) as bar:
-        text = encode_captions(base, images.captions, bar.advance)
+        text = sdxl.framed(base, encode_captions(base, images.captions, bar.advance), images.sizes)
     return Encoded(images.names, images.captions, images.pixels, latents, text, roles)

@@ -72,6 +72,14 @@ class Images:
     # indices per sub-folder (keys of FOLDERS) if the folder comes split
     folders: dict[str, list[int]] | None = None
     private: int | None = None  # with --nonmembers: the number of one's own, which come first
+    # (height, width) of the files, upright; None: they are squares of `size`
+    sizes: list[tuple[int, int]] | None = None
+
+    def take(self, index: list[int]) -> "Images":
+        """Some of the images."""
+        names, captions = ([given[i] for i in index] for given in (self.names, self.captions))
+        sizes = self.sizes and [self.sizes[i] for i in index]
+        return Images(names, captions, self.pixels[index], private=self.private, sizes=sizes)
 
     def hashes(self) -> list[str]:
         """The SHA-256 of the pixels, at the size loaded, and the caption of each image."""
@@ -102,7 +110,9 @@ def load_images(
         raise UserError(f"{shown(data)} has a sub-folder nonmembers: rename it")
     pixels = np.concatenate([images.pixels, others.pixels])
     captions = images.captions + others.captions
-    return Images(images.names + names, captions, pixels, private=len(images.names))
+    sizes = [s for x in (images, others) for s in x.sizes or [(size, size)] * len(x.names)]
+    private = len(images.names)
+    return Images(images.names + names, captions, pixels, private=private, sizes=sizes)
 
 
 def check(data: str, caption: str | None = None) -> None:
@@ -149,8 +159,9 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
             "take fewer or smaller ones"
         ) from error
     damaged: list[Path] = []
+    sizes = [(size, size)] * len(files)
     for i in progress.over(range(len(files)), "reading images"):
-        pixels[i] = _square(files[i], size, damaged)
+        pixels[i], sizes[i] = _square(files[i], size, damaged)
     if damaged:
         print(
             f"note: the colour profiles of {len(damaged)} images cannot be used, their pixels are "
@@ -161,6 +172,7 @@ def _load_folder(folder: Path, size: int, caption: str | None) -> Images:
         captions=captions,
         pixels=pixels,
         folders=indices,
+        sizes=sizes,
     )
 
 
@@ -220,9 +232,10 @@ def _captions(
     return [caption if text is None else text for _, text in images], notes
 
 
-def _square(file: Path, size: int, damaged: list[Path]) -> np.ndarray:
+def _square(file: Path, size: int, damaged: list[Path]) -> tuple[np.ndarray, tuple[int, int]]:
     """The central square of an image file, upright and on white, scaled by Lanczos, in sRGB: uint8
-    (size, size, 3).  A file whose colour profile cannot be used joins `damaged`.
+    (size, size, 3); and the (height, width) of the whole.  A file whose colour profile cannot be
+    used joins `damaged`.
 
     Raises UserError for a file that cannot be used, OSError if the system refuses it.
     """
@@ -233,13 +246,14 @@ def _square(file: Path, size: int, damaged: list[Path]) -> np.ndarray:
         with image:
             profile = image.info.get("icc_profile")
             image = _upright(image, shown(file))
+            whole = image.height, image.width
             # fit() crops before it scales: a strip of 8 x 20,000 scaled whole would fill the memory
             image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         try:
             image = _in_srgb(image, profile) if profile else image
         except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
             damaged.append(file)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image.convert("RGB")), whole
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
             f"{shown(file)} is too large to decode safely: scale it down or remove it"

@@ -9,10 +9,11 @@ A key is a prefix, the name of a module and an ending:
     lora_unet_<module_with_underscores>.lora_down.weight, .alpha           kohya, LoCon
     text_encoder.text_model.<module>..., lora_te_text_model_<module_with_underscores>...
 
-The last two are layers of the text encoder (text_encoder.py).  lora_writing.py writes the first
-form and kohya's.  The scale alpha / rank is in the header (diffusers), in adapter_config.json
-(peft) or in tensors of its own (kohya).  A file is opened, matched with the model and read, in this
-order: one that does not fit costs nothing.
+The last two are layers of the text encoder (text_encoder.py); text_encoder_2 and lora_te2 are the
+second of SDXL, and kohya has the first release's names of its UNet (sdxl.py).  lora_writing.py
+writes the first form and kohya's.  The scale alpha / rank is in the header (diffusers), in
+adapter_config.json (peft) or in tensors of its own (kohya).  A file is opened, matched with the
+model and read, in this order: one that does not fit costs nothing.
 Tested in tests/test_lora_files.py against diffusers and peft loading the same file.
 """
 
@@ -29,6 +30,7 @@ from torch import nn
 import lora
 from command.errors import UserError, shown
 from command.whole_files import read_json
+from files.sdxl import present_name
 from files.tensors import LARGEST, LONGEST_NAME, finite, opened, refusal
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -50,22 +52,27 @@ KOHYA = {".lora_down.weight": ("", "A"), ".lora_up.weight": ("", "B"), ".alpha":
 # diffusers of 2023 had an ending of its own for the text encoder
 LINEAR = {f".lora_linear_layer.{n}.weight": ("", f) for n, f in (("down", "A"), ("up", "B"))}
 TEXT = {"text_encoder.": DOTTED | LINEAR, "lora_te_": KOHYA, "lora_te1_": KOHYA}
+TEXT |= {"text_encoder_2.": DOTTED | LINEAR, "lora_te2_": KOHYA}
 UNET = {"unet.": DOTTED, "base_model.model.": DOTTED, "lora_unet_": KOHYA, "": DOTTED}
 FORMS = TEXT | UNET  # by prefix; "" is the last, as every key begins with it
 
-TEXT_ENCODER = "text_encoder."  # before the names of its layers, among those of the UNet
+# before the names of their layers, among those of the UNet
+TEXT_ENCODER, TEXT_ENCODER_2 = "text_encoder.", "text_encoder_2."
 TEXT_MODEL = "text_model"  # their names in files begin with it; newer libraries leave it out
 
 SDXL = ("lora_te2_", "text_encoder_2.", "conditioner", "add_k_proj")
 BLOCKS = ("input_blocks", "middle_block", "output_blocks")
+OF_XL = {  # the same, of what only a UNet with the layer XL_LAYER takes
+    **dict.fromkeys(SDXL, "an adapter of SDXL"),
+    **dict.fromkeys(BLOCKS, "an adapter of SDXL, or of a UNet with its names"),
+}
+XL_LAYER = "add_embedding.linear_1"
 OTHERS = {  # part of a key: what such a file is
     "hada_w": "a LoHa",
     "lokr_w": "a LoKr",
     "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoCon with a third factor",
-    **dict.fromkeys(SDXL, "an adapter of SDXL"),
-    **dict.fromkeys(BLOCKS, "an adapter of SDXL, or of a UNet with its names"),
 }
 UNUSUAL = ("use_dora", "lora_bias", "fan_in_fan_out")  # peft's settings that change the formula
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base
@@ -130,7 +137,8 @@ def read(
     text = any(name.startswith(TEXT_ENCODER) for name in modules or ())
     with opened(path) as file:
         header = file.metadata() or {}
-        pairs, layers, factors = _pairs(path, file.keys(), text), {}, {}
+        others = OTHERS if XL_LAYER in (modules or ()) else OTHERS | OF_XL
+        pairs, layers, factors = _pairs(path, file.keys(), text, others), {}, {}
         alphas = {prefix: _stated_alpha(path, prefix, header) for prefix, _ in pairs}
         for (prefix, listed), keys in pairs.items():
             shapes = [tuple(file.get_slice(keys[part]).get_shape()) for part in "AB"]
@@ -159,12 +167,15 @@ def _located(path: Path) -> Path:
     return path
 
 
-def _pairs(path: Path, keys: list[str], text: bool) -> dict[tuple[str, str], dict[str, str]]:
+def _pairs(
+    path: Path, keys: list[str], text: bool, others: dict[str, str]
+) -> dict[tuple[str, str], dict[str, str]]:
     """{(prefix, module): {"A": key, "B": key}} of the UNet and, with `text`, of the text encoder.
 
-    kohya's also have an "alpha".  Raises UserError for a file that holds anything but whole pairs.
+    kohya's also have an "alpha".  Raises UserError for a file that holds anything but whole pairs,
+    or one of `others`.
     """
-    pairs, strange, ours = {}, [], _ours(path, keys, text)
+    pairs, strange, ours = {}, [], _ours(path, keys, text, others)
     for key, prefix in ours.items():
         name, part = _module(key, prefix)
         if part is None:
@@ -182,19 +193,18 @@ def _pairs(path: Path, keys: list[str], text: bool) -> dict[tuple[str, str], dic
             strange += tensors.values()
     if strange:  # without it the adapter would be another one
         raise refusal(path, f"holds {strange[0]}, which is no part of a plain LoRA")
-    if others := sorted(set(keys) - set(ours)):
-        what = f"what is not the UNet ({len(others)} tensors, such as {others[0]})"
+    if left := sorted(set(keys) - set(ours)):
+        what = f"what is not the UNet ({len(left)} tensors, such as {left[0]})"
         print(shown(f"note: {path} also adapts {what}: not read"))
     return pairs
 
 
-def _ours(path: Path, keys: list[str], text: bool) -> dict[str, str]:
+def _ours(path: Path, keys: list[str], text: bool, others: dict[str, str]) -> dict[str, str]:
     """{key: prefix} of the keys that are to be read.  Raises UserError for other kinds of LoRA."""
     for key in keys:
-        for part, what in OTHERS.items():
+        for part, what in others.items():
             if part in key:
-                only = "only plain LoRA of Stable Diffusion 1 or 2 is read"
-                raise refusal(path, f"is {what} ({key}): {only}")
+                raise refusal(path, f"is {what} ({key}): only plain LoRA of the base is read")
     prefixes = {key: next(p for p in FORMS if key.startswith(p)) for key in keys}
     read_here = {p for p in FORMS if p in UNET or text}
     if any(p and p in UNET for p in prefixes.values()):
@@ -219,11 +229,12 @@ def _fitted(path: Path, prefix: str, listed: str, shapes: list[tuple], modules: 
         raise refusal(path, f"holds no LoRA: {found}")
     name = listed
     if prefix in TEXT:
-        name = TEXT_ENCODER + re.sub(f"^{TEXT_MODEL}[._]", "", listed)
+        first = TEXT_ENCODER_2 if "2" in prefix else TEXT_ENCODER
+        name = first + re.sub(f"^{TEXT_MODEL}[._]", "", listed)
     if modules is None:
         return name
     if name not in modules:
-        flat = name.replace(".", "_")
+        flat = present_name(name.replace(".", "_"))
         fitting = [n for n in modules if n.replace(".", "_") == flat]
         if "." in listed or not fitting:
             raise refusal(path, f"adapts the layer {listed}, which this base model does not have")
@@ -282,7 +293,7 @@ def _config(path: Path, prefix: str, header: dict[str, str]) -> dict:
             raise refusal(path, f"has a damaged header: {HEADER} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise refusal(path, f"has damaged settings: {where} is not an object of settings")
-    if prefix in ("unet.", "text_encoder."):
+    if prefix in ("unet.", TEXT_ENCODER, TEXT_ENCODER_2):
         return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return config
 

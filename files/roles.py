@@ -130,9 +130,8 @@ def only_dealt(images: Images, roles: dict[str, list[int]]) -> tuple[Images, dic
     dealt = {i for index in roles.values() for i in index}
     kept = [i for i in range(len(images.names)) if i < images.private or i in dealt]
     position = {i: k for k, i in enumerate(kept)}
-    names, captions = ([given[i] for i in kept] for given in (images.names, images.captions))
-    fewer = Images(names, captions, images.pixels[kept], private=images.private)
-    return fewer, {role: [position[i] for i in index] for role, index in roles.items()}
+    dealt_roles = {role: [position[i] for i in index] for role, index in roles.items()}
+    return images.take(kept), dealt_roles
 
 
 # --------------------------------------------------------------------------------------------------

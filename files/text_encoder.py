@@ -1,4 +1,4 @@
-"""The LoRA of others that adapts the text encoder as well as the UNet: read, evaluated, removed.
+"""The LoRA of others that adapts text encoders as well as the UNet: read, evaluated, removed.
 
     adapter, header = load(base, path)       # a TwoLoRA if the file has such a part
     data = seen(base, data, adapter)         # captions as the adapted text encoder embeds them
@@ -15,20 +15,24 @@ from torch import nn
 
 import lora
 from diffusion import Base, Encoded, encode_captions
-from files import lora_files
-from files.lora_files import TEXT_ENCODER, TEXT_MODEL
+from files import lora_files, sdxl
+from files.lora_files import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_MODEL
+
+FIRST = (TEXT_ENCODER, TEXT_ENCODER_2)
 
 
 class TwoLoRA(lora.Adapter):
-    """The LoRA layers of a UNet, and behind them those of a text encoder, "text_encoder.<name>".
+    """The LoRA layers of a UNet, and behind them those of text encoders, "text_encoder.<name>".
 
-    Rank, alpha and target are those of the UNet's part.
+    `encoders` are the text encoders by what stands before their names.  Rank, alpha and target are
+    those of the UNet's part.
     """
 
-    def __init__(self, unet: lora.Adapter, encoder: nn.Module, text: dict[str, lora.LoRALinear]):
-        layers = {TEXT_ENCODER + name: layer for name, layer in text.items()}
-        super().__init__(unet.layers | layers, unet.target, unet.modules)
-        self.unet, self.encoder, self.text = unet, encoder, text
+    def __init__(
+        self, unet: lora.Adapter, encoders: dict[str, nn.Module], text: dict[str, lora.LoRALinear]
+    ):
+        super().__init__(unet.layers | text, unet.target, unet.modules)
+        self.unet, self.encoders, self.text = unet, encoders, text
 
     def factors(self) -> list[nn.Module]:
         """A and B of the UNet's part: attacks that ask for them embed each caption once."""
@@ -39,9 +43,11 @@ class TwoLoRA(lora.Adapter):
         return self.unet.untrained(unet, generator)
 
     def leave(self, unet: nn.Module) -> None:
-        """Put the base layers of both back in place."""
+        """Put the base layers of all back in place."""
         self.unet.leave(unet)
-        lora.Adapter(self.text, "text").leave(self.encoder)
+        for first, encoder in self.encoders.items():
+            own = {k.removeprefix(first): x for k, x in self.text.items() if k.startswith(first)}
+            lora.Adapter(own, "text").leave(encoder)
 
 
 def load(base: Base, path: str | Path) -> tuple[lora.Adapter, dict[str, str]]:
@@ -49,21 +55,23 @@ def load(base: Base, path: str | Path) -> tuple[lora.Adapter, dict[str, str]]:
 
     Everything is checked before the model is changed.  Raises UserError.
     """
-    encoder = base.pipeline.text_encoder
-    names = {TEXT_ENCODER + n.removeprefix(TEXT_MODEL + "."): n for n, _ in encoder.named_modules()}
-    linear = lora_files.layers_of(encoder)
-    modules = {listed: linear[name] for listed, name in names.items() if name in linear}
-    factors, header = lora_files.read(path, lora_files.layers_of(base.unet) | modules)
-    adapter = lora_files.inject(base.unet, factors)
-    text = {name: factors[listed] for listed, name in names.items() if listed in factors}
-    if not text:
-        return adapter, header
-    layers = {name: lora_files.wrap(encoder, name, given) for name, given in text.items()}
-    return TwoLoRA(adapter, encoder, layers), header
+    encoders = dict(zip(FIRST, sdxl.encoders(base.pipeline)[1], strict=False))
+    places, modules = {}, lora_files.layers_of(base.unet)  # listed: (encoder, name, its own key)
+    for first, encoder in encoders.items():
+        for name, module in lora_files.layers_of(encoder).items():
+            listed = first + name.removeprefix(TEXT_MODEL + ".")
+            places[listed], modules[listed] = (encoder, name, first + name), module
+    factors, header = lora_files.read(path, modules)
+    adapter, text = lora_files.inject(base.unet, factors), {}
+    for listed, (encoder, name, key) in places.items():
+        if listed in factors:
+            text[key] = lora_files.wrap(encoder, name, factors[listed])
+    return (TwoLoRA(adapter, encoders, text) if text else adapter), header
 
 
 def seen(base: Base, data: Encoded, adapter: lora.Adapter) -> Encoded:
     """The images with their captions embedded by the adapter, if it adapts the text encoder."""
     if not isinstance(adapter, TwoLoRA):
         return data
-    return replace(data, text=encode_captions(base, data.captions))
+    text = encode_captions(base, data.captions)
+    return replace(data, text=sdxl.framed_as(base, text, data.text))

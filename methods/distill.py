@@ -27,7 +27,7 @@ from algorithm import Batch, Run, Shuffled
 from command.errors import UserError
 from diffusion import PARTS, Base, Encoded, joined, predict
 from files.encode import encode
-from files.images import Images, load_images, near_duplicates
+from files.images import load_images, near_duplicates
 from lora import Adapter
 from run.processes import Parallel
 
@@ -147,9 +147,9 @@ def with_public(s, base: Base, data: Encoded) -> tuple[list[int], Encoded]:
     if not kept:
         raise UserError(f"all pictures in {s.public} are copies of the private images")
     chosen = np.random.default_rng(s.seed).permutation(kept)[:PUBLIC].tolist()
-    names = [f"public/{images.names[i]}" for i in chosen]
-    captions = [images.captions[i] for i in chosen]
-    more = encode(base, Images(names, captions, images.pixels[chosen]), {}, few=s.dry_run)
+    taken = images.take(chosen)
+    taken.names = [f"public/{name}" for name in taken.names]
+    more = encode(base, taken, {}, few=s.dry_run)
     return list(range(own, own + len(chosen))), joined(data, more)
 
 

@@ -81,6 +81,7 @@ def text(run, step: int, summary: dict, promise=None) -> str:
         title=f"A UNet fine-tuned from {named}" if whole else f"An adapter for {named}",
         method=s.method,
         whole=whole,
+        pipeline=type(run.base.pipeline).__name__,
         size=run.base.size,
         source=s.data if s.data in EMBEDDED_SETS else "private pictures with captions",
         base=json.dumps(base),

@@ -47,7 +47,7 @@ class Settings:
     )
     model: str = option(
         EMBEDDED,
-        "StableDiffusionPipeline folder, hub name, or one .safetensors checkpoint",
+        "StableDiffusion(XL)Pipeline folder, hub name, or one .safetensors checkpoint",
         group="what and where",
         shows="the embedded model, for pictures of 48 pixels",
     )

@@ -71,7 +71,7 @@ def load_base(
     for part in _of_kind(PARTS, xl):
         _check_weights(name, part, getattr(pipeline, part))
     abar, prediction = _noise(name, pipeline.scheduler)
-    for tokenizer, encoder in zip(*sdxl.encoders(pipeline), strict=True):
+    for tokenizer, encoder in sdxl.encoders(pipeline):
         _fit_tokenizer(name, tokenizer, encoder.config)
     takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if takes != has:
@@ -297,26 +297,30 @@ def _single_file(path: Path, dtype: torch.dtype):
     where = f"(no configs in {shown(beside)}/, so the hub is asked for them)"
     if (beside / "model_index.json").is_file():
         if _check_configs(beside) != xl:
-            kinds = "SDXL and the other is not"
-            raise UserError(f"of {shown(path)} and the configs in {shown(beside)} one is {kinds}")
+            kinds = ["SDXL", "Stable Diffusion 1.x or 2.x"][:: 1 if xl else -1]
+            others = f"the configs in {shown(beside)} are of {kinds[1]}"
+            raise UserError(f"{shown(path)} is {kinds[0]} but {others}: put its own there")
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
     with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
         try:
+            parts = _exact_vae(path, config) if xl else checkpoints.bare_clip(path, dtype, config)
             pipeline = _class(xl).from_single_file(
-                str(path),
-                dtype=dtype,
-                **UNUSED,
-                **checkpoints.bare_clip(path, dtype, config),
-                **config,
+                str(path), dtype=dtype, **UNUSED, **parts, **config
             )
         except NotImplementedError:  # PyTorch's, for a tensor without a value
             lack = "it lacks tensors of its unet or vae"
             raise UserError(f"{shown(path)} is not whole: {lack}") from None
     checkpoints.require_known(path)
-    if xl:
-        pipeline.vae.float()
     _read_prediction(path, pipeline, beside if config else None)
     return pipeline
+
+
+def _exact_vae(path: Path, config: dict) -> dict[str, torch.nn.Module]:
+    """{"vae": that of a checkpoint of SDXL in float32}: in half precision it overflows."""
+    from diffusers import AutoencoderKL
+
+    where = config | {"subfolder": "vae"} if config else {}
+    return {"vae": AutoencoderKL.from_single_file(str(path), dtype=torch.float32, **where)}
 
 
 def _read_prediction(path: Path, pipeline, beside: Path | None) -> None:

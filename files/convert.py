@@ -36,7 +36,7 @@ def convert(flags: Flags) -> Path:
     from files import adapters
     from files.bases import load_base
 
-    base = load_base(model, "cpu", "float32")
+    base = load_base(model, "cpu", "bfloat16")  # its layers' names are read alone
     adapter, _ = adapters.load(base, given / "adapter" if run else given)
     if not adapter.layers:
         raise UserError(f"{given} is a whole UNet: kohya's form is for LoRA")

@@ -27,7 +27,7 @@ class BaseXL(Base):
         """
         p, options = self.pipeline, {"padding": "max_length", "truncation": True}
         hidden, pooled = [], None
-        for tokenizer, encoder in zip(*encoders(p), strict=True):
+        for tokenizer, encoder in encoders(p):
             ids = tokenizer(captions, return_tensors="pt", **options).input_ids.to(self.device)
             found = encoder.to(self.device)(ids, output_hidden_states=True)
             encoder.to("cpu")
@@ -48,13 +48,12 @@ class BaseXL(Base):
         return {"encoder_hidden_states": hidden.to(dtype), "added_cond_kwargs": added}
 
 
-def encoders(pipeline) -> tuple[list, list]:
-    """(tokenizers, text encoders) of a pipeline of either kind."""
-    both = [
-        [getattr(pipeline, name, None) for name in (part, f"{part}_2")]
-        for part in ("tokenizer", "text_encoder")
-    ]
-    return tuple([part for part in parts if part is not None] for parts in both)
+def encoders(pipeline) -> list[tuple]:
+    """(tokenizer, text encoder) of a pipeline of either kind, once or twice."""
+    found = [(pipeline.tokenizer, pipeline.text_encoder)]
+    if hasattr(pipeline, "text_encoder_2"):
+        found.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    return found
 
 
 def ids_of(whole: tuple[int, int], size: int) -> list[int]:

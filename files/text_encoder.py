@@ -55,7 +55,7 @@ def load(base: Base, path: str | Path) -> tuple[lora.Adapter, dict[str, str]]:
 
     Everything is checked before the model is changed.  Raises UserError.
     """
-    encoders = dict(zip(FIRST, sdxl.encoders(base.pipeline)[1], strict=False))
+    encoders = {n: e for n, (_, e) in zip(FIRST, sdxl.encoders(base.pipeline), strict=False)}
     places, modules = {}, lora_files.layers_of(base.unet)  # listed: (encoder, name, its own key)
     for first, encoder in encoders.items():
         for name, module in lora_files.layers_of(encoder).items():

@@ -60,8 +60,8 @@ def _require_paths(s: Settings) -> None:
     path = not HUB_NAME.fullmatch(s.model) or s.model.endswith((".safetensors", ".ckpt"))
     if path and not os.path.exists(s.model):
         raise UserError(
-            f"there is no base model {shown(s.model)}: give a StableDiffusionPipeline folder, "
-            "a .safetensors checkpoint or a hub name"
+            f"there is no base model {shown(s.model)}: give a StableDiffusion(XL)Pipeline "
+            "folder, a .safetensors checkpoint or a hub name"
         )
     if s.data not in EMBEDDED_SETS and not os.path.exists(s.data):
         raise UserError(

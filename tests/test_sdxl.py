@@ -1,24 +1,34 @@
 """files/sdxl.py and what rests on it: a tiny random SDXL, with diffusers' own calls as judges."""
 
+import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, SMALL, assembled, assert_same_run, rows
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from conftest import CAPTIONS, SMALL, assembled, assert_same_run
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from test_base_files import VAE_NAMES
 
 import evaluate
 import lora
 import train
 from algorithm import algorithm_1
+from attacks import paper
 from audit import Audit, audit
+from command.errors import UserError
 from diffusion import answer, encode_captions, encode_images, squared_error
-from files import adapters, lora_writing, sdxl
+from files import adapters, lora_files, lora_writing, sdxl, text_encoder
 from files.bases import load_base
 from files.encode import encode
-from files.images import load_images
+from files.images import FOLDERS, load_images
+from methods import subspace
 from settings import Settings
 
 FORCE = {"init_lora_weights": False}
@@ -33,7 +43,7 @@ def tiny_unet(width=32, pooled=24, blocks=("DownBlock2D", "CrossAttnDownBlock2D"
         up_block_types=ups,
         block_out_channels=(8, 16, 16)[: len(blocks)],
         layers_per_block=2,
-        transformer_layers_per_block=(1, 2, 1)[: len(blocks)],
+        transformer_layers_per_block=1,
         attention_head_dim=(2, 4, 4)[: len(blocks)],
         cross_attention_dim=width,
         norm_num_groups=4,
@@ -135,14 +145,11 @@ def test_errors_equal_diffusers_own(xl, tmp_path):
         z0 = pipe.vae.encode(pixels).latent_dist.mode() * 0.13025
     torch.testing.assert_close(data.latents, z0)
     corners = [(5, 0), (0, 0), (0, 31)]  # of 42 x 32, 32 x 32 and 32 x 94
-    ids = [
-        pipe._get_add_time_ids(s, c, (32, 32), prompt.dtype, 24) for s, c in zip(shapes, corners)
-    ]
+    whole = zip(shapes, corners, strict=True)
+    ids = [pipe._get_add_time_ids(s, c, (32, 32), prompt.dtype, 24) for s, c in whole]
     added = {"text_embeds": pooled, "time_ids": torch.cat(ids)}
     shape, t = (3, *base.latent_shape), torch.tensor([5, 300, 800])
     z, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    from diffusers import DDPMScheduler
-
     noisy = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(z, noise, t)
     with torch.no_grad():
         answered = pipe.unet(noisy, t, prompt, added_cond_kwargs=added).sample
@@ -185,26 +192,32 @@ def test_half_precision_rounds_no_size_and_not_the_vae(xl):
 
 
 @pytest.mark.parametrize("method", ["lora", "mp", "smp", "distill", "dp"])
-def test_every_method_trains(settings, tmp_path, no_pictures, method):
-    more = {}
+def test_every_method_steps(xl, settings, tmp_path, method):
+    """Two steps of finite numbers that move the weights, the same with activations kept or not."""
+    more, found = {}, []
     if method == "dp":
-        from methods import directions
-
-        public = Path(settings("x").data)
-        flags = {"data": [str(public)], "out": str(tmp_path / "d.safetensors"), "steps": 2}
-        flags |= {"model": settings("x").model, "batch_size": 4, "target": "attention"}
-        directions.make(directions.Flags(**flags))
-        more = {"rank": None, "alpha": None, "target": None, "directions": flags["out"]}
+        unet = load_base(xl).unet
+        layers = lora.inject(unet, "attention", 4, 4.0, torch.Generator().manual_seed(0)).layers
+        updates = [{k: torch.randn(x.delta().shape) for k, x in layers.items()}]
+        file = tmp_path / "d.safetensors"
+        subspace.save(subspace.directions_of(updates, 4), "attention", file, {})
+        more = {"rank": None, "alpha": None, "target": None, "directions": str(file)}
     if method == "distill":
         more = {"teachers": 2, "teacher_steps": 1, "flip": True}
-    train.train(settings(tmp_path / "run", method=method, **more))
-    found = rows(tmp_path / "run")
-    assert len(found) == 4 and all(np.isfinite(row["objective"]) for row in found[1:])
+    for kept in (True, False) if method == "smp" else (True,):
+        s = settings(tmp_path / "run", method=method, gradient_checkpointing=not kept, **more)
+        run = assembled(s)
+        before = [p.detach().clone() for p in run.parameters]
+        for teacher in run.lessons() if method == "distill" else ():
+            list(algorithm_1(teacher, range(1, 2)))
+        found.append([row["objective"] for row in algorithm_1(run, range(1, 3))])
+        assert np.isfinite(found).all()
+        assert any((p - b).abs().max() > 0 for p, b in zip(run.parameters, before, strict=True))
+    assert found[0] == pytest.approx(found[-1], rel=1e-5)
 
 
 def test_resumes_bit_for_bit(settings, tmp_path, no_pictures, stopped_and_gone_on_with):
-    whole = settings(tmp_path / "whole", method="smp")
-    train.train(whole)
+    train.train(settings(tmp_path / "whole", method="smp"))
 
     def begin(folder):
         train.train(settings(folder, method="smp", state_every=1))
@@ -213,37 +226,28 @@ def test_resumes_bit_for_bit(settings, tmp_path, no_pictures, stopped_and_gone_o
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 3)
 
 
-def test_run_with_pictures_and_card_then_evaluated(settings, tmp_path):
-    """A grid, an adapter that diffusers loads as the card says, and figures of every attack."""
-    s = settings(tmp_path / "run", method="lora", prompt=["a red ring"])
+def test_a_run_with_pictures(settings, tmp_path):
+    """Its card names the pipeline."""
+    s = settings(tmp_path / "run", method="lora", prompt=["a red ring"], steps=1)
     train.train(s)
-    assert (tmp_path / "run" / "samples" / "step-000003.png").is_file()
-    assert "StableDiffusionXLPipeline" in (tmp_path / "run" / "adapter" / "README.md").read_text()
-    (record,) = evaluate.evaluate(evaluate.Settings(runs=[s.out], pictures=2, sampling_steps=1))
-    assert len(record["adapted"]["attacks"]) == 15
+    assert (tmp_path / "run" / "samples" / "step-000001.png").is_file()
+    assert "= StableDiffusionXLPipeline." in (tmp_path / "run/adapter/README.md").read_text()
 
 
-def test_audits(settings, tmp_path, in_thread, no_pictures):
+def test_audits(settings, tmp_path, in_thread, no_pictures, capsys):
+    names = ("members", "save_every", "samples")
+    flags = {k: v for k, v in SMALL.items() if k not in names} | {"steps": 1}
     s = settings("x")
-    flags = {k: v for k, v in SMALL.items() if k not in ("members", "save_every")}
-    flags |= {"model": s.model, "data": s.data, "method": "lora", "steps": 1, "samples": 0}
-    found = audit(Audit(**flags, adapters=4, pool=20, out=str(tmp_path / "audit")))
-    assert found
+    flags |= {"model": s.model, "data": s.data, "method": "lora", "out": str(tmp_path / "audit")}
+    audit(Audit(**flags, adapters=4, pool=10))
+    assert "LiRA pooled, all" in capsys.readouterr().out
 
 
-def test_dry_run_says_hours_and_memory(settings, tmp_path, capsys):
+def test_dry_run(settings, tmp_path, capsys):
     train.train(settings(tmp_path / "run", method="smp", dry_run=True))
     said = capsys.readouterr().out
-    assert "hours" in said or "time:" in said
-    assert "memory:" in said and not (tmp_path / "run").exists()
-
-
-def test_gradient_checkpointing_changes_no_step(settings, tmp_path):
-    found = []
-    for on in (False, True):
-        run = assembled(settings(tmp_path / "r", method="lora", gradient_checkpointing=on))
-        found.append([row["grad_norm"] for row in algorithm_1(run, range(1, 3))])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert "time:     about" in said and "memory:" in said
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,8 +264,7 @@ def random_adapter(base, target="all"):
     return adapter
 
 
-@pytest.mark.parametrize("kohya", [False, True])
-@pytest.mark.parametrize("target", list(lora.TARGETS))
+@pytest.mark.parametrize(("target", "kohya"), [("attention", 0), ("all", 0), ("all", 1)])
 def test_an_adapter_goes_to_diffusers_and_back(xl, tmp_path, target, kohya):
     base = load_base(xl)
     adapter = random_adapter(base, target)
@@ -274,3 +277,267 @@ def test_an_adapter_goes_to_diffusers_and_back(xl, tmp_path, target, kohya):
     other = load_base(xl)
     other.pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
     torch.testing.assert_close(errors(other), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def theirs(xl, tmp_path_factory):
+    """A file that diffusers and peft wrote, with parts for both text encoders."""
+    folder, tensors = tmp_path_factory.mktemp("theirs"), {}
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl)
+    torch.manual_seed(0)
+    parts = {
+        "unet": ["to_q", "to_out.0", "proj_in", "conv1", "downsamplers.0.conv"],
+        "text_encoder": ["q_proj", "out_proj", "fc1"],  # of kohya's diffusers asks for out_proj
+        "text_encoder_2": ["k_proj", "out_proj", "fc2"],
+    }
+    for rank, (part, names) in enumerate(parts.items(), start=2):
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, **FORCE)
+        getattr(pipe, part).add_adapter(config)
+        found = get_peft_model_state_dict(getattr(pipe, part))
+        tensors[f"{part}_lora_layers"] = found
+        tensors[f"{part}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(str(folder), **tensors)
+    return folder / lora_files.FILE_NAME
+
+
+# of a UNet with two layers in a block: its names, and those of the first release
+BLOCKS = {
+    r"down_blocks\.(\d)\.resnets\.(\d)": ("input_blocks.{}.0", 1),
+    r"down_blocks\.(\d)\.attentions\.(\d)": ("input_blocks.{}.1", 1),
+    r"down_blocks\.(\d)\.downsamplers\.(0)\.conv": ("input_blocks.{}.0.op", 3),
+    r"up_blocks\.(\d)\.resnets\.(\d)": ("output_blocks.{}.0", 0),
+    r"up_blocks\.(\d)\.attentions\.(\d)": ("output_blocks.{}.1", 0),
+    r"up_blocks\.(\d)\.upsamplers\.(0)\.conv": ("output_blocks.{}.2.conv", 2),
+}
+PLAIN = {
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def old(name):
+    """The first release's name of a layer."""
+    inner = "transformer_blocks" not in name
+    for new, (form, start) in BLOCKS.items():
+        if found := re.match(new, name):
+            block = start + 3 * int(found[1]) + int(found[2])
+            name = form.format(block) + name[found.end() :]
+    for new, before in PLAIN.items():
+        if inner or "." in new:
+            name = re.sub(rf"(^|\.){re.escape(new)}(\.|$)", rf"\g<1>{before}\g<2>", name)
+    return name
+
+
+def kohya(theirs, file):
+    """The same as kohya names it, with alpha = 2 rank."""
+    tensors = {}
+    starts = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}
+    for key, tensor in load_file(theirs).items():
+        part, _, key = key.partition(".")
+        name, _, ending = key.partition(".lora_")
+        name = old(name) if part == "unet" else name
+        key = f"lora_{starts[part]}_{name.replace('.', '_')}"
+        way = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[ending]
+        tensors[f"{key}.{way}"] = tensor
+        if way.startswith("lora_down"):
+            tensors[f"{key}.alpha"] = torch.tensor(2.0 * len(tensor))
+    save_file(tensors, file)
+    return file
+
+
+def test_names_of_the_first_release():
+    """Of every layer of a UNet with SDXL's three levels."""
+    blocks = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    names = list(lora_files.layers_of(tiny_unet(blocks=blocks)))
+    olds = [old(name).replace(".", "_") for name in names]
+    assert not [name for name in olds if "_blocks_" in name and name.startswith(("down", "up"))]
+    assert [sdxl.present_name(name) for name in olds] == [n.replace(".", "_") for n in names]
+    assert "input_blocks_4_1_proj_in" in olds and "output_blocks_5_2_conv" in olds
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_adapters_of_others(xl, theirs, tmp_path, form):
+    """As diffusers loads the file; switched off the base has its bits, removed it is the base."""
+    file = theirs if form == "diffusers" else kohya(theirs, tmp_path / "k.safetensors")
+    base = load_base(xl)
+    plain = errors(base)
+    adapter, _ = adapters.load(base, file)
+    starts = ("text_encoder.", "text_encoder_2.")
+    assert [sum(k.startswith(s) for k in adapter.text) for s in starts] == [6, 6]
+    found = errors(base)
+    text = encode_captions(base, ["x"])
+    with adapter.disabled():
+        assert torch.equal(errors(base), plain)
+        before = encode_captions(base, ["x"])
+    assert (text - before).abs().max() > 1e-3 and (found - plain).abs().max() > 1e-3
+    lora.remove(base.unet, adapter)
+    for part in (base.unet, *(e for _, e in sdxl.encoders(base.pipeline))):
+        assert not any(isinstance(m, lora.LoRALinear) for m in part.modules())
+    base.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    torch.testing.assert_close(errors(base), found, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_others_is_evaluated(xl, theirs, image_folder, tmp_path, monkeypatch):
+    """By every attack.  Captions embedded anew keep the sizes of their pictures."""
+    monkeypatch.setattr(paper, "EPOCHS", 2)
+    for i, file in enumerate(sorted(Path(image_folder).glob("*.png"))[:16]):
+        folder = tmp_path / "images" / list(FOLDERS)[i % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (file, file.with_suffix(".txt")):
+            shutil.copy(path, folder)
+    flags = {"model": xl, "data": str(tmp_path / "images"), "out": str(tmp_path / "out")}
+    few = {"pictures": 2, "sampling_steps": 1}
+    (record,) = evaluate.evaluate(evaluate.Settings(adapter=str(theirs), **few, **flags))
+    assert len(record["adapted"]["attacks"]) == 15
+    losses = [record[name]["held_out_loss"] for name in ("base", "adapted")]
+    assert abs(losses[0] - losses[1]) > 1e-4
+    base = load_base(xl)
+    adapter, _ = adapters.load(base, theirs)
+    images = load_images(flags["data"], 32).take([0, 1])
+    data = encode(base, replace(images, sizes=[(50, 70), (32, 32)]), {})
+    assert text_encoder.seen(base, data, adapter).text[:, -6:].equal(data.text[:, -6:])
+    assert data.text[0, -6:].tolist() == [50, 70, 0, 6, 32, 32]
+
+
+def test_a_wrong_pairing_is_one_sentence(xl, tiny_base, theirs, tmp_path):
+    """An adapter of SDXL on Stable Diffusion 1, in either form, and the reverse."""
+    one, two = load_base(tiny_base), load_base(xl)
+    for kohya_form in (False, True):
+        folder = tmp_path / str(kohya_form)
+        file = lora_writing.save(random_adapter(one), folder, kohya=kohya_form)
+        with pytest.raises(UserError, match="this base model") as caught:
+            adapters.load(two, file)
+        assert "\n" not in str(caught.value)
+        lora.remove(one.unet, lora.Adapter(injected(one.unet), "all"))
+    for file in (theirs, kohya(theirs, tmp_path / "k.safetensors")):
+        with pytest.raises(UserError, match="is an adapter of SDXL"):
+            adapters.load(one, file)
+    file = lora_writing.save(random_adapter(two), tmp_path / "xl")
+    with pytest.raises(UserError, match="this base model"):
+        adapters.load(one, file)
+
+
+def injected(unet):
+    """The LoRA layers that are in a UNet."""
+    return {n: m for n, m in unet.named_modules() if isinstance(m, lora.LoRALinear)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Single files, and what is refused
+
+
+def single_file(xl, path, drop=""):
+    """The tiny SDXL as one checkpoint with its configs beside it, without keys that have `drop`."""
+    names = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    parts = {
+        part: load_file(Path(xl) / part / f"{names.get(part, 'model')}.safetensors")
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+    }
+    tensors = {}
+    for key, tensor in parts["unet"].items():
+        name, _, ending = key.rpartition(".")
+        tensors[f"model.diffusion_model.{old(name)}.{ending}"] = tensor
+    for key, tensor in parts["vae"].items():
+        for new, before in VAE_NAMES:
+            key = re.sub(new, before, key)
+        tensors[f"first_stage_model.{key}"] = tensor
+    for key, tensor in parts["text_encoder"].items():
+        key = key.removeprefix("text_model.")
+        tensors[f"conditioner.embedders.0.transformer.text_model.{key}"] = tensor
+    tensors |= open_clip(parts["text_encoder_2"], "conditioner.embedders.1.model.")
+    save_file({k: t.contiguous() for k, t in tensors.items() if not drop or drop not in k}, path)
+    shutil.copytree(xl, path.with_suffix(""), ignore=shutil.ignore_patterns("*.safetensors"))
+    return path
+
+
+def open_clip(tensors, start):
+    """A text encoder under open_clip's names, with q, k and v in one."""
+    names = {
+        r"text_model\.": "",
+        r"encoder\.layers\.": "transformer.resblocks.",
+        r"layer_norm(\d)": r"ln_\1",
+        r"mlp\.fc1": "mlp.c_fc",
+        r"mlp\.fc2": "mlp.c_proj",
+        r"self_attn\.": "attn.",
+        r"final_layer_norm": "ln_final",
+        r"embeddings\.token_embedding": "token_embedding",
+        r"embeddings\.position_embedding\.weight": "positional_embedding",
+    }
+    found = {}
+    for key, tensor in tensors.items():
+        for new, before in names.items():
+            key = re.sub(new, before, key)
+        found[key] = tensor
+    found["text_projection"] = found.pop("text_projection.weight").T
+    for key in [k for k in found if "q_proj" in k]:
+        every = [found.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        found[key.replace("q_proj.", "in_proj_")] = torch.cat(every)
+    return {start + key: tensor for key, tensor in found.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_single_file_equals_its_folder(xl, tmp_path, dtype):
+    path = single_file(xl, tmp_path / "model.safetensors")
+    one, two = load_base(str(path), dtype=dtype), load_base(xl, dtype=dtype)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        want = getattr(two.pipeline, part).state_dict()
+        got = getattr(one.pipeline, part).state_dict()
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[k], t) and got[k].dtype == t.dtype for k, t in want.items())
+    assert torch.equal(errors(one), errors(two))
+
+
+def refused(model, *words):
+    with pytest.raises(UserError) as caught:
+        load_base(str(model))
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("drop", "words"),
+    [
+        ("embedders.0", ["lacks one of the two text encoders"]),
+        ("conditioner.", ["has a UNet and a VAE but no text encoder"]),
+        ("resblocks.1.ln_1.bias", ["the text_encoder_2 of", "lacks", "layer_norm1.bias"]),
+        ("output_blocks.0.0.in_layers.0.bias", ["lacks tensors of its unet or vae"]),
+    ],
+)
+def test_refuses_a_single_file_with_a_gap(xl, tmp_path, drop, words):
+    refused(single_file(xl, tmp_path / "model.safetensors", drop), *words)
+
+
+def test_refuses_other_configs_beside_a_single_file(xl, tiny_base, tmp_path):
+    path = single_file(xl, tmp_path / "model.safetensors")
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(tiny_base, tmp_path / "model")
+    refused(path, "is SDXL but the configs", "are of Stable Diffusion 1.x or 2.x")
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_refuses_a_folder_without_a_part(xl, tmp_path, part):
+    shutil.copytree(xl, tmp_path / "xl")
+    shutil.rmtree(tmp_path / "xl" / part)
+    refused(tmp_path / "xl", f"it has no folder {part}")
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_refuses_newer_models_by_name(xl, tmp_path, kind):
+    shutil.copytree(xl, tmp_path / "xl")
+    index = tmp_path / "xl" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": kind}))
+    refused(tmp_path / "xl", f"is a {kind}", "StableDiffusionXLPipeline")

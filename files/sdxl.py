@@ -41,9 +41,9 @@ class BaseXL(Base):
 
     def condition(self, text: torch.Tensor, dtype: torch.dtype) -> dict:
         """The parts of the rows (N, L D + P + 6)."""
-        pooled, width = self.pipeline.text_encoder_2.config.projection_dim, self.unet.config
-        hidden, pooled, ids = text.split([text.shape[1] - pooled - IDS, pooled, IDS], dim=1)
-        hidden = hidden.unflatten(1, (-1, width.cross_attention_dim))  # (N, L, D)
+        last = self.pipeline.text_encoder_2.config.projection_dim + IDS
+        pooled, ids = text[:, -last:-IDS], text[:, -IDS:]  # (N, P), (N, 6)
+        hidden = text[:, :-last].unflatten(1, (-1, self.unet.config.cross_attention_dim))
         added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         return {"encoder_hidden_states": hidden.to(dtype), "added_cond_kwargs": added}
 

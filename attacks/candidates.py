@@ -138,11 +138,11 @@ def deal(images: Images, trained: Settings, s) -> audit_plan.Plan:
         raise UserError(f"--shadow {s.shadow} is too few for these pictures: take {least}")
     orders = shadows.blocks(len(kept), members, s.shadow, settings.seed)
     roles = [shadows.shadow_roles(sizes, order) for order in orders]
-    names, captions = ([given[i] for i in kept] for given in (images.names, images.captions))
-    digest = audit_plan.hash_of(Images(names, captions, images.pixels[kept]))
-    facts = [identity.digest_of([identity.decided(settings), digest, roles, steps])]
-    out = str(Path(s.out or OUT) / f"shadows-{facts[0][:8]}")
-    pool = kept, len(kept), roles, [], [], names, captions, digest
+    chosen = images.take(kept)
+    digest = audit_plan.hash_of(chosen)
+    key = identity.digest_of([identity.decided(settings), digest, roles, steps])
+    out = str(Path(s.out or OUT) / f"shadows-{key[:8]}")
+    pool = kept, len(kept), roles, [], [], chosen.names, chosen.captions, digest
     return audit_plan.Plan(settings, out, *pool, steps=[steps])
 
 

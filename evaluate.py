@@ -106,12 +106,15 @@ def evaluate(s: Settings) -> list[dict]:
         from files.devices import resolve_device
     s = replace(s, device=resolve_device(s.device))
     network, examination, records, models = quality.load_network(s.features), None, [], []
+    count, asked = target.models(found, bool(s.shadow)), 0
     for one in found:
         if examination is None or target.sources(one) != examination.sources:
             examination = examine(one, s, network, ASKED)  # shared by targets over the same images
         started = time.monotonic()
         trained = train_shadows(one, examination, s) if s.shadow else None
-        model = measured(examination, one, s, trained)
+        with progress.stage("attacks", count, asked) as bar:  # in models, the base being one
+            model = measured(examination, one, s, trained, bar)
+        asked = bar.done
         models.append(model)
         records.append(written(one, model, trained, started))
     with progress.stage("tables"):

@@ -21,6 +21,7 @@ from torchvision.transforms.functional import InterpolationMode, affine
 from attacks import quality
 from attacks.store import Store
 from attacks.target import Target, sources
+from command import progress
 from command.errors import UserError, shown
 from diffusion import GRID_SEED, Base, Encoded, encode_images
 from files.bases import content, load_base
@@ -57,7 +58,8 @@ class Examination:
         """(M, N, C, h, w): latents of the central parts of CROPS, enlarged."""
 
         def ask() -> np.ndarray:
-            every = [encode_images(self.base, crop(self.data.pixels, c)) for c in CROPS]
+            shares = progress.over(CROPS, "encoding crops")
+            every = [encode_images(self.base, crop(self.data.pixels, c)) for c in shares]
             return torch.stack(every).cpu().numpy()
 
         return self.keep("crop-latents", ask).to(self.base.device)

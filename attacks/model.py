@@ -20,7 +20,7 @@ import torch
 
 import lora
 from attacks import audit_tasks, comparisons, paper, quality, shadows, single
-from attacks.audit_plan import Plan
+from attacks.audit_plan import NOISES, Plan
 from attacks.classifiers import blind_features, classifier_score
 from attacks.examination import CROPS, CUTS, Examination, cut
 from attacks.single import ATTACKS, CUTS_AT, FITTED
@@ -32,7 +32,6 @@ from curves import roc
 from diffusion import (
     ALL_TIMESTEPS,
     DRAWS,
-    LATE_TIMESTEPS,
     TIMESTEPS,
     Encoded,
     encode_captions,
@@ -43,6 +42,9 @@ from files import contents, sdxl, text_encoder
 
 KINDS = tuple(paper.RATES)  # of the fresh attackers
 PICTURES, PICTURE_STEPS = 2, 6  # pictures per caption of the black-box attack, their DDIM steps
+# in forwards of an image through the UNet: a picture through the VAE, its gradients of a draw, its
+# features, which matter beside the embedded model alone
+CODING, BACKWARD, FEATURES, SMALL = 2.5, 11, 12, 128
 # what kept answers depend on beside images and model; the number rises with any other change
 ASKED = [3, ALL_TIMESTEPS, DRAWS, CROPS, CUTS, PICTURES, PICTURE_STEPS]
 ASKED += [single.AHEAD, single.WALK, paper.FRESH, paper.GUIDANCE]
@@ -51,7 +53,9 @@ ASKED += [single.AHEAD, single.WALK, paper.FRESH, paper.GUIDANCE]
 class Model:
     """The base with an adapter in it; `control` is the base without, None for the base itself."""
 
-    def __init__(self, name: str, examination: Examination, adapter, store: Store, control=None):
+    def __init__(
+        self, name: str, examination: Examination, adapter, store: Store, control=None, bar=None
+    ):
         self.name, self.adapter, self.store, self.control = name, adapter, store, control
         self.examination, self.base = examination, examination.base
         # the captions as the model's text encoder has them, if it is adapted
@@ -61,6 +65,8 @@ class Model:
         self.scores: dict[str, np.ndarray] = {}  # (N,) of it
         self.shadow_scores: dict[str, np.ndarray] = {}
         self.record: dict = {}
+        self.bar = bar or progress.Stage(name, None, 0, 0)  # a model of which counts as 1
+        self.shares: dict[str, float] = {}  # what is asked -> its part of that
 
     def keep(self, name: str, ask: Callable[[], dict], merged: bool = True) -> dict:
         """The arrays that `ask` returns, from the store if they are there.
@@ -68,11 +74,17 @@ class Model:
         Raises UserError for numbers that are not finite.
         """
 
+        share, new = self.shares.pop(name, 0.0), []  # an attack may ask again: it is kept
+
         def asked() -> dict:
+            new.append(name)
             (self.adapter.merge if merged else self.adapter.unmerge)()
             return ask()
 
-        found = self.store.get(name, asked)
+        with self.bar.part(share):
+            found = self.store.get(name, asked)
+        if not new:  # an earlier evaluation did it
+            self.bar.first += share
         if not all(np.isfinite(array).all() for array in found.values()):
             raise UserError(f"{self.name} gives numbers that are not finite: nothing to attack")
         return found
@@ -109,7 +121,9 @@ class Model:
         """Losses (M, N) of crops, which take turns at the timesteps."""
 
         def variants() -> Iterator[tuple]:
-            for m, latents in enumerate(self.examination.crops()):
+            with self.bar.part(self.shares.get("encoding", 0.0)):
+                every = self.examination.crops()
+            for m, latents in enumerate(progress.over(every, "PFAMI")):
                 yield latents, self.data.text, (TIMESTEPS[m % len(TIMESTEPS)],)
 
         return self.first_draw("crops", variants)[:, :, 0]
@@ -119,7 +133,7 @@ class Model:
         """Losses (M, N, T) under the captions' beginnings."""
 
         def variants() -> Iterator[tuple]:
-            for share in CUTS:
+            for share in progress.over(CUTS, "CLiD"):
                 captions = [cut(caption, share) for caption in self.data.captions]
                 text = encode_captions(self.base, captions)
                 text = sdxl.framed_as(self.base, text, self.data.text)
@@ -147,8 +161,10 @@ class Model:
         def ask() -> dict:
             text, drawn = self.data.text[index], []
             for k in range(PICTURES):
-                made = paper.draw(self.base, text, PICTURE_STEPS, seed=1 + k)
-                drawn.append(quality.features(network, made).numpy())
+                with self.bar.part(self.shares.get("drawing", 0.0)):
+                    made = paper.draw(self.base, text, PICTURE_STEPS, seed=1 + k)
+                with self.bar.part(self.shares.get("features", 0.0)):
+                    drawn.append(quality.features(network, made).numpy())
             real = self.examination.features("asked", self.data.pixels[index]).numpy()
             return {"score": attack(real, np.stack(drawn, axis=1))}
 
@@ -164,20 +180,17 @@ class Model:
         well.  `s` are the settings of evaluate.py.
         """
         e, data = self.examination, self.data
-        forwards = len(data.names) * (len(TIMESTEPS) * DRAWS + len(LATE_TIMESTEPS))
-        with progress.stage(f"{self.name}, the paper's", forwards + s.pictures) as bar:
-            rest = e.network, e.real, s.pictures, s.sampling_steps, KINDS, self.keep, bar.advance
+        self.shares, self.bar.note = shares(self, s, shadows_plan), self.name
+        with self.bar.part(1):
+            rest = e.network, e.real, s.pictures, s.sampling_steps, KINDS, self.keep
             self.paper = paper.evaluation(self.base, data, e.seed, *rest)
             self.pictures, self.features = map(self.paper.get, ("pictures", "features"))
-        with progress.stage(f"attacks on {self.name}", len(ATTACKS)) as bar:
             if shadows_plan:
                 self.shadow_scores = self.ask_as_shadows(shadows_plan)
             for name, attack in ATTACKS.items():
-                bar.note = name
                 found = attack(self)
                 if found is not None:
                     self.candidates[name], self.scores[name] = found, choose(data, found)
-                bar.advance()
         self.scores |= self.shadow_scores
         with progress.stage("intervals"):
             self.record = leakage(data, self.scores, self.paper["figures"])
@@ -201,10 +214,46 @@ class Model:
 
 
 # --------------------------------------------------------------------------------------------------
+# What it costs, for the bar
+
+
+def shares(model: Model, s, shadows_plan: Plan | None) -> dict[str, float]:
+    """The part of each thing that a model is asked, by its name in the store, in the time of all.
+
+    It is counted in forwards of an image through the UNet.
+    """
+    small = model.base.size <= SMALL
+    images, text = len(model.data.names), sum(map(len, model.data.sides("val", "test")))
+    look = FEATURES if small else 0
+    cost = {
+        "grid": paper.forwards(model.data),
+        f"pictures-{s.pictures}-{s.sampling_steps}": s.pictures * (2 * s.sampling_steps + CODING),
+        f"features-{s.pictures}-{s.sampling_steps}": s.pictures * look,
+        "SecMI-stat": images * (max(single.WALK) // 10 + 2),
+        **{name: images * len(single.AHEAD) for name in ("PIA", "PIAN", "SimA")},
+        "encoding": 0 if model.control else images * len(CROPS) * CODING,
+        "cuts": images * len(CUTS) * len(TIMESTEPS[CUTS_AT]),
+        "gradients": images * len(TIMESTEPS[::2]) * BACKWARD,
+        "drawing": text * (2 * PICTURE_STEPS + CODING),
+        "features": text * look,
+    }
+    if shadows_plan:
+        ways = 1 + shadows_plan.settings.flip
+        asked = images * ways * (4 * NOISES + 2 + len(TIMESTEPS[::2]) * BACKWARD)
+        cost[f"asked-{Path(shadows_plan.out).name}"] = asked
+    cost["crops"] = cost["encoding"] + images * len(CROPS)
+    cost["generated"] = PICTURES * (cost["drawing"] + cost["features"]) + cost["features"]
+    whole = sum(n for name, n in cost.items() if name not in ("encoding", "drawing", "features"))
+    return {name: n / whole for name, n in cost.items()}
+
+
+# --------------------------------------------------------------------------------------------------
 # The models of a target
 
 
-def measured(e: Examination, target: Target, s, shadows_plan: Plan | None = None) -> Model:
+def measured(
+    e: Examination, target: Target, s, shadows_plan: Plan | None = None, bar=None
+) -> Model:
     """The adapter of a target, measured; `control` is the base, measured once for all targets.
 
     The base has an adapter of the same shape before its first step, which changes nothing and has
@@ -216,13 +265,13 @@ def measured(e: Examination, target: Target, s, shadows_plan: Plan | None = None
         lora.remove(unet, adapter)
         untrained = adapter.untrained(unet, torch.Generator().manual_seed(e.seed))
         with inside(unet, untrained):
-            control = Model("the base model", e, untrained, e.store)
+            control = Model("the base model", e, untrained, e.store, bar=bar)
             e.control = control.measure(s, shadows_plan)
     adapter, _ = files.load(e.base, target.adapter)
     with inside(unet, adapter):
         key = json.dumps([e.store.key.decode(), contents.of_adapter(target.adapter)])
         store = Store(target.folder / "scores", key)
-        return Model(target.name, e, adapter, store, e.control).measure(s, shadows_plan)
+        return Model(target.name, e, adapter, store, e.control, bar).measure(s, shadows_plan)
 
 
 @contextmanager

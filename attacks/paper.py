@@ -24,6 +24,7 @@ from torch import nn
 
 from attacker import MEMBER, PROXIES, ascend, attacker_gain
 from attacks import quality
+from command import progress
 from curves import roc
 from diffusion import (
     DRAWS,
@@ -61,15 +62,14 @@ def evaluation(
     steps: int = 20,
     kinds: tuple[str, ...] = ("raw",),
     keep: Callable[[str, Callable[[], dict]], dict] = lambda name, ask: ask(),
-    done: Callable[[float], object] = ignore,
 ) -> dict:
     """What the model leaks, its held-out loss, and the quality of `pictures` of it (0: none).
 
     `real` {name: (N, F)} are features by `network` of the pictures to compare with.  `keep(name,
     ask)` may return what `ask` returned before.  Attackers of further `kinds` learn beside the
-    paper's, for other attacks.  `done(n)` is told of UNet forwards and pictures.
+    paper's, for other attacks.
     """
-    asked = keep("grid", lambda: error_maps(base, data, seed, kinds, done))
+    asked = keep("grid", lambda: error_maps(base, data, seed, kinds))
     score = one_draw(asked["odds-raw"], seed)  # (N,), higher = member
     threshold = roc.best_threshold(*data.pair(score, "val"))
     found = {
@@ -79,23 +79,33 @@ def evaluation(
     }
     if pictures:
         text = data.text[np.resize(data.members(), pictures)]
-        made = keep(
-            f"pictures-{pictures}-{steps}", lambda: {"made": draw(base, text, steps, done=done)}
+        which = f"{pictures}-{steps}"
+        made = keep(f"pictures-{which}", lambda: {"made": draw(base, text, steps)})["made"]
+        kept = keep(
+            f"features-{which}", lambda: {"features": quality.features(network, made).numpy()}
         )
-        features = quality.features(network, made["made"])
-        found |= {"pictures": made["made"], "features": features}
+        features = torch.from_numpy(kept["features"])
+        found |= {"pictures": made, "features": features}
         found["quality"] = quality.compare(real, features)  # Frechet distance and KID
     return found
 
 
-def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...], done=ignore) -> dict:
+def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...]) -> dict:
     """What is read from the error maps of every image: the arrays of `sweep`, and "by_timestep"
     (N, 8), the loss at one draw of every timestep.
     """
-    asked = sweep(base, data.latents, data.text, train_proxies(base, data, seed, kinds), done)
-    late = loss_grid(base, data.latents, data.text, LATE_TIMESTEPS, 1, done)
+    with progress.stage("error maps", forwards(data)) as bar:
+        proxies = train_proxies(base, data, seed, kinds, done=bar.advance)
+        asked = sweep(base, data.latents, data.text, proxies, bar.advance)
+        late = loss_grid(base, data.latents, data.text, LATE_TIMESTEPS, 1, bar.advance)
     by_timestep = np.concatenate([asked["losses"][:, :, 0], late[:, :, 0].numpy()], axis=1)
     return asked | {"by_timestep": by_timestep}
+
+
+def forwards(data: Encoded) -> int:
+    """Images that `error_maps` sends through the UNet."""
+    each = len(TIMESTEPS) * DRAWS + len(LATE_TIMESTEPS)
+    return len(data.names) * each + FRESH * len(data.known())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,14 +113,14 @@ def error_maps(base: Base, data: Encoded, seed: int, kinds: tuple[str, ...], don
 
 
 def train_proxies(
-    base: Base, data: Encoded, seed: int, kinds=tuple(RATES), epochs: int = EPOCHS
+    base: Base, data: Encoded, seed: int, kinds=tuple(RATES), epochs: int = EPOCHS, done=ignore
 ) -> dict[str, nn.Module]:
     """A fresh attacker h' of each kind, trained on the error maps of the auxiliary images; all
     kinds see the same ones.
     """
     generator = torch.Generator().manual_seed(seed)
     train, valid = (
-        [known_errors(base, data, index, generator) for index in data.sides(part)]
+        [known_errors(base, data, index, generator, done) for index in data.sides(part)]
         for part in ("aux", "val")
     )
     state, found = generator.get_state(), {}
@@ -125,16 +135,17 @@ def train_proxies(
 
 
 @torch.no_grad()
-def known_errors(base: Base, data: Encoded, index: list[int], generator) -> tuple:
+def known_errors(base: Base, data: Encoded, index: list[int], generator, done=ignore) -> tuple:
     """FRESH error maps (FRESH * len(index), C, h, w) of each image, and their timesteps."""
     index = torch.tensor(index).repeat(FRESH)
     timesteps = torch.randint(max(TIMESTEPS) + 50, (len(index),), generator=generator)
     noise = torch.randn((len(index), *base.latent_shape), generator=generator)
     timesteps, noise = timesteps.to(base.device), noise.to(base.device)
-    errors = [
-        squared_error(base, data.latents[index[i]], data.text[index[i]], timesteps[i], noise[i])
-        for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH))
-    ]
+    errors = []
+    for i in torch.arange(len(index)).split(at_once(base, GRID_BATCH)):
+        given = data.latents[index[i]], data.text[index[i]], timesteps[i], noise[i]
+        errors.append(squared_error(base, *given))
+        done(len(i))
     return torch.cat(errors), timesteps
 
 
@@ -201,10 +212,11 @@ def one_draw(odds: np.ndarray, seed: int) -> np.ndarray:
 # Pictures
 
 
-def draw(base: Base, text: torch.Tensor, steps: int, seed: int = 1, done=ignore) -> np.ndarray:
+def draw(base: Base, text: torch.Tensor, steps: int, seed: int = 1) -> np.ndarray:
     """Pictures (N, H, W, 3) from embedded captions (N, L, D), of the same noise for every model."""
     shape = len(text), *base.latent_shape
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(base.device)
     empty = encode_captions(base, [""])
     text = sdxl.framed_as(base, text, empty)  # pictures that are not cut
-    return sample(base, text, empty, noise, steps, GUIDANCE, done)
+    with progress.stage("pictures", len(text)) as bar:
+        return sample(base, text, empty, noise, steps, GUIDANCE, done=bar.advance)

@@ -88,8 +88,8 @@ def _inception() -> nn.Module:
 @torch.no_grad()
 def features(network: nn.Module, images: np.ndarray, batch: int = 16) -> torch.Tensor:
     """Features (N, F) of pictures uint8 (N, H, W, 3)."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return torch.cat([network(part) for part in pixels.split(batch)])
+    parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch)
+    return torch.cat([network(part) for part in progress.over(parts, "features")])
 
 
 def identity(width: int) -> nn.Module:

@@ -183,6 +183,15 @@ def sources(target: Target) -> str:
     return json.dumps([[target.config.get(k) for k in names], *held])
 
 
+def models(targets: list[Target], shadows: bool) -> int:
+    """How many models are asked: every adapter, and the base once for targets in a row of the same
+    sources; with shadows it is asked with those of each adapter.
+    """
+    places = [sources(target) for target in targets]
+    new = sum(here != before for here, before in zip(places, [None, *places], strict=False))
+    return len(targets) + (len(targets) if shadows else new)
+
+
 def kind(target: Target) -> str:
     """All that was decided about an adapter but its seed; what is only looked at on the way decides
     nothing, nor does a flag that a run does not know, at the value it has left out.

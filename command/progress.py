@@ -6,8 +6,10 @@ a line every half minute.  Nothing is shown before a command calls `start`.
         bar.advance(32)
     for t in progress.over(timesteps, "SecMI"):                 # a bar over a loop
 
-A stage within another one is shown behind it.  tqdm formats the line.  It cannot draw it: its bars
-stay still where nothing advances, and a log of them is one line without end.
+A stage within another one is shown behind it.  Where the pieces of a bar differ in cost, each is a
+`part` of it, and the bar of what goes on in a part fills that part.  tqdm formats the line.  It
+cannot draw it: its bars stay still where nothing advances, and a log of them is one line without
+end.
 Tested in tests/test_progress.py.
 """
 
@@ -31,6 +33,7 @@ COLUMNS = 79  # of a line at most
 TICK, LOG = 0.5, 30.0  # seconds between two lines on a terminal, and in a log
 KEPT = 1.0  # a terminal keeps the last line of a stage that took so many seconds
 BAR = "{desc:.24} {percentage:3.0f}% [{bar:12}] {n:.0f}/{total:.0f} {elapsed}<{remaining}{postfix}"
+PARTS = BAR.replace(" {n:.0f}/{total:.0f}", "")  # which are of different sizes
 CLOCK = "{desc}, {elapsed}{postfix}"
 # about the libraries' bars in a notebook without ipywidgets, which are switched off
 warnings.filterwarnings("ignore", "IProgress not found", TqdmWarning)
@@ -45,11 +48,23 @@ class Stage:
     done: float
     first: float  # the part of `done` that an earlier process did
     note: str = ""  # shown behind the bar
+    open: float = 0.0  # what is left of the part that goes on, see `part`
+    filled: float = 0.0  # the share of it that the bars in it have reached
     began: float = field(default_factory=time.monotonic)
 
     def advance(self, count: float = 1) -> None:
         """Add `count` to what is done."""
         self.done += count
+
+    @contextlib.contextmanager
+    def part(self, size: float) -> Iterator[None]:
+        """Inside, work goes on that counts as `size`.  It may have parts of its own."""
+        before, around = self.done, self.open
+        self.open, self.filled = size, 0.0
+        try:
+            yield
+        finally:
+            self.done, self.open, self.filled = before + size, max(around - size, 0.0), 0.0
 
 
 class Line:
@@ -66,15 +81,19 @@ class Line:
         """The first bar, with the name of the outermost stage and the stages within the bar."""
         bar = next((s for s in self.stages if s.total), self.stages[0])
         within = self.stages[self.stages.index(bar) + 1 :]
-        inner = next((f" {s.done:.0f}/{s.total:.0f}" for s in within if s.total), "")
+        inner = ""
+        for stage in [s for s in within if s.total][:1]:
+            inner = f" {stage.done:.0f}/{stage.total:.0f}"
+            bar.filled = max(bar.filled, min(stage.done / stage.total, 1))
+        done = bar.done + bar.open * bar.filled
         return tqdm.format_meter(
-            n=min(bar.done, bar.total or bar.done),
+            n=min(done, bar.total or done),
             total=bar.total,
             initial=bar.first,
             elapsed=time.monotonic() - bar.began,
             prefix=shown(self.stages[0].name),
             postfix=shown(within[0].name + inner if within else bar.note),
-            bar_format=BAR if bar.total else CLOCK,
+            bar_format=(PARTS if bar.open else BAR) if bar.total else CLOCK,
             ascii=".#",
             ncols=max(20, min(COLUMNS, shutil.get_terminal_size().columns - 1)),
         )

@@ -73,6 +73,20 @@ def test_evaluation_of_a_run(run, capsys, monkeypatch):
     assert again["adapted"]["attacks"] == record["adapted"]["attacks"]
 
 
+def test_the_bar_counts_all_that_is_asked(run, monkeypatch):
+    """Every ask has a share of its model's part of the bar, and the shares make it whole; what an
+    earlier evaluation asked does not count as the work of this one.
+    """
+    measured = []
+    monkeypatch.setattr(evaluate, "conclude", lambda s, found, models, _: measured.extend(models))
+    for _ in range(2):
+        evaluate.evaluate(evaluate.Settings(runs=[run], pictures=4, sampling_steps=2))
+    for one in (measured[-1], measured[-1].control):
+        assert set(one.shares) == {"encoding", "drawing", "features"}  # parts of other parts
+    bar = measured[-1].bar
+    assert bar.done == 2 and bar.first == pytest.approx(2)
+
+
 def test_runs_of_two_seeds_are_pooled(run, tiny_base, image_folder, tmp_path, capsys):
     """Runs that differ by their seed, and by what was looked at on the way, are one claim; another
     step of one is not.

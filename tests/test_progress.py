@@ -202,3 +202,29 @@ def test_only_the_main_process_speaks(capsys, monkeypatch):
     print("error", file=sys.stderr)
     sys.stdout.close()
     assert capsys.readouterr() == ("", "error\n")
+
+
+def test_parts_count_by_their_size(speaking):
+    """Of 10 a part of 8 is half done by the bar within it; parts within a part fill it up to its
+    own size, and the bars that follow fill the rest.
+    """
+    stream = speaking(Terminal())
+
+    def share():
+        progress._line.draw()
+        return int(re.search(r"(\d+)%", stream.getvalue().split("\r")[-1])[1])
+
+    with progress.stage("attacks", 10) as bar:
+        with bar.part(8), progress.stage("SecMI", 4) as inner:
+            inner.advance(2)
+            assert share() == 40
+        assert share() == 80
+        with bar.part(2):
+            with bar.part(1.5), progress.stage("encoding", 3) as inner:
+                inner.advance(1)
+                assert share() == 85
+            with progress.stage("losses", 2) as inner:
+                assert share() == 95
+                inner.advance(1)
+                assert share() == 98  # 95 and half of the rest
+    assert bar.done == 10

@@ -113,7 +113,9 @@ def complete(s: Audit) -> Audit:
     from files import images  # numpy and Pillow: not for --help
 
     found = resolve(settings_of_one(s))
-    images.check(s.data, s.caption)
+    count = images.check(s.data, s.caption)
+    if count is not None and s.pool > count:
+        raise UserError(f"--pool {s.pool} is more than the {count} images in {s.data}: lower it")
     steps = found.steps or -(-found.epochs * found.members // (found.batch_size * found.accumulate))
     for at in s.at or ():
         if not (at.isdecimal() and 1 <= int(at) <= steps):
@@ -135,11 +137,12 @@ def make_plan(s: Audit):
     """
     from attacks import audit_plan
     from files.bases import load_base
-    from files.devices import resolve_device, resolve_dtype
+    from files.devices import require_device, resolve_device, resolve_dtype
     from files.images import load_images
     from run import identity
 
     device = resolve_device(s.device)
+    require_device(device)
     each = replace(settings_of_one(s), device=device, dtype=resolve_dtype(s.dtype, device))
     base = load_base(s.model, "cpu", each.dtype, s.size)
     each = replace(each, size=base.size)
@@ -164,8 +167,12 @@ def audit(s: Audit, train: Callable | None = None) -> dict:
 
         return compare(s.audits)
     s = complete(s)
+    from attacks import workers
+
+    if s.cluster and not s.dry_run:
+        workers.require_scheduler(s.cluster)
     with progress.stage("loading the libraries"):
-        from attacks import audit_record, audit_tasks, workers
+        from attacks import audit_record, audit_tasks
         from command.whole_files import write_json
         from report import audit_page
         from run import lock

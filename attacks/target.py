@@ -15,7 +15,7 @@ from command.errors import UserError, shown
 from command.flags import checked
 from files import EMBEDDED_SETS
 from run.folder import RunFolder, read_splits
-from run.resolve import check_numbers
+from run.resolve import check_device, check_numbers
 from settings import FREE, LOOKS, Settings
 
 NEEDED = ("method", "model", "data", "caption", "dtype", "seed")  # of the settings of a run
@@ -75,8 +75,7 @@ def check_flags(s) -> None:
     refuse(s.pictures == 1, "--pictures must be 0 or at least 2: the Frechet distance needs two")
     at = re.fullmatch(r"last|best|[0-9]{1,18}", s.at)
     refuse(not at, f"--at must be last, best or a step, not {s.at}")
-    device = re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", s.device)
-    refuse(not device, f"--device must be auto, cpu, cuda, cuda:1 or mps, not {s.device}")
+    check_device(s.device)
     if s.runs:
         for flag in ("adapter", "members", "splits", "caption", "out", "config"):
             own = "is for an adapter without a run folder; a run has its own: leave it out"

@@ -138,15 +138,11 @@ def cluster(address: str) -> Iterator[Cluster]:
     the task of a dead worker again.  Raises UserError without the package or the scheduler, also
     if it goes away, for workers that lack this code, and for a task whose workers die every time.
     """
-    try:
-        from distributed import Client, KilledWorker
-    except ImportError:
-        raise UserError("--cluster needs a package: pip install distributed") from None
-    try:
-        _require_scheduler(address)
+    require_scheduler(address)
+    from distributed import Client, KilledWorker
+
+    with _reaching(address):
         client = Client(address, timeout=ANSWER)
-    except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError is of tls://
-        raise UserError(f"there is no Dask scheduler at {address}: {error}") from None
     with client:
         if not client.scheduler_info()["workers"]:
             print(f"note: {address} has no workers yet, the audit waits for them")
@@ -166,16 +162,27 @@ def cluster(address: str) -> Iterator[Cluster]:
             ) from None
 
 
-def _require_scheduler(address: str) -> None:
-    """Raise OSError if no scheduler answers at a tcp address.
+@contextlib.contextmanager
+def _reaching(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError is of tls://
+        raise UserError(f"there is no Dask scheduler at {address}: {error}") from None
+
+
+def require_scheduler(address: str) -> None:
+    """Raises UserError without Dask, or if no scheduler answers at a tcp address.
 
     Client itself tries a closed port for ANSWER seconds and waits for ever at one that is open and
     silent.  A scheduler speaks first.
     """
-    from distributed.comm import get_address_host_port, parse_address
-
-    if parse_address(address)[0] == "tcp":
-        host_port = get_address_host_port(address)
-        with socket.create_connection(host_port, ANSWER) as connection:
-            if not connection.recv(1):
-                raise OSError("it hung up")
+    try:
+        from distributed.comm import get_address_host_port, parse_address
+    except ImportError:
+        raise UserError("--cluster needs a package: pip install distributed") from None
+    with _reaching(address):
+        if parse_address(address)[0] == "tcp":
+            host_port = get_address_host_port(address)
+            with socket.create_connection(host_port, ANSWER) as connection:
+                if not connection.recv(1):
+                    raise OSError("it hung up")

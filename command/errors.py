@@ -4,7 +4,10 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
+import threading
+import typing
 from collections.abc import Callable, Iterator
 
 
@@ -33,28 +36,44 @@ def printable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class Terminated(KeyboardInterrupt):
+    """The system, or `kill`, asks the process to end."""
+
+
+def terminated(*_) -> typing.NoReturn:
+    """What SIGTERM does in a command: it ends it as an interrupt does, with a word."""
+    raise Terminated
+
+
 @contextlib.contextmanager
 def one_line_errors(again: Callable[[], str] | None = None) -> Iterator[None]:
     """Errors that the user can correct become one line and exit code 2.  Others keep their
     traceback.
 
-    `again` gives the command that continues a stopped one.
+    `again` gives the command that continues a stopped one, by an interrupt or SIGTERM.
     """
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
     try:
         yield
         sys.stdout.flush()  # finds a closed pipe here, not at the end of the process
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"stopped; to go on: {again()}" if again else "stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise SystemExit(128 + number) from None
     except Exception as error:
         line = _one_line(error)
         if line is None:
             raise
         print(f"error: {shown(line)}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        if main and signal.getsignal(signal.SIGTERM) is terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def this_command(launcher: str = "python") -> str:

@@ -35,6 +35,26 @@ GROUPS = (
     "differential privacy",
     "advanced",
 )  # in the order of --help
+# what diffusers' and kohya's trainers call a flag, where the words are not near
+ELSEWHERE = {
+    "pretrained_model_name_or_path": "--model",
+    "train_data_dir": "--data",
+    "instance_data_dir": "--data",
+    "instance_prompt": "--caption",
+    "output_dir": "--out",
+    "max_train_steps": "--steps",
+    "learning_rate": "--lr",
+    "lr_scheduler": "--schedule",
+    "mixed_precision": "--dtype",
+    "network_dim": "--rank",
+    "network_alpha": "--alpha",
+    "gradient_accumulation_steps": "--accumulate",
+    "checkpointing_steps": "--save-every",
+    "resume_from_checkpoint": "--resume",
+    "report_to": "--track",
+    "validation_prompt": "--prompt",
+    "random_flip": "--flip",
+}
 
 
 def option(
@@ -73,7 +93,9 @@ class Parser(argparse.ArgumentParser):
         if unknown and (name := _name(unknown[1])) in self.retired:
             message = _gone(unknown[1], self.retired[name])
         elif unknown:
-            message += _did_you_mean(_flag(name), flags)
+            same = ELSEWHERE.get(name)
+            near = _did_you_mean(_flag(name), flags)
+            message += f"; it is {same} here" if same in flags else near
         elif choice:
             message += _did_you_mean(choice[2], flags[choice[1]].choices)
         print(f"error: {shown(message)} (see {self.prog} --help)", file=sys.stderr)

@@ -21,7 +21,7 @@ from command.errors import UserError, shown
 from command.whole_files import read_json
 from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
 from files import checkpoints, contents, sdxl
-from files.devices import resolve_device, resolve_dtype
+from files.devices import require_device, resolve_device, resolve_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 XL = "StableDiffusionXLPipeline"
@@ -59,11 +59,7 @@ def load_base(
         log.set_verbosity_error()
         log.disable_progress_bar()
     device = resolve_device(device)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here: {reason}") from None
+    require_device(device)
     dtype, name = DTYPES[resolve_dtype(dtype, device)], shown(model)
     source = Path(model) if os.path.isfile(model) else _find(model)
     pipeline = (_single_file if source.is_file() else _folder)(source, dtype)

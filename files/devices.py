@@ -2,6 +2,8 @@
 
 import torch
 
+from command.errors import UserError
+
 
 def resolve_device(device: str, before: str | None = None) -> str:
     """ "auto" as the name of a device that is present: `before` if it is, else cuda, mps or cpu."""
@@ -11,6 +13,15 @@ def resolve_device(device: str, before: str | None = None) -> str:
     present["cpu"] = True
     order = [*([before] if before else []), *present]
     return next(name for name in order if present.get(name.split(":")[0]))
+
+
+def require_device(device: str) -> None:
+    """Raises UserError unless a tensor can be made on this device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here: {reason}") from None
 
 
 def resolve_dtype(dtype: str | None, device: str) -> str:

@@ -115,11 +115,15 @@ def load_images(
     return Images(images.names + names, captions, pixels, private=private, sizes=sizes)
 
 
-def check(data: str, caption: str | None = None) -> None:
-    """Raises UserError for a folder or captions that cannot be used; opens no picture."""
-    if data not in EMBEDDED_SETS:
-        with _readable(Path(data)):
-            _listed(Path(data), caption)
+def check(data: str, caption: str | None = None) -> int | None:
+    """How many images a folder lists, None for an embedded set; opens no picture.
+
+    Raises UserError for a folder or captions that cannot be used.
+    """
+    if data in EMBEDDED_SETS:
+        return None
+    with _readable(Path(data)):
+        return len(_listed(Path(data), caption)[2])
 
 
 def _load(data: str, size: int, caption: str | None) -> Images:

@@ -22,7 +22,7 @@ import torch
 import lora
 from algorithm import Diverged, Run
 from command import progress
-from command.errors import PASSING, UserError
+from command.errors import PASSING, UserError, terminated
 from files import adapters
 from files.images import Images
 from run import cost, due, identity, pictures, snapshot, state, watch
@@ -34,7 +34,7 @@ from settings import PLACES
 INSISTENT = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK")  # a second one acts at once
 ENDING = (*INSISTENT, "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
 ENDING += ("SIGVTALRM", "SIGPROF", "SIGPWR")  # each as far as the system has it
-DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
+DEFAULT = (signal.SIG_DFL, signal.default_int_handler, terminated)
 Algorithm = Callable[[Run, Iterable[int]], Iterator[dict]]
 
 

@@ -3,6 +3,7 @@ refused before anything is loaded.
 """
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def resolve(settings: Settings, begun: bool = False) -> Settings:
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
     check_numbers(settings)
+    check_device(settings.device)
     _check_prompts(settings)
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
         raise UserError(
@@ -110,6 +112,12 @@ def _check_number(settings: Settings, name: str, highest: float | None) -> None:
         limit = "finite" if highest is None else f"at most {highest:,}".removesuffix(".0")
         lowest = "above 0" if positive else "0 or more"
         raise UserError(f"--{name.replace('_', '-')} must be {lowest} and {limit}, not {value}")
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for a name that no device has."""
+    if not re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:[0-9]{1,3})?", device):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:1 or mps, not {device}")
 
 
 def _check_prompts(settings: Settings) -> None:

@@ -627,3 +627,16 @@ def test_records_of_before_are_compared(tmp_path, capsys):
     said = [line.split()[:2] for line in lines if line.startswith("audit-")]
     assert said == [[name, at] for name, record in records.items() for at in record["steps"]]
     assert (tmp_path / "comparison.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"pool": 60}, "--pool 60 is more than the 40 images in"),
+        ({"device": "toaster"}, "--device must be auto, cpu"),
+    ],
+)
+def test_refused_before_anything_is_loaded(tiny_base, image_folder, flags, words):
+    """The folder is listed, no picture is opened."""
+    with pytest.raises(UserError, match=words):
+        audit.complete(audit.Audit(model=tiny_base, data=image_folder, **flags))

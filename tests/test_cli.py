@@ -5,9 +5,11 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -93,6 +95,7 @@ def test_flags(argv, field, value):
         (["--unknown\n"], "--unknown"),
         (["--stepz", "3"], "--stepz; did you mean --steps?"),
         (["--train_batch_size=3"], "; did you mean --batch-size?"),
+        (["--max_train_steps", "3"], "; it is --steps here"),
         (["--kind", "bb"], "; did you mean b?"),
         (["--every", "1"], "--every is a flag that this version does not have; commit abc1234"),
     ],
@@ -324,6 +327,16 @@ def test_interrupted(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop, one_line_errors(again):
             raise KeyboardInterrupt
         assert stop.value.code == 130 and capsys.readouterr().err == f"stopped{line}\n"
+
+
+def test_terminated(capsys):
+    """As an interrupt, with its own exit code; afterwards SIGTERM does what it did."""
+    with pytest.raises(SystemExit) as stop, one_line_errors(lambda: "python evaluate.py x"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped; to go on: python evaluate.py x\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

@@ -50,28 +50,33 @@ class Audit(Method):
     out: str | None = option(None, "folder (default: runs/audit-<method>)", group=WHERE)
     device: str = option("auto", "as in train.py", group=WHERE)
     adapters: int = option(8, "adapters to train, an even number of 4 or more", group=OWN)
-    pool: int = option(POOL, "images, half of them members of an adapter", group=OWN)
+    pool: int = option(POOL, "images; each adapter trains on half of them", group=OWN)
     save_every: int | None = option(
         None,
-        "steps between askings of an adapter (default: an eighth, a quarter, half and all steps)",
+        "steps between measurements of an adapter (default: after an eighth, a quarter, half and "
+        "all steps)",
         group=OWN,
     )
     at: list[str] | None = option(
         None,
-        "a step at which adapters are asked, in place of --save-every; may come again",
+        "step at which adapters are measured, in place of --save-every; repeat the flag for more",
         group=OWN,
     )
     pictures: int = option(
         0,
-        "pictures of each adapter and step, for the Frechet distance of all together",
+        "pictures to draw per adapter and step, for one Frechet distance over all adapters",
         group=OWN,
     )
-    canaries: int = option(0, "images of the pool that get the caption of another", group=OWN)
+    canaries: int = option(0, "images of the pool that swap captions", group=OWN)
     jobs: int | None = option(
-        None, "adapters at a time, a process each (default: cores, or 1 on a GPU)", group=OWN
+        None,
+        "adapters in parallel, a process each (default: cores, or 1 on a GPU)",
+        group=OWN,
     )
     cluster: str | None = option(
-        None, "address of a Dask scheduler whose workers train, in place of --jobs", group=OWN
+        None,
+        "train on the workers of this Dask scheduler, in place of --jobs",
+        group=OWN,
     )
 
     RETIRED: ClassVar[dict] = Settings.RETIRED
@@ -104,7 +109,7 @@ def complete(s: Audit) -> Audit:
     if s.pool < MIN_POOL or s.pool % 2:
         raise UserError(f"--pool must be an even number of {MIN_POOL} or more, not {s.pool}")
     if not 0 <= s.canaries <= s.pool or s.canaries == 1:
-        raise UserError(f"--canaries must be 0, or 2 to {s.pool}: captions change places")
+        raise UserError(f"--canaries must be 0, or 2 to {s.pool}, since captions are swapped")
     if s.jobs is not None and s.jobs < 1:
         raise UserError(f"--jobs must be 1 or more, not {s.jobs}")
     if s.pictures < 0:
@@ -211,7 +216,7 @@ def dry_run(s: Audit, plan) -> dict[str, float]:
     training, queries = (-(-todo // jobs) * found[name] for name in ("training", "queries"))
     memory = peak_memory(torch.device(s.device))
     print(
-        f"adapters: {todo} of {s.adapters} are to train, {s.steps} steps each, {jobs} at a time\n"
+        f"adapters: {todo} of {s.adapters} to train, {s.steps} steps each, {jobs} in parallel\n"
         f"time:     about {duration(training + queries)}: {duration(training)} of training, "
         f"{duration(queries)} of queries\n"
         f"disk:     {todo * found['bytes'] / 1e9:.2g} GB\n"

@@ -34,19 +34,21 @@ class Settings:
 
     runs: list[str] | None = option(None, "run folders made by train.py", group=WHERE)
     at: str = option(
-        "last", "adapter of a run: last, best (lowest held-out loss), or a saved step", group=WHERE
+        "last",
+        "adapter of a run: last, best (lowest held-out loss), or a saved step",
+        group=WHERE,
     )
     model: str | None = option(
-        None, "base model of --adapter, or where that of the runs lies now", group=WHERE
+        None, "base model of --adapter, or the new place of the runs' base model", group=WHERE
     )
     data: str | None = option(
         None,
-        "images of --adapter, in the paper's four sub-folders or with --splits; or where those of "
-        "the runs lie now",
+        "images of --adapter, in the paper's four sub-folders or with --splits; or the new place "
+        "of the runs' images",
         group=WHERE,
     )
     nonmembers: str | None = option(
-        None, "beside --members; or where the --nonmembers of the runs lie now", group=WHERE
+        None, "goes with --members; or the new place of the runs' --nonmembers", group=WHERE
     )
     device: str = option("auto", "as in train.py", group=WHERE)
     adapter: str | None = option(
@@ -54,8 +56,8 @@ class Settings:
     )
     members: str | None = option(
         None,
-        "images that --adapter was trained on, a folder, in place of --data; --nonmembers are "
-        "images of the same kind that it was not trained on",
+        "folder of images that --adapter was trained on, in place of --data; put images of the "
+        "same kind that it was not trained on into --nonmembers",
         group=ELSEWHERE,
     )
     config: str | None = option(
@@ -65,26 +67,27 @@ class Settings:
         group=ELSEWHERE,
     )
     splits: str | None = option(
-        None, "JSON of role -> file names, as splits.json of a run", group=ELSEWHERE
+        None, "JSON file of role -> file names, like the splits.json of a run", group=ELSEWHERE
     )
-    caption: str | None = option(
-        None, "one caption for images that have none of their own", group=ELSEWHERE
-    )
+    caption: str | None = option(None, "caption for all images without one", group=ELSEWHERE)
     out: str | None = option(
         None, "folder for the results of --adapter (default: runs/evaluation)", group=ELSEWHERE
     )
-    pictures: int = option(100, "pictures to generate for quality; 0 skips it", group=LOOKS)
+    pictures: int = option(100, "pictures to draw for quality; 0 skips them", group=LOOKS)
     sampling_steps: int = option(20, "DDIM steps per picture", group=LOOKS)
     features: str = option(
-        "embedded", "network of Frechet distance and KID", ("embedded", "inception"), group=LOOKS
+        "embedded",
+        "network of Frechet distance and KID",
+        ("embedded", "inception"),
+        group=LOOKS,
     )
     test_nonmembers: int = option(
-        200, "test non-members to score; 0 takes all; 200 are needed for TPR at 5 % FPR"
+        200, "test non-members to score; 0: all; a TPR at 5 % FPR needs 200"
     )
-    shadow: int = option(0, "adapters to train as each run was, to attack it with (LiRA); 0: none")
-    jobs: int | None = option(None, "shadows at a time (default: cores, or 1 on a GPU)")
+    shadow: int = option(0, "shadow adapters to train as each run was, for LiRA; 0: none")
+    jobs: int | None = option(None, "shadows in parallel (default: one per core, or 1 on a GPU)")
     dtype: str | None = option(
-        None, "of the base (default: as trained)", ("float32", "bfloat16", "float16")
+        None, "dtype of the base (default: as trained)", ("float32", "bfloat16", "float16")
     )
 
 
@@ -201,10 +204,10 @@ def conclude(s: Settings, found: list, models: list, records: list[dict]) -> Non
         print()
         tables.say(record["verdict"])
         if record["promise"]:
-            tables.say(f"Promised: {record['promise']}.")
+            tables.say(f"Guaranteed: {record['promise']}.")
         if not record["shadows"] and record["method"] != "adapter":
             count = shadows.advised(record)
-            print(f"An attacker who trains adapters of his own was not tried: --shadow {count}.")
+            print(f"An attacker with shadow adapters was not tried: add --shadow {count}.")
         print(f"files:    {target.folder}/report.html, exposure.csv, eval.json, figures/")
 
 

@@ -39,9 +39,9 @@ class Settings:
     # What and where
     method: str = option(
         "smp",
-        "lora, or with a defence: the paper's mp (the sum, Eq. 6) or smp (the ratio, Eq. 10), or "
-        "distill, which learns from adapters that never saw the image, or dp, which clips every "
-        "image's gradient, adds noise and so promises --epsilon; smp-detached is a control",
+        "lora has no defence; mp (the sum, Eq. 6) and smp (the ratio, Eq. 10) are the paper's; "
+        "distill learns each image from adapters that never saw it; dp clips each image's "
+        "gradient and adds noise, which guarantees --epsilon; smp-detached is a control",
         METHODS,
         group="what and where",
     )
@@ -56,35 +56,35 @@ class Settings:
     )
     nonmembers: str | None = option(
         None,
-        "public or otherwise unrelated images, as --data, to be all the non-members, so that "
-        "one's own can all be members (default: a part of --data is kept apart)",
+        "take all non-members from here, in the forms of --data, so that all your images can be "
+        "members (default: part of --data is held out)",
         group="what and where",
     )
     out: str | None = option(None, "run folder (default: runs/<method>)", group="what and where")
     device: str = option(
         "auto",
-        "cpu, cuda, cuda:1, mps; auto is the first there is of cuda, mps and cpu, with --resume "
-        "that of the run",
+        "cpu, cuda, cuda:1 or mps; auto takes the first available of cuda, mps and cpu, and with "
+        "--resume the device of the run",
         group="what and where",
     )
     resume: bool = option(
         False,
-        "continue the run in --out, with its settings; a run not begun is begun",
+        "continue the run in --out with its settings; starts a new run if none exists",
         group="what and where",
     )
 
     # The method
     lam: float | None = option(
         None,
-        "privacy weight lambda; 0 is plain LoRA",
+        "privacy weight lambda; 0 gives plain LoRA",
         group="method",
         aliases=("lambda",),
         tables=TABLES,
     )
     proxy: str | None = option(
         None,
-        "the attacker in the loop: the paper's MLP on raw errors, pooled statistics, or "
-        "calibrated: these and the base's",
+        "what the attacker in the loop reads: raw error maps (the paper's MLP), pooled statistics, "
+        "or calibrated: pooled statistics and those of the base",
         ("raw", "pooled", "calibrated"),
         group="method",
         tables=TABLES,
@@ -99,44 +99,46 @@ class Settings:
     )
     public: str | None = option(
         None,
-        "public pictures beside the private ones, as many in a batch: a folder with captions, "
-        "openmoji, or none (default: openmoji for the embedded model)",
+        "public pictures, half of every batch: a folder with captions, openmoji, or none (default: "
+        "openmoji for the embedded model)",
         group="distillation",
     )
 
     # Differential privacy
     epsilon: float = option(
         8.0,
-        "dp: the promise: no attack tells one image's membership better than this allows; the "
-        "smaller, the more noise",
+        "dp: the guarantee, which bounds every attack on one image's membership; smaller values "
+        "add more noise",
         group="differential privacy",
     )
     delta_dp: float | None = option(
         None,
-        "dp: the chance that the promise fails (default: 0.1 / members)",
+        "dp: delta, the chance that the guarantee fails (default: 0.1 / members)",
         group="differential privacy",
     )
     directions: str | None = option(
         None,
-        "dp: file of the public directions that it trains along (default: those of the embedded "
-        "model)",
+        "dp: file of public directions to train along (default: those of the embedded model)",
         group="differential privacy",
     )
 
     # The adapter
     rank: int | None = option(
-        None, "LoRA rank r; more adapts faster and leaks more", group="adapter", tables=TABLES
+        None,
+        "LoRA rank r; a higher one fits faster and leaks more",
+        group="adapter",
+        tables=TABLES,
     )
     target: str | None = option(
         None,
-        "which layers are adapted; full trains the weights of the UNet themselves, without LoRA",
+        "layers to adapt; full trains the UNet's own weights, without LoRA",
         ("attention", "transformer", "all", "full"),
         group="adapter",
         tables=TABLES,
     )
     init: str | None = option(
         None,
-        "adapter to start from; its rank, alpha and layers win over the flags",
+        "adapter to start from; its rank, alpha and layers override the flags",
         group="adapter",
     )
 
@@ -149,35 +151,35 @@ class Settings:
     )
     batch_size: int | None = option(
         None,
-        "members per forward, and per half of the attacker's batch",
+        "members per forward pass, and per half of the attacker's batch",
         group="optimisation",
         tables=TABLES,
     )
     steps: int | None = option(
         None,
-        "outer steps (default: 32 passes over the members of the embedded model, 400 of Stable "
-        "Diffusion; with distill half of it, with dp 6 steps)",
+        "training steps (default: 32 passes over the members with the embedded model, 400 with "
+        "Stable Diffusion; distill: half as many; dp: 6 steps)",
         group="optimisation",
     )
     seed: int = option(
-        0, "decides split, initialisation, data order and noise", group="optimisation"
+        0, "seed of the split, initialisation, data order and noise", group="optimisation"
     )
 
     # Regularisation: what stops the adapter from memorising, without an attacker
     schedule: str | None = option(
         None,
-        "learning rate over the run: from --lr down to 0 along half a cosine or a line",
+        "learning rate schedule: constant, or from --lr down to 0 along half a cosine or a line",
         ("constant", "cosine", "linear"),
         group="regularisation",
         tables=TABLES,
     )
     normalise: bool = option(
-        False, "scale every gradient to the norm of --clip, small ones too", group="regularisation"
+        False, "scale every gradient to norm --clip, small ones too", group="regularisation"
     )
-    flip: bool = option(False, "mirror every other draw of a member", group="regularisation")
+    flip: bool = option(False, "mirror each member every other time", group="regularisation")
     stop: str = option(
         "last",
-        "which of the saved steps becomes the adapter: the last, or that of the best held-out loss",
+        "which saved step becomes the adapter: the last, or the one with the best held-out loss",
         ("last", "best"),
         group="regularisation",
     )
@@ -185,65 +187,65 @@ class Settings:
     # Saving and looking
     save_every: int | None = option(
         None,
-        "steps between adapters kept, each with its held-out loss (default: an eighth of the run; "
+        "steps between saved adapters, each with its held-out loss (default: an eighth of the run; "
         "the first after a twentieth)",
         group="saving and looking",
     )
     prompt: list[str] | None = option(
         None,
-        "a prompt of your own for the grid of pictures; give it again for more",
+        "your own prompt for the grid of pictures; repeat the flag for more",
         group="saving and looking",
     )
     dry_run: bool = option(
         False,
-        "say what would happen, with hours, gigabytes and memory from two steps, and stop",
+        "run two steps, print the plan with hours, disk space and memory, and stop",
         group="saving and looking",
     )
 
     # Advanced
     size: int | None = option(
-        None, "pixels of a side, a multiple of 8 (default: what the model was trained at)"
+        None, "pixels per side, a multiple of 8 (default: the model's own size)"
     )
-    caption: str | None = option(None, "one caption for images that have none of their own")
+    caption: str | None = option(None, "caption for all images without one")
     members: int | None = option(
         None,
-        "images to adapt on; half of them also train the attacker; left out, as many as the "
-        "images serve, up to the default",
+        "images to train on; half of them also train the attacker (fewer than the default if there "
+        "are too few images)",
         tables=TABLES,
     )
     alpha: float | None = option(
-        None, "LoRA alpha: the adapter is scaled by alpha / rank", tables=TABLES
+        None, "LoRA alpha; the adapter is scaled by alpha / rank", tables=TABLES
     )
     attacker_lr: float | None = option(None, "learning rate of the attacker (Adam)", tables=TABLES)
     accumulate: int = option(
-        1, "forwards per step: with N, a step is that of a batch N times as large"
+        1, "gradient accumulation: N forward passes per step, as one batch N times as large"
     )
-    clip: float = option(1.0, "limit of the gradient norm")
+    clip: float = option(1.0, "maximum gradient norm")
     dtype: str | None = option(
         None,
-        "of the frozen base, the rest stays float32; auto: bfloat16 or float16 on a GPU, "
+        "dtype of the frozen base; the rest stays float32. auto: bfloat16 or float16 on a GPU, "
         "float32 on a CPU",
         ("auto", "float32", "bfloat16", "float16"),
         tables=TABLES,
     )
     gradient_checkpointing: bool = option(
-        False, "compute activations twice to keep fewer: a third slower, far smaller"
+        False, "recompute activations in the backward pass: a third slower, far less memory"
     )
     samples: int = option(
         4,
-        "captions of members that the grid of pictures shows, and as many held-out ones; 0 makes "
-        "no pictures, which saves hours on a CPU",
+        "member captions in the grid of pictures, and as many held-out ones; 0 draws no pictures, "
+        "which saves hours on a CPU",
     )
     norms_every: int = option(
-        20, "steps between separate gradient norms of L and G (two more backward passes)"
+        20, "steps between gradient norms of L and G, which cost two more backward passes"
     )
     hessian_every: int = option(
         0,
-        "steps between Hessian norms and their bound on a fixed batch (each costs dozens of "
-        "steps); 0 is never",
+        "steps between Hessian norms and their bound on a fixed batch, each as costly as dozens of "
+        "steps; 0: never",
     )
     state_every: int | None = option(
-        None, "steps between training states for --resume (default: five minutes)"
+        None, "steps between training states for --resume (default: every five minutes)"
     )
     track: str | None = option(None, "also log to a dashboard", ("tensorboard",))
 

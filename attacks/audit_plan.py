@@ -105,8 +105,8 @@ def deal(
     if len(kept) < needed + 2:
         fits = [p for p in range(10, pool, 2) if least(p) <= len(kept)]
         raise UserError(
-            f"a pool of {pool} needs at least {least(pool)} distinct images and there are "
-            f"{len(kept)}: {f'take --pool {fits[-1]} or ' if fits else ''}add images"
+            f"a pool of {pool} needs at least {least(pool)} distinct images, but there are "
+            f"{len(kept)}: {f'use --pool {fits[-1]} or ' if fits else ''}add images"
         )
     rng = np.random.default_rng(settings.seed)
     most = needed + HELD_OUT_IMAGES + (NONMEMBER_SETS - 1) * taken

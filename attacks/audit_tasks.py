@@ -124,10 +124,10 @@ def subject(plan: Plan) -> tuple[Base, Encoded]:
             images = load_images(s.data, base.size, s.caption, s.nonmembers)
             dealt = {"names": plan.names, "captions": plan.captions}
             images = replace(images.take(plan.images), **dealt)
-            what = "the audit was begun with"
+            what = "the audit was started with"
             identity.require(plan.identity, identity.of(s, base), s, what)
             if hash_of(images) != plan.digest:
-                raise UserError(f"{s.data} is not what the audit was begun with: put it back")
+                raise UserError(f"{s.data} is not what the audit was started with: put it back")
             _loaded[key] = base, encode(base, images, {})
     return _loaded[key]
 

@@ -83,7 +83,7 @@ def prepare(target: Target, device: str = "cpu", nonmembers: int = 0) -> Examina
     if (now := content(base)) != target.identity.get("model", now):
         raise UserError(
             f"the base model {shown(c['model'])} is not the one that {target.run} was trained on: "
-            "put it back, or name where it lies with --model"
+            "put it back, or give its path with --model"
         )
     images = load_images(c["data"], base.size, c["caption"], c.get("nonmembers"))
     every = dealt(target, images)
@@ -141,8 +141,8 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
             return roles
         if images.folders is None:
             raise UserError(
-                f"{source} does not say who is a member: give --members and --nonmembers in its "
-                f"place, or --splits, or sub-folders {', '.join(FOLDERS)}"
+                f"{source} does not say which images are members: use --members and --nonmembers "
+                f"instead, or --splits, or sub-folders {', '.join(FOLDERS)}"
             )
         return split_as_it_comes(images, target.config["seed"])
     position = {name: i for i, name in enumerate(images.names)}
@@ -156,7 +156,7 @@ def dealt(target: Target, images: Images) -> dict[str, list[int]]:
         if missing[0] in position:
             wrong = f"the pixels or the caption of {name} in {where} are not those that "
             wrong += f"{target.run} was trained on ({count} are not found)"
-        raise UserError(f"{wrong}: put them back, or name the folder that holds them with {flag}")
+        raise UserError(f"{wrong}: put them back, or give their folder with {flag}")
     return {role: [now[name] for name in names] for role, names in target.splits.items()}
 
 

@@ -46,9 +46,9 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
     times = np.bincount([i for r in roles for i in members_of(r)], minlength=images)
     if min(times.min(), count - times.max()) < LEAST:
         raise UserError(
-            f"--shadow {count} is too few for {images} images of which {members} are members: "
-            f"every image must be in {LEAST} shadows and out of {LEAST}; "
-            f"take --shadow {fewest(images, members)} or fewer --test-nonmembers"
+            f"--shadow {count} is too few for {images} images, {members} of them members: every "
+            f"image must be in {LEAST} shadows and out of {LEAST}. "
+            f"Use --shadow {fewest(images, members)} or fewer --test-nonmembers"
         )
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     known = identity.of(s, examination.base)

@@ -78,14 +78,14 @@ def check_flags(s) -> None:
     check_device(s.device)
     if s.runs:
         for flag in ("adapter", "members", "splits", "caption", "out", "config"):
-            own = "is for an adapter without a run folder; a run has its own: leave it out"
+            own = "is for an adapter without a run folder: remove it"
             refuse(getattr(s, flag) is not None, f"--{flag} {own}")
         return
     if s.config:
         return check_search(s)
-    why = "--members and --nonmembers go together: folders of images that it was trained on and not"
+    why = "--members and --nonmembers go together: give both folders"
     refuse((s.members is None) != (s.nonmembers is None), why)
-    why = "--members and --nonmembers name all images: leave --data and --splits out"
+    why = "--members and --nonmembers name all images: remove --data and --splits"
     refuse(s.members is not None and (s.data or s.splits), why)
     refuse(s.at != "last", "--at needs a run folder: --adapter is one adapter, without steps")
     refuse(s.shadow, "--shadow needs to know how --adapter was trained: name a --config")
@@ -109,16 +109,14 @@ def check_places(config: dict) -> None:
 
     model, data, others = config["model"], config["data"], config.get("nonmembers")
     there = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", model) or os.path.exists(model)
-    refuse(
-        not there, f"there is no base model {model}: name it, or where it lies now, with --model"
-    )
+    refuse(not there, f"there is no base model {model}: give its path with --model")
     refuse(
         data not in EMBEDDED_SETS and not os.path.isdir(data),
-        f"there is no folder {data}: name that of the images, or where it lies now, with --data",
+        f"there is no folder {data}: give the folder of the images with --data",
     )
     refuse(
         others not in (None, *EMBEDDED_SETS) and not os.path.isdir(others),
-        f"there is no folder {others} of the non-members: name where it lies now with --nonmembers",
+        f"there is no folder {others} of non-members: give its path with --nonmembers",
     )
     for folder in (data, others):
         if folder:
@@ -155,7 +153,7 @@ def read_run(folder: str, at: str = "last", **instead: str | None) -> Target:
 
 def read_adapter(s) -> Target:
     """An adapter trained elsewhere; raises UserError unless it, its base and images are named."""
-    either = "name run folders, such as runs/smp, or --adapter, --model, --members and --nonmembers"
+    either = "give a run folder (runs/smp), or --adapter with --model, --members and --nonmembers"
     for flag in ("adapter", "model", "members"):
         there = getattr(s, flag) or (flag == "members" and s.data)
         refuse(not there, f"{either}: --{flag} is missing")

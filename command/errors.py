@@ -62,7 +62,7 @@ def one_line_errors(again: Callable[[], str] | None = None) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt as stop:
-        print(f"stopped; to go on: {again()}" if again else "stopped", file=sys.stderr)
+        print(f"stopped; to continue: {again()}" if again else "stopped", file=sys.stderr)
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
     except Exception as error:
@@ -90,7 +90,7 @@ def _one_line(error: Exception) -> str | None:
     # PyTorch raises a RuntimeError where there is no memory
     out_of_memory = isinstance(error, RuntimeError) and any(s in str(error) for s in NO_MEMORY)
     if isinstance(error, MemoryError) or out_of_memory:
-        return "not enough memory: ask for less, such as a smaller batch, size or rank"
+        return "not enough memory: use a smaller batch, size or rank"
     return None
 
 

@@ -109,8 +109,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _gone(flag: str, retired: tuple) -> str:
-    what = "is a flag that this version does not have"
-    return f"{flag} {what}; commit {retired[0]} was the last that had it"
+    return f"{flag} is no longer a flag; commit {retired[0]} was the last that had it"
 
 
 def parse(
@@ -249,7 +248,7 @@ def checked(settings: type, values: dict, path: Path) -> dict:
         if name in names:
             field = fields[names[name]]
             if field.name in found:
-                raise UserError(f"{path}: {field.name} is there twice, again as {key}")
+                raise UserError(f"{path}: {field.name} is given twice, again as {key}")
             found[field.name] = _checked_value(field, value, f"{path}: {key}")
         elif name not in retired:
             raise UserError(f"{path}: there is no flag {key}{_did_you_mean(name, names)}")

@@ -89,7 +89,7 @@ def _sizes(total: int, members: int, preset: str) -> dict[str, int]:
         )
     if total < needed:
         raise UserError(
-            f"the split needs at least {needed} distinct images and there are {total}: {remedy}"
+            f"the split needs at least {needed} distinct images, but there are {total}: {remedy}"
         )
     return sizes
 
@@ -99,16 +99,16 @@ def _sizes_beside(own: int, others: int, members: int) -> tuple[dict, dict]:
     if members > own or own < LEAST:
         lower = " or lower --members" if own >= LEAST else ""
         raise UserError(
-            f"there are {own} distinct images for {max(members, LEAST)} members: add images{lower}"
+            f"{max(members, LEAST)} members need as many distinct images, but there are {own}: "
+            f"add images{lower}"
         )
     _require_least(members)
     aux, val, test = parts(members)
     left = others - aux - 2 * val
     if left < 2:
         raise UserError(
-            f"{members} members need at least {aux + 2 * val + 2} non-members, and --nonmembers "
-            f"holds {others} distinct images that are not among the members': add some or take "
-            "fewer members"
+            f"{members} members need at least {aux + 2 * val + 2} non-members, but --nonmembers "
+            f"holds {others} distinct images that are not in --data: add some or lower --members"
         )
     mine = {"member_aux": aux, "member_val": val, "member_test": test, "fresh": 0}
     taken = min(left, OUTSIDE_TEST)
@@ -119,7 +119,7 @@ def _sizes_beside(own: int, others: int, members: int) -> tuple[dict, dict]:
 def _require_least(members: int) -> None:
     if members < LEAST:
         raise UserError(
-            f"--members is {members}: {LEAST} is the least that gives every role an image"
+            f"--members must be at least {LEAST}, so that every role has an image, not {members}"
         )
 
 
@@ -153,13 +153,13 @@ def say(roles: dict[str, list[int]], nonmembers: str | None, own: bool = False) 
     total = sum(map(len, roles.values()))
     if own and not nonmembers and members < total:
         print(
-            f"note: the adapter trains on {members} of {total} images and the others test it; with "
-            "--nonmembers FOLDER, or openmoji, it trains on all of them"
+            f"note: the adapter trains on {members} of {total} images; the others test it. With "
+            "--nonmembers FOLDER (or openmoji) it trains on all of them"
         )
     if nonmembers:
         print(
-            f"note: the non-members are of {shown(nonmembers)}: where they differ in kind from the "
-            "members, attacks find the kind and not the membership (evaluate.py says whether)"
+            f"note: the non-members come from {shown(nonmembers)}. If they differ in kind from the "
+            "members, attacks detect the kind, not membership; evaluate.py warns if so"
         )
     if note := shortage(roles):
         print(note)
@@ -192,6 +192,6 @@ def shortage(roles: dict[str, list[int]]) -> str | None:
     width = half_width(m, min(n, SCORED))
     lacking = [f"{k} test {name}" for k, name in ((more, "members"), (others, "non-members")) if k]
     return (
-        f"note: {m} test members and {n} test non-members give an AUC to within {width:.2f}; "
-        f"for {WITHIN:g}, {' and '.join(lacking)} are missing"
+        f"note: too few images: {m} test members and {n} test non-members give an AUC to within "
+        f"{width:.2f}. For {WITHIN:g} add {' and '.join(lacking)}"
     )

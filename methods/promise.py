@@ -62,11 +62,11 @@ class Promise:
     mu: float
 
     LIMITS = (
-        "It holds for adding or removing one image with its caption, the number of images being "
-        "known; for replacing one, epsilon is that of twice the mu. It is wrong to say that it "
-        "covers several images of one person or near-copies together, the pictures, captions, "
-        "scores and losses in the run folder, a choice among several runs on the same images, or "
-        "what the public pictures and the base model already know."
+        "It holds for adding or removing one image with its caption; the number of images is "
+        "public. For replacing one image, double the mu. It does not cover several images of one "
+        "person or near-copies together; the pictures, captions, scores and losses in the run "
+        "folder; a choice among several runs on the same images; or what the public pictures and "
+        "the base model already know."
     )
 
     def caught(self, fpr: float) -> float:
@@ -80,7 +80,7 @@ class Promise:
 
     def __str__(self) -> str:
         return (
-            f"epsilon {self.epsilon:g} at delta {self.delta:.1g}: whatever the attack on the "
-            f"adapter, at one false alarm in a hundred it names at most {self.caught(0.01):.0%} of "
-            "the members; it holds for one image with its caption, and for the adapter alone"
+            f"epsilon {self.epsilon:g} at delta {self.delta:.1g}: no attack on the adapter finds "
+            f"more than {self.caught(0.01):.0%} of the members at one false alarm in a hundred; "
+            "this holds for one image with its caption, and for the adapter alone"
         )

@@ -35,8 +35,8 @@ def print_record(record: dict) -> None:
     method, (step, last) = record["settings"]["method"], list(record["steps"].items())[-1]
     half = record["adapters"] * record["pool"] // 2
     print(
-        f"\n{method}: {record['adapters']} adapters, a pool of {record['pool']}: "
-        f"{half} decisions on members, {half} on others"
+        f"\n{method}: {record['adapters']} adapters, a pool of {record['pool']} images: "
+        f"{half} member and {half} non-member decisions"
     )
     print_attacks(f"step {step}", last["attacks"])
     if "canaries" in last:
@@ -44,7 +44,7 @@ def print_record(record: dict) -> None:
     if method == "dp":
         print_promise(record, last)
     print_steps({method: record})
-    print("\nmost exposed, by the strongest attack at 1 % FPR: caught, and false alarms")
+    print("\nmost exposed images: times caught at 1 % FPR by the strongest attack, and false alarms")
     for image in record["exposed"][:PRINTED]:
         name, caption = image["name"], image["caption"] + " (canary)" * image["canary"]
         counts = f"{image['caught']} of {image['of']}, {image['alarms']}"
@@ -55,7 +55,7 @@ def print_record(record: dict) -> None:
         f"as many\nfalse alarms: {often['alarmed']}"
     )
     training, queries = record["seconds"]["training"], record["seconds"]["queries"]
-    print(f"\n{training:.0f} s of training and {queries:.0f} s of queries, over all processes")
+    print(f"\n{training:.0f} s of training and {queries:.0f} s of queries, summed over processes")
 
 
 def print_promise(record: dict, last: dict) -> None:
@@ -64,7 +64,10 @@ def print_promise(record: dict, last: dict) -> None:
     delta = s["delta_dp"] or 0.1 / (record["pool"] // 2)
     bounds = {groups[name]: last[name][HEADLINE]["mu_bound"] for name in groups if name in last}
     shown = ", ".join(f"{epsilon_for(mu, delta):.2g} on {name}" for name, mu in bounds.items())
-    print(f"\npromised: epsilon {s['epsilon']:g} at delta {delta:.1g}; {HEADLINE} shows: {shown}")
+    print(
+        f"\nguaranteed: epsilon at most {s['epsilon']:g} at delta {delta:.1g}\n"
+        f"attacked:   epsilon at least {shown} ({HEADLINE}, 95 % bound)"
+    )
 
 
 def print_attacks(title: str, attacks: dict[str, dict]) -> None:
@@ -180,10 +183,10 @@ def differences(audits: dict[str, tuple], first: str, other: str) -> list[dict]:
     """
     (record, scores), (other_record, other_scores) = audits[first], audits[other]
     if not scores or not other_scores:
-        print(f"{first} or {other} has no scores.npz: not paired")
+        print(f"{first} or {other} has no scores.npz: not compared")
         return []
     if any(not np.array_equal(scores[k], other_scores[k]) for k in ("names", "member")):
-        print(f"{other} has another pool or more adapters than {first}: not paired")
+        print(f"{other} and {first} differ in pool or adapters: not compared")
         return []
     plain, found = ~(scores["canary"] | other_scores["canary"]), []
     decisions = Decisions(scores["member"][:, plain])

@@ -49,8 +49,8 @@ def print_tables(records: list[dict]) -> None:
     if differ_in_kind(records[0]["blind"]):
         say(
             "warning: the test members and non-members differ in kind: a classifier tells them "
-            "apart without any model. So do attacks, on the base as well, whoever was trained on: "
-            "compare with the last column, or take --shadow N, which compares an image with itself"
+            "apart without any model. Attacks do so too, even on the base. Compare with the last "
+            "column, or use --shadow N, which compares each image with itself"
         )
 
 
@@ -71,11 +71,11 @@ def print_attacks(title: str, record: dict) -> None:
         print(f"{name:24}{line}{cell(base['attacks'].get(name))}")
     head = adapted["headline"]
     print(f"{'headline':24}{cell(head):17}  {head['attack']}, chosen on known images")
-    null = f"{adapted['null']:.2f} is reached by some attack in 5 % (permuted labels)"
+    null = f"the best attack reaches {adapted['null']:.2f} in 5 % of permutations"
     print(f"{'  without any leak':24}{null}")
     low = [n for n, f in adapted["attacks"].items() if f["auc_interval"][1] < 0.5]
     if low:
-        say(f"note: over-corrected for {', '.join(low)}: AUC below 0.5 gives members away too")
+        say(f"note: AUC below 0.5 for {', '.join(low)}: over-corrected, which leaks members too")
 
 
 def print_models(records: list[dict]) -> None:
@@ -115,21 +115,20 @@ def verdict(record: dict) -> str:
     names = [p for p in ALARMS if figures[f"tpr_at_{p}_fpr"] is not None]
     if names:
         share = percent(figures[f"tpr_at_{names[-1]}_fpr"])
-        found += f"; at {ALARMS[names[-1]]} it names {share} % of the members"
+        found += f"; at {ALARMS[names[-1]]} it finds {share} % of the members"
     if apart:
         begins = (
-            "The training set and the other images differ in kind, which shows without any model "
-            f"(blind AUC {rounded(record['blind']['auc'])}), so that this says little of what the "
-            "adapter gives away"
+            "Members and non-members differ in kind, which shows without any model (blind AUC "
+            f"{rounded(record['blind']['auc'])}), so this says little about what the adapter leaks"
         )
     elif low <= 0.5 <= high:
-        begins = "The attacks tried here do not show who was in the training set"
+        begins = "The attacks tried here do not find the training images"
     elif high < 0.5:
-        begins = "This adapter gives away who was in the training set, with the sign turned"
+        begins = "This adapter leaks which images it was trained on, with the sign reversed"
     elif area < 0.65:
-        begins = "This adapter gives away a little of who was in the training set"
+        begins = "This adapter leaks a little about which images it was trained on"
     else:
-        begins = "This adapter gives away who was in the training set"
+        begins = "This adapter leaks which images it was trained on"
     return f"{begins}: {found}."
 
 

@@ -21,7 +21,7 @@ from settings import Settings, is_embedded
 NAME = "README.md"
 TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-NOT_YET = "Not evaluated yet: `python evaluate.py RUN` measures what this adapter gives away."
+NOT_YET = "Not evaluated yet: `python evaluate.py RUN` measures what this adapter leaks."
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TAGS = ["text-to-image", "diffusers", "stable-diffusion", "membership-inference"]
 
@@ -164,8 +164,8 @@ def findings(record: dict) -> str:
             distances = [f"{m['quality'][f'frechet_{key}']:.0f}" for m in (adapted, base)]
             rows.append([f"Frechet distance to {images}", *distances])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    tried = "An attacker who trains adapters of his own, the strongest known, was not tried."
+    tried = "The strongest attack known, with shadow adapters, was not tried."
     if record["shadows"]:
-        tried = f"An attacker with {record['shadows']} adapters of his own was tried."
+        tried = f"An attack with {record['shadows']} shadow adapters was tried."
     counts = f"{sizes['member_test']} test members and {sizes['nonmember_test']} non-members"
     return "\n\n".join([record["verdict"], table, f"On {counts}. {tried}"])

@@ -63,7 +63,7 @@ class RunFolder:
         return found
 
     def device(self) -> str | None:
-        """Where the run was begun; None if it has not been."""
+        """Where the run was started; None if it has not been."""
         begun = (self.path / "config.json").is_file()
         return self.config()["settings"].get("device") if begun else None
 

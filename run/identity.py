@@ -2,7 +2,7 @@
 and their captions have hashes of their own, see files/images.py.
 
     now = of(settings, base)                 # {"model": SHA-256, ...}, written when a run begins
-    require(known, now, settings, "runs/smp was begun with")    # known: what was written then
+    require(known, now, settings, "runs/smp was started with")    # known: what was written then
 
 Compared by train.py --resume, by evaluate.py, and by audit.py, of whose answers it is a part of the
 key.  Tested in tests/test_identity.py.
@@ -50,7 +50,7 @@ def digest_of(facts: object) -> str:
 
 
 def require(known: Mapping, now: Mapping, s: Settings, what: str) -> None:
-    """Raises UserError for the first thing that is not what `what` says, such as "RUN was begun
+    """Raises UserError for the first thing that is not what `what` says, such as "RUN was started
     with".  What was not known then is not compared.
     """
     for name, digest in now.items():

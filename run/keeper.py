@@ -93,13 +93,13 @@ class Keeper:
         return dict(zip(data.names, found, strict=True))
 
     def require_the_same(self) -> None:
-        """Before going on: base, files and settings must be those that the run was begun with, by
+        """Before going on: base, files and settings must be those that the run was started with, by
         content, and the images, also by role; raises UserError.
         """
         s, known, code = self.settings, self.folder.identity(), git_commit()
-        identity.require(known, identity.of(s, self.run.base), s, f"{self.folder} was begun with")
+        identity.require(known, identity.of(s, self.run.base), s, f"{self.folder} was started with")
         if self.processes.main and self.folder.config().get("git_commit", code) != code:
-            print(f"note: {self.folder} was begun by other code: its numbers may differ")
+            print(f"note: {self.folder} was started by other code: its numbers may differ")
         now, before = self.hashes(), self.folder.images() or {}
         sets = f"{s.data} or {s.nonmembers}" if s.nonmembers else s.data
         changed = [name for name, known in before.items() if now.get(name, known) != known]
@@ -112,7 +112,7 @@ class Keeper:
         dealt = {role: [data.names[i] for i in index] for role, index in data.roles.items()}
         if self.folder.splits() != dealt:
             raise UserError(
-                f"{sets} no longer holds the images that {self.folder} was begun with: put them "
+                f"{sets} no longer holds the images that {self.folder} was started with: put them "
                 "back"
             )
 
@@ -241,7 +241,7 @@ class Keeper:
         line = f"stopped after step {step} of {self.settings.steps}"
         if self.processes.main:
             with suppress(OSError):  # a closed terminal sends SIGHUP and reads no more
-                print(f"{line}; to go on: {going_on(self.settings)}", file=sys.stderr)
+                print(f"{line}; to continue: {going_on(self.settings)}", file=sys.stderr)
         self.processes.close()
         raise SystemExit(128 + (self.caught[0] if self.caught else signal.SIGTERM))
 

@@ -96,7 +96,7 @@ def _require_processes(config: Path) -> None:
     begun, now = read_json(config).get("processes", 1), launched()[0]
     if begun != now:
         raise UserError(
-            f"{config.parent} was begun by {begun} processes and cannot be continued by {now}: "
+            f"{config.parent} was started by {begun} processes and cannot be continued by {now}: "
             f"start {begun} (accelerate launch --num_processes {begun}), or take another --out"
         )
 
@@ -122,13 +122,20 @@ def stored(settings: Settings) -> tuple[Settings, dict | None]:
             continue
         if known[f.name] is None or f.name not in compared:
             flag = "--" + f.name.replace("_", "-")
-            longer = f"; a new run goes on from --init {out}/adapter" if f.name == "steps" else ""
-            raise UserError(
-                f"{out} was begun with {flag} {known[f.name]}, not {given}: leave {flag} out"
-                f"{longer}"
-            )
+            line = f"{out} was started with {flag} {known[f.name]}, not {given}: remove {flag}"
+            trained = known["method"] != "dp" and (out / "adapter").is_dir()
+            if f.name == "steps" and trained:  # the schedule depends on their number
+                line += f", or train on in a new run: {trained_on(out, known[f.name], given)}"
+            raise UserError(line)
         taken[f.name] = given
     return replace(Settings(**known), **taken), summary
+
+
+def trained_on(out: Path, before: int, steps: int) -> str:
+    """The command of a new run that goes on from the adapter of a finished one."""
+    words = ["train.py", "--config", f"{out}/config.json", "--init", f"{out}/adapter"]
+    words += ["--steps", str(max(steps - before, 1)), "--out", f"{out}-more"]
+    return f"python {shlex.join(words)}"
 
 
 def _read_run(run: RunFolder) -> tuple[dict, dict | None, list[str]]:

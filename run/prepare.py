@@ -83,5 +83,5 @@ def on_device(s: Settings) -> Settings:
     before = RunFolder(s.out).device() if s.resume else None
     device = resolve_device(s.device, before)
     if before not in (None, device) and s.device == "auto":
-        print(f"note: {s.out} was begun on {before}, which is not here: it goes on on {device}")
+        print(f"note: {s.out} was started on {before}, which is not here: it continues on {device}")
     return replace(s, device=device, dtype=resolve_dtype(s.dtype, device))

@@ -71,13 +71,13 @@ def explained(diverged: Diverged, s: Settings) -> UserError:
     row = diverged.row
     start = f"the objective or its gradient is no longer finite at step {row['step']}"
     if finite(row["adaptation_loss"]) and not finite(row["mi_gain"] or 0.0):
-        return UserError(f"{start}, by the attacker's gain: lower --attacker-lr")
+        return UserError(f"{start}, because of the attacker's gain: lower --attacker-lr")
     if row["step"] == 1:
         return UserError(
             "the objective or its gradient is not finite at the first step, before any weight has "
-            "moved, so that --lr is not the cause: the images, "
-            f"{s.model}{f' and {s.init}' if s.init else ''} gave finite held-out losses; "
-            f"--dtype {s.dtype} may overflow, or the base model may be damaged"
+            "moved, so --lr is not the cause. The held-out losses of "
+            f"{s.model}{f' with {s.init}' if s.init else ''} were finite: --dtype {s.dtype} may "
+            "overflow, or the base model may be damaged"
         )
     return UserError(
         f"{start}: lower --lr{' or --lam' if s.method != 'lora' else ''}; "
@@ -121,9 +121,9 @@ def base_row(run: Run) -> dict[str, float]:
         bad = (~encoded.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             raise UserError(
-                f"the {kind} of {data.names[bad[0]]} and {len(bad) - 1} others of "
-                f"{len(data.names)} are not finite numbers as {s.model} encodes them with --dtype "
-                f"{s.dtype}: take float32, another image or another model"
+                f"{s.model} with --dtype {s.dtype} encodes the {kind} of {data.names[bad[0]]} to "
+                f"numbers that are not finite ({len(bad)} of {len(data.names)} images): use "
+                "float32, another image or another model"
             )
     losses = held_out(run)
     if not finite(*losses.values()):
@@ -137,8 +137,8 @@ def base_row(run: Run) -> dict[str, float]:
     if not s.init and losses["nonmember_val_loss"] > TOO_FAR:
         print(
             f"note: the held-out loss of {s.model} is {losses['nonmember_val_loss']:.2f} before the"
-            " first step, above the 1 of a model that answers nothing: is its prediction type (now "
-            f"{run.base.prediction}) right, and are the pictures at its size?"
+            " first step; a model that predicts nothing has 1. Check its prediction type (now "
+            f"{run.base.prediction}) and the size of the pictures"
         )
     return {"step": 0, **losses}
 
@@ -183,8 +183,8 @@ def finish(run: Run, folder: RunFolder, step: int, seconds: float, promise=None)
     except Exception as error:
         why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(
-            f"the training is done and its adapter is in {folder}/adapter, but not all pictures, "
-            f"curves and numbers ({why}): {going_on(s)} makes them"
+            f"training is finished and its adapter is in {folder}/adapter, but pictures, curves or "
+            f"numbers are missing ({why}): {going_on(s)} makes them"
         ) from error
     say(run, folder, step, summary, promise)
     return summary
@@ -210,10 +210,10 @@ def say(run: Run, folder: RunFolder, step: int, summary: dict, promise) -> None:
     s, (low, high) = run.settings, summary["validation_auc_interval"]
     after, before = summary["held_out_loss"], summary["held_out_loss_base"]
     early = f" at step {step} of {s.steps}" if step < s.steps else ""
-    print(f"quality:  held-out loss {after:.4f}{early}, {before:.4f} before")
+    print(f"quality:  held-out loss {after:.4f}{early}, {before:.4f} before training")
     print(
         f"leakage:  loss-attack AUC {summary['validation_auc']:.2f} [{low:.2f}, {high:.2f}] on "
-        "auxiliary and validation images; 0.5 is none"
+        "auxiliary and validation images; 0.5 is chance"
     )
     if promise:
         print(f"promise:  {promise}")

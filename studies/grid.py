@@ -147,7 +147,7 @@ def complete(s: Study, runs: list[GridRun]) -> None:
     """Train the runs that are missing, and evaluate them where the study has flags for that.
 
     Raises UserError before anything is trained: for flags that cannot be, for a model or images
-    that are not there, and for a run that was begun with other flags.
+    that are not there, and for a run that was started with other flags.
     """
     import train
 

@@ -217,7 +217,7 @@ def test_dry_run(audited, tiny_base, image_folder, tmp_path, capsys):
     out, _ = audited
     found = audit.audit(flags(tiny_base, image_folder, tmp_path / "x", dry_run=True))
     text = capsys.readouterr().out
-    assert "4 of 4 are to train, 8 steps each, 2 at a time" in text and not list(tmp_path.iterdir())
+    assert "4 of 4 to train, 8 steps each, 2 in parallel" in text and not list(tmp_path.iterdir())
     assert all(word in text for word in ("time:", "of queries", "disk:", " GB", "memory:", "GiB"))
     files = [f.stat().st_size for f in out.glob("adapters/*/**/*") if f.name != "progress"]
     assert found["bytes"] == pytest.approx(sum(files) / 4, rel=0.25)
@@ -328,8 +328,8 @@ def test_what_was_promised_is_beside_what_is_shown(capsys):
     last = {"attacks": shown, "canaries": {lira.HEADLINE: {"mu_bound": 0.0}}}
     audit_page.print_promise({"settings": settings, "pool": 200}, last)
     said = capsys.readouterr().out
-    assert "promised: epsilon 8 at delta 0.001" in said
-    assert "shows: 0.5 on the pool, 0 on the canaries" in said
+    assert "guaranteed: epsilon at most 8 at delta 0.001\n" in said
+    assert "attacked:   epsilon at least 0.5 on the pool, 0 on the canaries (" in said
 
 
 def test_steps_that_are_named_are_the_ones_asked(tiny_base, image_folder):
@@ -471,7 +471,7 @@ def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, in_thread):
         process.send_signal(number)
         _, text = process.communicate(timeout=30)
         assert process.returncode == {signal.SIGINT: 130}.get(number, -number), text
-        assert "Traceback" not in text and ("to go on: " in text) == (number == signal.SIGINT)
+        assert "Traceback" not in text and ("to continue: " in text) == (number == signal.SIGINT)
         time.sleep(2)
         steps = [p.read_text() for p in out.glob("adapters/*/progress")]
         time.sleep(2)

@@ -97,7 +97,7 @@ def test_flags(argv, field, value):
         (["--train_batch_size=3"], "; did you mean --batch-size?"),
         (["--max_train_steps", "3"], "; it is --steps here"),
         (["--kind", "bb"], "; did you mean b?"),
-        (["--every", "1"], "--every is a flag that this version does not have; commit abc1234"),
+        (["--every", "1"], "--every is no longer a flag; commit abc1234"),
     ],
 )
 def test_refused_flags(capsys, argv, word):
@@ -228,7 +228,7 @@ def test_config_of_a_run(tmp_path):
         ("runs = ['a', 1]", "runs must be a list"),
         ("kind = 'c'", "kind must be one of a, b"),
         ("kind = ['a']", "kind must be one of a, b"),
-        ("every = 2", "--every 2 is a flag that this version does not have; commit abc1234"),
+        ("every = 2", "--every 2 is no longer a flag; commit abc1234"),
         ("batchsize = 2", "no flag batchsize; did you mean batch_size?"),
         ("kind = 'aa'", "must be one of a, b, not 'aa'; did you mean a?"),
         ("[settings]\nlam = 2", "no flag settings"),
@@ -322,7 +322,7 @@ def test_our_failures_keep_their_traceback(error):
 def test_interrupted(capsys, monkeypatch):
     """With the command that continues, as it could be typed again, where there is one."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/my run", "--at", "best"])
-    command = "; to go on: python evaluate.py 'runs/my run' --at best"
+    command = "; to continue: python evaluate.py 'runs/my run' --at best"
     for again, line in ((None, ""), (this_command, command)):
         with pytest.raises(SystemExit) as stop, one_line_errors(again):
             raise KeyboardInterrupt
@@ -335,7 +335,7 @@ def test_terminated(capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert stop.value.code == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "stopped; to go on: python evaluate.py x\n"
+    assert capsys.readouterr().err == "stopped; to continue: python evaluate.py x\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

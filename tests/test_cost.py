@@ -168,7 +168,7 @@ def test_paper_defaults_are_said_beforehand(small, tmp_path, capsys, monkeypatch
     steps = PAPER["epochs"] * members
     assert found["plan"].startswith(f"{steps:,} steps of 1 image, 400 passes; 9 adapters of ")
     printed = capsys.readouterr().out
-    assert f"images:   {members} members" in printed and "are missing" in printed
+    assert f"images:   {members} members" in printed and "too few images" in printed
     assert found["plan"] in printed and found["time"] in printed
 
 
@@ -231,7 +231,7 @@ def test_the_device_is_on_record(small, tmp_path, capsys, monkeypatch, unfinishe
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     train.train(Settings(out=str(tmp_path / "run"), resume=True))
-    assert "was begun on cuda, which is not here: it goes on on cpu" in capsys.readouterr().out
+    assert "was started on cuda, which is not here: it continues on cpu" in capsys.readouterr().out
 
 
 def test_the_small_model_is_in_full_precision_everywhere():

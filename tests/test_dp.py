@@ -258,7 +258,7 @@ def test_a_run_says_what_it_promises_and_tells_no_secret(
     whole, part, other = (tmp_path / name for name in ("whole", "part", "other"))
     train.train(replace(s, out=str(whole)))
     printed = capsys.readouterr().out
-    assert "promise:  epsilon 3 at delta 0.008: whatever the attack" in printed
+    assert "promise:  epsilon 3 at delta 0.008: no attack on the" in printed
 
     def record(keeper, row, *rest):
         honest(keeper, row, *rest)
@@ -281,9 +281,9 @@ def test_a_run_says_what_it_promises_and_tells_no_secret(
     summary = RunFolder(whole).config()["summary"]
     assert summary["epsilon"] == 3.0 and summary["delta"] == pytest.approx(0.1 / 12)
     assert not (whole / "state").exists() and not (part / "state").exists()
-    assert summary["promise"].startswith("epsilon 3 at delta 0.008: whatever the attack")
+    assert summary["promise"].startswith("epsilon 3 at delta 0.008: no attack on the")
     card = (whole / "adapter" / "README.md").read_text()
-    assert "whatever the attack" in card and "It is wrong to say that it covers" in card
+    assert "no attack on the adapter finds" in card and "It does not cover several images" in card
     assert "--seed" not in card and "Loss attack on" not in card
     with safe_open(whole / name, "pt") as saved:  # the seed deals the members
         assert "seed" not in saved.metadata() and saved.metadata()["method"] == "dp"

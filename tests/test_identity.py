@@ -78,7 +78,9 @@ def test_what_is_exchanged_is_refused(small, places, unfinished, tmp_path, name,
     else:
         changed.write_bytes(before.replace(b" ", b"  ", 1) if inside != "03.txt" else b"a cat")
     assert {k for k, v in identity.of(settings, base).items() if v != kept[k]} == {name}
-    with pytest.raises(UserError, match=f"what lies at --{name} .* is not what .* was begun with"):
+    with pytest.raises(
+        UserError, match=f"what lies at --{name} .* is not what .* was started with"
+    ):
         train.train(again)
     changed.write_bytes(before)
     train.train(again)
@@ -144,7 +146,7 @@ def test_an_audit_has_one_base_and_one_method(small, places, image_folder, tmp_p
         with pytest.raises(UserError, match="other settings, images, base model or files"):
             audit_tasks.missing(plan())
         audit_tasks._loaded.clear()
-        with pytest.raises(UserError, match="is not what the audit was begun with"):
+        with pytest.raises(UserError, match="is not what the audit was started with"):
             audit_tasks.work(first, 1, train.train_adapter)
         changed.write_bytes(before)
     assert audit_tasks.missing(plan()) == [1, 2, 3]

@@ -400,10 +400,10 @@ def test_a_promise_is_on_the_page(tmp_path):
     """
     examination, adapted, base, record = made_up(pictures=None)
     plain = report.page(examination, adapted, base, record, tmp_path)
-    assert "Promised" not in plain and "evaluate.py --shadow 8 does" in plain
+    assert "Guaranteed" not in plain and "use evaluate.py --shadow 8" in plain
     images = record["images"] | {"nonmember_test": 400}
     other = record | {"promise": "epsilon 8", "images": images}
     page = report.page(examination, adapted, base, other, tmp_path)
-    assert "Promised: epsilon 8." in page and "evaluate.py --shadow 30 does" in page
+    assert "Guaranteed: epsilon 8." in page and "use evaluate.py --shadow 30" in page
     foreign = report.page(examination, adapted, base, record | {"method": "adapter"}, tmp_path)
     assert "--shadow" not in foreign

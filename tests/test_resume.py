@@ -149,7 +149,7 @@ def test_asked_to_stop_among_teachers(small, distilled, tmp_path, monkeypatch, c
         train.train(s)
     monkeypatch.undo()
     assert stop.value.code == 128 + signal.SIGTERM
-    assert "to go on: python train.py --out" in capsys.readouterr().err
+    assert "to continue: python train.py --out" in capsys.readouterr().err
     train.train(Settings(out=s.out, resume=True))
     assert_same_run(distilled, tmp_path / "part", 3)
 

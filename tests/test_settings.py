@@ -73,7 +73,7 @@ def test_lambda_is_lam():
 
 def test_help_shows_both_defaults(capsys, monkeypatch):
     """From the tables themselves: a changed table is a changed help."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setitem(FAST, "lr", 7e-3)
     with pytest.raises(SystemExit):
         flags("--help")
@@ -186,7 +186,7 @@ def test_stored_settings_and_what_may_change(tmp_path):
     assert (found.rank, found.steps, found.state_every, found.resume) == (2, 5, 2, True)
     assert found.out == str(tmp_path) and summary == {"seconds": 3.0}
     assert resolve(found) == found
-    with pytest.raises(UserError, match="begun with --steps 5, not 6: leave --steps out"):
+    with pytest.raises(UserError, match="started with --steps 5, not 6: remove --steps"):
         stored(replace(given, steps=6))
 
 
@@ -220,7 +220,7 @@ def test_flags_of_older_versions(tmp_path, capsys, flag):
         assert found.rank == 2 and flags("--config", path, "--seed", 7).seed == 7
     if flag not in ANY:
         path = store(tmp_path, **{flag: 0.3})
-        with pytest.raises(UserError, match=f"{typed} 0.3 is .* does not have.*{commit}"):
+        with pytest.raises(UserError, match=f"{typed} 0.3 is no longer a flag.*{commit}"):
             stored(Settings(out=str(tmp_path), resume=True))
         with pytest.raises(SystemExit):
             flags("--config", path)

@@ -43,16 +43,16 @@ def test_tables_are_80_columns_wide(nonmembers, quality, capsys):
     assert ("TPR at 5 % FPR" in printed) == (nonmembers == 200)
     assert ("TPR at 1 % FPR" in printed) == (nonmembers == 1000)
     assert ("12346" in printed) == quality
-    assert "over-corrected for loss" in printed or not quality
+    assert "AUC below 0.5 for loss" in printed or not quality
 
 
 @pytest.mark.parametrize(
     ("shift", "words"),
     [
-        (2.0, "This adapter gives away who was"),
-        (0.45, "a little of who was"),
-        (0.0, "do not show who was"),
-        (-2.0, "with the sign turned"),
+        (2.0, "This adapter leaks which images"),
+        (0.45, "leaks a little about which images"),
+        (0.0, "do not find the training images"),
+        (-2.0, "with the sign reversed"),
     ],
 )
 def test_verdict(shift, words):
@@ -64,7 +64,7 @@ def test_verdict(shift, words):
     assert f"{head['auc']:.2f}"[2:].lstrip("0") + " % of the time" in sentence
     share = given["adapted"]["attacks"][head["attack"]]["tpr_at_5_fpr"]
     assert (
-        f"one false alarm in twenty it names {round(100 * round(share, 2))} % of the members"
+        f"one false alarm in twenty it finds {round(100 * round(share, 2))} % of the members"
         in sentence
     )
     assert "false alarm" not in tables.verdict(record(shift=shift, nonmembers=50))
@@ -95,9 +95,9 @@ def test_sets_that_differ_in_kind(capsys):
     given = record(shift=2.0)
     apart = roc.summary(np.arange(40) + 30, np.arange(200) % 50, 0.0)
     for blind, base, words in (
-        (given["blind"], given["base"], "This adapter gives away"),
+        (given["blind"], given["base"], "This adapter leaks"),
         (apart, given["base"], "differ in kind, which shows without any model (blind AUC 0.9"),
-        (apart | {"auc_interval": [0.51, 0.6]}, record(shift=0.0)["base"], "This adapter gives"),
+        (apart | {"auc_interval": [0.51, 0.6]}, record(shift=0.0)["base"], "This adapter leaks"),
     ):
         found = given | {"blind": blind, "base": base}
         assert words in tables.verdict(found), blind["auc"]

@@ -44,9 +44,7 @@ def print_record(record: dict) -> None:
     if method == "dp":
         print_promise(record, last)
     print_steps({method: record})
-    print(
-        "\nmost exposed images: times caught at 1 % FPR by the strongest attack, and false alarms"
-    )
+    print("\nmost exposed images: caught at 1 % FPR by the strongest attack, and false alarms")
     for image in record["exposed"][:PRINTED]:
         name, caption = image["name"], image["caption"] + " (canary)" * image["canary"]
         counts = f"{image['caught']} of {image['of']}, {image['alarms']}"

@@ -472,9 +472,9 @@ def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, in_thread):
         _, text = process.communicate(timeout=30)
         assert process.returncode == {signal.SIGINT: 130}.get(number, -number), text
         assert "Traceback" not in text and ("to continue: " in text) == (number == signal.SIGINT)
-        time.sleep(2)
+        time.sleep(0.5)
         steps = [p.read_text() for p in out.glob("adapters/*/progress")]
-        time.sleep(2)
+        time.sleep(0.5)
         assert steps == [p.read_text() for p in out.glob("adapters/*/progress")]
         written.append((path, path.stat().st_mtime_ns))
     assert len(list(out.glob("adapters/*/answers.npz"))) < 4

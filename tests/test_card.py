@@ -88,7 +88,7 @@ def test_an_evaluation_is_filled_in(made, tmp_path):
     bare = RECORD["base"] | {"attacks": {}}
     card.evaluated(folder, RECORD | {"verdict": "Other.", "shadows": 8, "base": bare})
     text = path.read_text()
-    assert RECORD["verdict"] not in text and "Other." in text and "8 adapters" in text
+    assert RECORD["verdict"] not in text and "Other." in text and "8 shadow adapters" in text
     assert "0.61 [0.50, 0.70] | - |" in text
     assert ModelCard(text).data.library_name == "diffusers"
 

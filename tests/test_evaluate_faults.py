@@ -140,7 +140,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
         ({}, "--adapter is missing"),
         (other | {"data": None}, "--members is missing"),
         (other | {"members": image_folder}, "--members and --nonmembers go together"),
-        (other | {"members": "/x", "nonmembers": "/y"}, "leave --data and --splits out"),
+        (other | {"members": "/x", "nonmembers": "/y"}, "remove --data and --splits"),
         (other | {"data": "/gone"}, "there is no folder /gone"),
         (other | {"model": "gone.safetensors"}, "there is no base model"),
         (other | {"adapter": "/gone"}, "there is no adapter /gone"),

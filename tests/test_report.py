@@ -254,10 +254,10 @@ def test_what_the_list_is_held_against(written):
     text = " ".join("".join(read(folder).texts).split())
     test = int(caught[data.roles["member_test"]].sum())
     chance = 2 / 21
-    assert f"{test} of 10 test members are caught at 5 % false alarms." in text
-    assert f"If nothing leaked, {10 * chance:.1f} would be on average." in text
-    assert f"which {caught[data.members()].sum()} of all 30 members are" in text
-    assert f"if nothing leaked, {30 * chance:.1f} would be on average." in text
+    assert f"{test} of 10 test members are caught at a false-alarm rate of 5 %." in text
+    assert f"Without a leak it would be {10 * chance:.1f} on average." in text
+    assert f"coloured: {caught[data.members()].sum()} of all 30 members." in text
+    assert f"Without a leak it would be {30 * chance:.1f} on average." in text
     assert "6 more members are in exposure.csv" in text
 
 

@@ -63,9 +63,10 @@ ABLATIONS = {"distill-seen": "train_seen", "distill-soup": "train_soup"}  # in l
 
 DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are
 SIDES = {1: "yes", -1: "no", 0: "not told apart", None: "not measured"}
+THERE = "LoRA's at the same loss"
 LESS_PLAIN = "less plain LoRA's at the same loss"
 HEADS = ["method, step", "held-out loss", "Frechet, held out", THRESHOLD, HEADLINE]
-HEADS += ["highest TPR at 1 % FPR", "LoRA's at the same loss", LESS_PLAIN, "less any LoRA's"]
+HEADS += ["highest TPR at 1 % FPR", THERE, LESS_PLAIN, "less any LoRA's"]
 HEADS += ["less than any LoRA?", "cost", "uses"]
 PLAIN = ("lora", "lora-constant", "lora-short", "lora-shorter")  # LoRA and nothing else
 

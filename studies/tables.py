@@ -250,7 +250,7 @@ MADE = {
     "frontier": lambda: narrow(frontier(), THRESHOLD, defences.LESS_PLAIN, SIDE),
     "defences": lambda: narrow(
         defences.table(screen(), last=True),
-        *("Frechet, held out", THRESHOLD, SIDE, "cost", "uses"),
+        *("Frechet, held out", THRESHOLD, defences.THERE, SIDE, "cost", "uses"),
     ),
     "noise": lambda: narrow(noise()),
     "paper": lambda: narrow(changes(), "table"),

@@ -195,11 +195,11 @@ def _check_configs(folder: Path) -> bool:
     for part in _of_kind(CONFIGS, xl):
         config = CONFIGS[part]
         if not (folder / part).is_dir():
-            raise UserError(f"{name} is not whole: it has no folder {part}")
+            raise UserError(f"{name} is incomplete: it has no folder {part}")
         (_check_sizes if part in PARTS else _read_config)(folder / part / config)
         kind = index.get(part)
         if not (isinstance(kind, list) and len(kind) == 2 and all(kind)):
-            raise UserError(f"{name}/model_index.json does not say of which class its {part} is")
+            raise UserError(f"{name}/model_index.json does not say which class its {part} is")
         if part in PARTS and kind[1] != (only := PARTS[part][0]):
             raise UserError(f"the {part} of {name} is a {shown(kind[1])}: only {only} can be used")
     names = ("tokenizer.json",), ("vocab.json", "merges.txt")
@@ -255,7 +255,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
         )
     if info["missing_keys"]:
         missing = min(info["missing_keys"])
-        raise UserError(f"{where} is not whole: its file lacks {shown(missing)}")
+        raise UserError(f"{where} is incomplete: its file lacks {shown(missing)}")
     for key in sorted(info["unexpected_keys"]):
         if not checkpoints.HARMLESS.fullmatch(key):
             raise UserError(checkpoints.dropped(where, key))
@@ -305,7 +305,7 @@ def _single_file(path: Path, dtype: torch.dtype):
             )
         except NotImplementedError:  # PyTorch's, for a tensor without a value
             lack = "it lacks tensors of its unet or vae"
-            raise UserError(f"{shown(path)} is not whole: {lack}") from None
+            raise UserError(f"{shown(path)} is incomplete: {lack}") from None
     checkpoints.require_known(path)
     _read_prediction(path, pipeline, beside if config else None)
     return pipeline
@@ -344,7 +344,7 @@ def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
     module.requires_grad_(False).eval()
     for key, tensor in module.state_dict().items():
         if tensor.is_meta:  # as from a single file
-            raise UserError(f"the {part} of {name} is not whole: its file lacks {key}")
+            raise UserError(f"the {part} of {name} is incomplete: its file lacks {key}")
         low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
         if not (low > -LARGEST and high < LARGEST):  # not so for NaN
             raise UserError(
@@ -383,7 +383,7 @@ def _fit_tokenizer(name: str, tokenizer, encoder) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= encoder.vocab_size:
         raise UserError(
-            f"the tokenizer of {name} has a token {highest}, its text encoder only "
+            f"the tokenizer of {name} has a token {highest}, but its text encoder has only "
             f"{encoder.vocab_size}: they do not belong together"
         )
     most = encoder.max_position_embeddings
@@ -399,7 +399,7 @@ def _size(name: str, pipeline, size: int | None) -> int:
             side = side[0]
         if type(side) is not int or not 0 < side <= 1024:
             raise UserError(
-                f"the UNet of {name} is not for square pictures of a known size (its sample_size "
+                f"the UNet of {name} does not state a square picture size (its sample_size "
                 f"is {shown(side)}): give --size"
             )
         size = side * factor

@@ -74,7 +74,7 @@ def require_whole(path: Path) -> bool:
             raise UserError(f"{name} is {kind}: --model takes Stable Diffusion 1.x, 2.x or XL")
     parts = {part: any(re.match(known, key) for key in keys) for part, known in HELD.items()}
     if not any(parts.values()):
-        raise UserError(f"{name} is no checkpoint: it has no UNet, no VAE and no text encoder")
+        raise UserError(f"{name} is not a checkpoint: it has no UNet, no VAE and no text encoder")
     if not all(parts.values()):
         has = " and ".join(part for part, there in parts.items() if there)
         lacks = " and ".join(f"no {part[2:]}" for part, there in parts.items() if not there)
@@ -82,7 +82,7 @@ def require_whole(path: Path) -> bool:
     for channels in shape[1:2]:
         if channels in CHANNELS:
             kind = f"is {CHANNELS[channels]} model (its UNet takes {channels} channels)"
-            raise UserError(f"{name} {kind}: --model takes one of text to image")
+            raise UserError(f"{name} {kind}: --model takes a text-to-image one")
     xl = any(key.startswith("conditioner.") for key in keys)
     if xl and not all(any(key.startswith(clip) for key in keys) for clip in XL_CLIPS):
         lacks = "lacks one of the two text encoders of Stable Diffusion XL (is it the refiner?)"

@@ -30,7 +30,7 @@ def convert(flags: Flags) -> Path:
     given = Path(flags.adapters[0])
     run = (given / "config.json").is_file()
     if not run and flags.model is None:
-        raise UserError(f"{given} is not a run folder: say its base with --model")
+        raise UserError(f"{given} is not a run folder: name its base with --model")
     model = flags.model or read_json(given / "config.json")["settings"]["model"]
 
     from files import adapters

@@ -219,7 +219,7 @@ def _listed(metadata: Path) -> list[tuple[Path, str]]:
         file, text = _row(row, metadata.parent, where, listing)
         if file in lines:
             raise UserError(
-                f"{where} names {file.name!r} again, line {lines[file]} did already: "
+                f"{where} names {file.name!r} again, as line {lines[file]} does: "
                 "keep one caption for each image"
             )
         lines[file] = line

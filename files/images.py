@@ -272,7 +272,7 @@ def _square(file: Path, size: int, damaged: list[Path]) -> tuple[np.ndarray, tup
 
 
 def _why(file: Path, error: Exception) -> str:
-    """What an image is, or has, that it cannot be read."""
+    """Why an image cannot be read."""
     if "MAX_TEXT" in str(error):
         return "holds more than 64 MB of text or profile: save it without"
     with open(file, "rb") as opened:

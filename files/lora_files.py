@@ -192,7 +192,7 @@ def _pairs(
         if "A" not in tensors:
             strange += tensors.values()
     if strange:  # without it the adapter would be another one
-        raise refusal(path, f"holds {strange[0]}, which is no part of a plain LoRA")
+        raise refusal(path, f"holds {strange[0]}, which is not part of a plain LoRA")
     if left := sorted(set(keys) - set(ours)):
         what = f"what is not the UNet ({len(left)} tensors, such as {left[0]})"
         print(shown(f"note: {path} also adapts {what}: not read"))

@@ -117,11 +117,11 @@ def load(unet: nn.Module, path: str | Path) -> tuple[WholeUNet, dict[str, str]]:
         keys, header = set(file.keys()), file.metadata() or {}
         for name in sorted(keys ^ want.keys()):
             what = "lacks" if name in want else "holds a tensor that this base does not have,"
-            raise refusal(path, f"is no UNet of this base model: it {what} {name}")
+            raise refusal(path, f"is not a UNet of this base model: it {what} {name}")
         for name, shape in want.items():
             found = tuple(file.get_slice(name).get_shape())
             if found != shape:
-                raise refusal(path, f"is of another base model: {name} is {found}, not {shape}")
+                raise refusal(path, f"is for another base model: {name} is {found}, not {shape}")
         tensors = {name: finite(path, name, file) for name in want}
     adapter = WholeUNet(unet)
     with torch.no_grad():

@@ -264,7 +264,7 @@ def test_refuses_files_that_are_no_weights(folder, part, damage, words):
 @pytest.mark.parametrize("part", [*WEIGHTS, "scheduler", "tokenizer"])
 def test_refuses_a_missing_folder(folder, part):
     shutil.rmtree(folder / part)
-    refused(folder, f"{folder} is not whole: it has no folder {part}")
+    refused(folder, f"{folder} is incomplete: it has no folder {part}")
 
 
 CONFIGS = [
@@ -314,9 +314,9 @@ def test_refuses_another_pipeline(folder, kind):
     [
         ("vae", ["diffusers", "AutoencoderTiny"], "only AutoencoderKL"),
         ("text_encoder", ["transformers", "CLIPTextModelWithProjection"], "only CLIPTextModel"),
-        ("unet", [None, None], "does not say of which class its unet is"),
+        ("unet", [None, None], "does not say which class its unet is"),
         ("scheduler", ["diffusers", "NoSuchScheduler"], "NoSuchScheduler"),
-        ("tokenizer", "CLIPTokenizer", "does not say of which class its tokenizer is"),
+        ("tokenizer", "CLIPTokenizer", "does not say which class its tokenizer is"),
     ],
 )
 def test_refuses_parts_of_another_class(folder, part, kind, words):
@@ -595,7 +595,7 @@ CLIP = "cond_stage_model.transformer."
         ("has a VAE but no UNet and no text encoder", ["encoder.conv_in.weight"]),
         ("has a VAE but no UNet and no text encoder", ["first_stage_model.x"]),
         ("has a text encoder but no UNet and no VAE", ["text_model.embeddings.x"]),
-        ("is no checkpoint", ["something.weight"]),
+        ("is not a checkpoint", ["something.weight"]),
     ],
 )
 def test_says_what_a_single_file_is(tmp_path, words, keys):

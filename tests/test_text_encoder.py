@@ -164,7 +164,7 @@ def test_a_part_that_does_not_fit_is_refused(theirs, tiny_base, tmp_path, change
     words = {
         "shape": r"does not fit this base model: .*\(3, 7\)",
         "name": r"layers\.9\.\S*, which this base model does not have",
-        "half": "which is no part of a plain LoRA",
+        "half": "which is not part of a plain LoRA",
         "alone": "holds no UNet LoRA",
     }
     with pytest.raises(UserError, match=words[change]):

@@ -405,7 +405,7 @@ def test_refuses_a_tokenizer_with_more_words(folder):
         key = f"embeddings.{name}.weight"
         change(folder, "text_encoder", lambda t, key=key: t.update({key: t[key][:10].clone()}))
     edit(folder / "text_encoder" / "config.json", vocab_size=10, max_position_embeddings=10)
-    refused(folder, "tokenizer", "text encoder only 10")
+    refused(folder, "tokenizer", "text encoder has only 10")
 
 
 # --------------------------------------------------------------------------------------------------

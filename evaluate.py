@@ -60,9 +60,9 @@ class Settings:
         "same kind that it was not trained on into --nonmembers",
         group=ELSEWHERE,
     )
-    config: str | None = option(
+    trained_with: str | None = option(
         None,
-        "how --adapter was trained: flags of train.py in JSON, as in config.json of a run; --data "
+        "flags of train.py that --adapter was trained with, in JSON (a run's config.json); --data "
         "are then candidates, whose members are searched for",
         group=ELSEWHERE,
     )
@@ -99,7 +99,7 @@ def evaluate(s: Settings) -> list[dict]:
     """
     from attacks import target
 
-    if s.config:
+    if s.trained_with:
         return [search(s)]
     found = target.targets(s)
     with progress.stage("loading the libraries"):

@@ -1,7 +1,7 @@
 """Which of these pictures was an adapter trained on?  For someone who has the adapter, knows how it
 was trained, and does not know its members.
 
-    python evaluate.py --adapter FILE --model BASE --config HOW.json \\
+    python evaluate.py --adapter FILE --model BASE --trained-with HOW.json \\
         --data CANDIDATES --nonmembers OTHERS --shadow 16
 
 OTHERS are pictures of the same kind that it was surely not trained on.  Shadow adapters train on
@@ -100,7 +100,7 @@ def as_trained(s) -> Settings:
 
     Raises UserError for a file that does not.
     """
-    path = Path(s.config)
+    path = Path(s.trained_with)
     stated = read_json(path)
     if isinstance(stated, dict):
         stated = stated.get("settings", stated)

@@ -77,28 +77,28 @@ def check_flags(s) -> None:
     refuse(not at, f"--at must be last, best or a step, not {s.at}")
     check_device(s.device)
     if s.runs:
-        for flag in ("adapter", "members", "splits", "caption", "out", "config"):
+        for flag in ("adapter", "members", "splits", "caption", "out", "trained_with"):
             own = "is for an adapter without a run folder: remove it"
-            refuse(getattr(s, flag) is not None, f"--{flag} {own}")
+            refuse(getattr(s, flag) is not None, f"--{flag.replace('_', '-')} {own}")
         return
-    if s.config:
+    if s.trained_with:
         return check_search(s)
     why = "--members and --nonmembers go together: give both folders"
     refuse((s.members is None) != (s.nonmembers is None), why)
     why = "--members and --nonmembers name all images: remove --data and --splits"
     refuse(s.members is not None and (s.data or s.splits), why)
     refuse(s.at != "last", "--at needs a run folder: --adapter is one adapter, without steps")
-    refuse(s.shadow, "--shadow needs to know how --adapter was trained: name a --config")
+    refuse(s.shadow, "--shadow needs to know how --adapter was trained: name a --trained-with FILE")
 
 
 def check_search(s) -> None:
     """The flags of a search for members."""
     for flag in ("adapter", "model", "data", "nonmembers"):
-        needs = "--config, a search for members, needs --adapter, --model, --data and --nonmembers"
+        needs = "--trained-with needs --adapter, --model, --data and --nonmembers"
         refuse(getattr(s, flag) is None, f"{needs}: --{flag} is missing")
     for flag in ("members", "splits"):
-        refuse(getattr(s, flag) is not None, f"--config finds the members: leave --{flag} out")
-    refuse(not s.shadow, "--config is how shadows are trained: name their number with --shadow")
+        refuse(getattr(s, flag) is not None, f"--trained-with finds the members: remove --{flag}")
+    refuse(not s.shadow, "--trained-with is for shadows: give their number with --shadow")
     refuse(not os.path.exists(s.adapter), f"there is no adapter {s.adapter}")
     check_places({name: getattr(s, name) for name in ("model", "data", "nonmembers", "caption")})
 

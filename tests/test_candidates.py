@@ -18,7 +18,7 @@ from command.whole_files import write_json
 from files import adapters as files
 from files.bases import load_base
 
-PARTS = {"data": "candidates", "nonmembers": "others", "config": "how.json"}
+PARTS = {"data": "candidates", "nonmembers": "others", "trained_with": "how.json"}
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -143,13 +143,19 @@ def test_what_cannot_be_searched_is_refused(taken, tmp_path, image_folder):
     write_json(tmp_path / "odd.json", {"stepz": 3})
     for flags, sentence in (
         ({"nonmembers": str(few)}, "18 candidates and 4 pictures"),
-        ({"config": str(tmp_path / "no.json")}, "does not hold flags of train.py"),
-        ({"config": str(tmp_path / "odd.json")}, "there is no flag stepz; did you mean steps"),
+        ({"trained_with": str(tmp_path / "no.json")}, "does not hold flags of train.py"),
+        (
+            {"trained_with": str(tmp_path / "odd.json")},
+            "there is no flag stepz; did you mean steps",
+        ),
         ({"data": None}, "--data is missing"),
         ({"nonmembers": None}, "--nonmembers is missing"),
-        ({"members": image_folder}, "leave --members out"),
-        ({"shadow": 0}, "name their number with --shadow"),
-        ({"shadow": 4, "config": str(tmp_path / "five.json")}, "is too few for these pictures"),
+        ({"members": image_folder}, "remove --members"),
+        ({"shadow": 0}, "give their number with --shadow"),
+        (
+            {"shadow": 4, "trained_with": str(tmp_path / "five.json")},
+            "is too few for these pictures",
+        ),
     ):
         write_json(tmp_path / "five.json", {"method": "lora", "members": 8, "steps": 2})
         with pytest.raises(UserError, match=sentence):

@@ -242,7 +242,7 @@ def test_what_an_attack_catches_at_most():
     out, inside = torch.randn(2, 400_000, generator=g) + torch.tensor([[0.0], [2.0]])
     threshold = out.quantile(0.99)
     assert found.caught(0.01) == pytest.approx((inside > threshold).float().mean().item(), abs=0.01)
-    assert re.search(r"epsilon 8 at delta 0.001: .* at most 37% of the members", str(found))
+    assert re.search(r"epsilon 8 at delta 0.001: .* finds more than 37% of the members", str(found))
 
 
 def test_a_run_says_what_it_promises_and_tells_no_secret(

@@ -147,7 +147,7 @@ def test_what_cannot_work_is_told_by_the_flags_alone(run, tiny_base, image_folde
         (other | {"splits": str(splits)}, "not an object of role"),
         (other | {"splits": str(tmp_path)}, "a folder, not a file"),
         (other | {"at": "best"}, "--at needs a run folder"),
-        (other | {"shadow": 8}, r"needs a run of train\.py"),
+        (other | {"shadow": 8}, "name a --trained-with"),
         (other | {"out": str(splits)}, "is not a folder"),
         (other | {"out": f"{splits}/below/it"}, "is not a folder"),
     ]

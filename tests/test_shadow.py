@@ -113,7 +113,7 @@ def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
     """Too few shadows for an image, and an adapter of which nobody knows how it was trained."""
     monkeypatch.setattr(audit_tasks, "train_all", None)  # refused before any training
     for count, words in (
-        (4, "take --shadow 8"),
+        (4, "Use --shadow 8"),
         (2, "an even number of 4 or more"),
         (7, "an even number of 4 or more"),
         (-1, "--shadow must be 0 to"),
@@ -126,5 +126,5 @@ def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):
         "data": image_folder,
         "splits": f"{run}/splits.json",
     }
-    with pytest.raises(UserError, match="name a --config"):
+    with pytest.raises(UserError, match="name a --trained-with"):
         evaluate.evaluate(evaluate.Settings(pictures=0, shadow=8, out=str(tmp_path), **flags))

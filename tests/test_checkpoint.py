@@ -204,9 +204,9 @@ def test_resume_takes_the_settings_of_the_run(three_runs):
     settings, _ = stored(Settings(out=out, resume=True, state_every=5))
     assert (settings.steps, settings.rank, settings.proxy) == (STEPS, 2, "raw")
     assert settings.state_every == 5
-    with pytest.raises(UserError, match="begun with --rank 2, not 4"):
+    with pytest.raises(UserError, match="started with --rank 2, not 4"):
         stored(Settings(out=out, resume=True, rank=4))
-    with pytest.raises(UserError, match="begun with --method smp, not lora"):
+    with pytest.raises(UserError, match="started with --method smp, not lora"):
         stored(Settings(out=out, resume=True, method="lora"))
 
 

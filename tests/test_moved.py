@@ -62,11 +62,11 @@ def test_moved_and_spelled_otherwise(
 def test_what_never_was_cannot_have_moved(small, tmp_path, image_folder, unfinished):
     """Nor what a run from before its content was kept."""
     unfinished(small(tmp_path, method="lora", steps=1))
-    with pytest.raises(UserError, match="begun with --nonmembers None, not "):
+    with pytest.raises(UserError, match="started with --nonmembers None, not "):
         stored(Settings(out=str(tmp_path), resume=True, nonmembers=image_folder))
     config = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", {k: v for k, v in config.items() if k != "identity"})
-    with pytest.raises(UserError, match=r"begun with --model .*: leave --model out"):
+    with pytest.raises(UserError, match=r"started with --model .*: remove --model"):
         stored(Settings(out=str(tmp_path), resume=True, model="elsewhere"))
     settings, _ = stored(Settings(out=str(tmp_path), resume=True, data="elsewhere"))
     assert settings.data == "elsewhere"

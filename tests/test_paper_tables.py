@@ -180,7 +180,7 @@ def test_one_caption_in_the_study(done, tiny_base, image_folder, tmp_path):
     (folder,) = place.glob("one-caption-*")
     assert done == [(0, name, str(folder)) for name in ("lora-token", "smp-token")]
     assert set(load_images(str(folder), 32).captions) == {"a picture of sks"}
-    with pytest.raises(UserError, match="begun with --data"):
+    with pytest.raises(UserError, match="started with --data"):
         paper.study(Study(tables=["captions"], token="zwx", **s))
     with pytest.raises(UserError, match="--nonmembers"):
         paper.study(Study(tables=["captions"], nonmembers="openmoji", **s))

@@ -78,7 +78,7 @@ def test_a_run_of_other_flags_is_refused(work, tmp_path):
     folder = tmp_path / "seed-0" / "paper"
     folder.mkdir(parents=True)
     write_json(folder / "config.json", {"settings": {"steps": 4}})
-    with pytest.raises(UserError, match="begun with --steps 4, not 5"):
+    with pytest.raises(UserError, match="started with --steps 4, not 5"):
         as_released.study(as_released.Study(steps=5, out=str(tmp_path)))
     assert work == []
 

@@ -23,8 +23,8 @@ class Leaky(torch.nn.Module):
     config = types.SimpleNamespace(in_channels=4)
     dtype = torch.float32
 
-    def forward(self, noisy, timesteps, text, return_dict=False):
-        return (self.truth.expand_as(noisy) + text[:, :1, :1, None].sqrt(),)
+    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict=False):
+        return (self.truth.expand_as(noisy) + encoder_hidden_states[:, :1, :1, None].sqrt(),)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ class Scaling(torch.nn.Module):
         super().__init__()
         self.c = c
 
-    def forward(self, noisy, timesteps, text, return_dict=False):
+    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict=False):
         return (self.c * noisy,)
 
 

@@ -373,7 +373,7 @@ def test_predictions_are_those_of_the_loss_grid(tiny_base):
 def test_with_flip_the_attacker_asks_about_mirror_images(tiny_base, image_folder):
     """Side by side with the images: the answers on images mirrored beforehand."""
     plan = make_plan(tiny_base, image_folder, flip=True)
-    base, data = audit_tasks._subject(plan)
+    base, data = audit_tasks.subject(plan)
     adapter = lora.inject(base.unet, "all", 2, 4.0, torch.Generator().manual_seed(0))
     for layer in adapter.layers.values():
         torch.nn.init.normal_(layer.lora_B.weight, generator=torch.Generator().manual_seed(1))
@@ -405,8 +405,8 @@ def test_a_whole_audit(audited, capsys):
         member, score = scores["member"], scores[f"8/{lira.HEADLINE}"]
     area = roc.auc(score[member], score[~member])
     assert last["attacks"][lira.HEADLINE]["auc"] == pytest.approx(area)
-    for name in ("roc.png", "frontier.png", "exposed.png"):
-        assert (out / name).stat().st_size > 5000
+    for name, least in {"roc.png": 5000, "frontier.png": 5000, "exposed.png": 2000}.items():
+        assert (out / name).stat().st_size > least
     assert len(record["exposed"]) == 20 and all(e["of"] == 2 for e in record["exposed"])
     names = audit_record.load_images(record["settings"]["data"], 32).names
     assert all(names[e["image"]] == e["name"] for e in record["exposed"])
@@ -623,7 +623,7 @@ def test_records_of_before_are_compared(tmp_path, capsys):
     found = audit.audit(audit.Audit(audits=[str(tmp_path / name) for name in names]))
     assert found == {"audits": names, "differences": []}
     records = {name: json.loads((tmp_path / name / "audit.json").read_text()) for name in names}
-    lines = [line for line in capsys.readouterr().out.splitlines() if "not paired" not in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not compared" not in line]
     said = [line.split()[:2] for line in lines if line.startswith("audit-")]
     assert said == [[name, at] for name, record in records.items() for at in record["steps"]]
     assert (tmp_path / "comparison.png").stat().st_size > 5000

@@ -202,7 +202,8 @@ def test_not_an_address(address):
 
 def test_no_package(monkeypatch):
     """The sentence names what to install."""
-    monkeypatch.setitem(sys.modules, "distributed", None)
+    for name in ("distributed", "distributed.comm"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install distributed"), workers.cluster("127.0.0.1:1"):
         pass
 

@@ -162,7 +162,7 @@ class Linear(nn.Module):
         self.attn = nn.ModuleDict({"to_q": nn.Linear(channels, channels, bias=False)})
         self.config, self.dtype = SimpleNamespace(in_channels=channels), torch.float32
 
-    def forward(self, z, timesteps, text, return_dict=False):
+    def forward(self, z, timesteps, encoder_hidden_states, return_dict=False):
         return (self.attn["to_q"](z.movedim(1, -1)).movedim(-1, 1),)
 
 

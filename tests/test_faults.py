@@ -208,7 +208,7 @@ def test_resumed_by_another_number_of_processes(capsys, small, half, monkeypatch
     """Before anything is loaded; the sentence says both numbers."""
     monkeypatch.setattr(train, "learn", None)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    refused(capsys, small(**HALF), "begun by 1 processes", "continued by 3")
+    refused(capsys, small(**HALF), "started by 1 processes", "continued by 3")
 
 
 def rewrite(path, change):
@@ -284,7 +284,7 @@ def test_a_failing_finish_loses_nothing(capsys, small, half, monkeypatch, broken
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*broken, fail)
-        words = ("the training is done", str(half / "adapter"), "no ink", "--resume makes them")
+        words = ("training is finished", str(half / "adapter"), "no ink", "--resume makes them")
         refused(capsys, small(**HALF), *words)
     adapter = load_file(half / "adapter" / "pytorch_lora_weights.safetensors")
     assert state.files(half / "state") and "summary" not in RunFolder(half).config()
@@ -368,7 +368,7 @@ def test_the_first_step_is_not_the_learning_rate(capsys, small, tmp_path, monkey
     """No weight has moved: the sentence says what was looked at."""
     honest = Run.error
     monkeypatch.setattr(Run, "error", lambda *given: honest(*given) * float("nan"))
-    with pytest.raises(UserError, match=r"first step.*gave finite held-out losses") as caught:
+    with pytest.raises(UserError, match=r"first step.*held-out losses") as caught:
         train.train(small())
     assert "--lr is not the cause" in str(caught.value) and "lower" not in str(caught.value)
     monkeypatch.undo()
@@ -392,7 +392,9 @@ def test_what_is_not_finite_before_training_is_named(small, tmp_path):
         with pytest.raises(UserError, match=r"the base model .* is the cause"):
             watch.base_row(run)
     run.data.latents[7] = float("inf")
-    with pytest.raises(UserError, match=r"picture of 07.png and 0 others of 40 are not finite"):
+    with pytest.raises(
+        UserError, match=r"picture of 07.png to numbers that are not finite \(1 of 40 images\)"
+    ):
         watch.base_row(run)
     assert not (tmp_path / "run").exists()
 

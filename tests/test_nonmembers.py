@@ -90,7 +90,7 @@ def test_it_is_evaluated_from_the_same_images(run, others, tmp_path):
     with pytest.raises(UserError, match=rf"{moved} no longer holds .*11.png.* with --nonmembers"):
         prepare(there)
     planned = shadows.plan(found, subject, 10, "cpu")
-    _, data = audit_tasks._subject(planned)
+    _, data = audit_tasks.subject(planned)
     assert data.names == subject.data.names  # the shadows find both sets
 
 
@@ -99,7 +99,7 @@ def test_the_flag_of_evaluate(run, others):
     _, out = run
     targets(evaluate.Settings(runs=[str(out)]))
     targets(evaluate.Settings(runs=[str(out)], nonmembers=str(others)))
-    with pytest.raises(UserError, match="there is no folder /gone of the non-members"):
+    with pytest.raises(UserError, match="there is no folder /gone of non-members"):
         targets(evaluate.Settings(runs=[str(out)], nonmembers="/gone"))
     with pytest.raises(UserError, match="--members and --nonmembers go together"):
         targets(evaluate.Settings(adapter="x", model="y", data="z", nonmembers=str(others)))

@@ -55,6 +55,7 @@ FRONTIER = (  # (row, step, what the table calls it)
     ("distill", "200", "distill"),
     ("distill-flip", "200", "distill `--flip`"),
     ("distill-private-flip", "200", "distill `--flip --public none`"),
+    ("distill-seen", "200", "the same, by teachers that have seen the image"),
     ("dp-no-noise", "6", "dp without noise"),
     ("dp-epsilon-8", "6", "dp `--epsilon 8`"),
     ("dp-epsilon-3", "6", "dp `--epsilon 3`"),

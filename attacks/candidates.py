@@ -17,7 +17,7 @@ at rank k a share of at most q is wrong, on average, if it is cut where q is sma
 
     q_(k) = min over j >= k of  m p_(j) / j         m candidates, Benjamini & Hochberg 1995
 
-Tested in tests/test_candidates.py, by simulation and on an over-fitted adapter.
+Tested in tests/test_candidates.py, by simulation and on planted answers.
 """
 
 import csv

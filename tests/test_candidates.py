@@ -1,5 +1,5 @@
-"""The search for members among candidates: its shares hold by simulation, and it finds the members
-of an over-fitted adapter."""
+"""The search for members among candidates: its shares hold by simulation, and it finds those that
+are planted in the answers of an adapter."""
 
 import csv
 from pathlib import Path

@@ -85,6 +85,9 @@ def taken(tiny_base, tmp_path_factory):
             Image.fromarray(blocks).save(folder / part / f"{name}.png")
             (folder / part / f"{name}.txt").write_text(f"blocks {name}\n")
     how = {"method": "lora", "steps": 1, "batch_size": 4, "schedule": "constant"}
+    (folder / "run").mkdir()  # where the adapter was trained, finished
+    write_json(folder / "run" / "config.json", {"settings": how, "summary": {}})
+    how["out"] = str(folder / "run")
     write_json(folder / "how.json", how)
     unet = load_base(tiny_base).unet
     adapter = lora.inject(unet, "attention", 2, 4.0, torch.Generator().manual_seed(0))

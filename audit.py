@@ -191,12 +191,13 @@ def audit(s: Audit, train: Callable | None = None) -> dict:
     folder = Path(s.out)
     with lock.held(folder):
         audit_tasks.train_all(plan, train or train_adapter, executor, s.method)
-    record, scores = audit_record.measure(plan, asdict(s))
+    pixels = audit_record.pixels_of(plan)
+    record, scores = audit_record.measure(plan, asdict(s), pixels)
     audit_tasks.write_arrays(folder / "scores.npz", scores)
     write_json(folder / "audit.json", record)
     audit_page.print_record(record)
     audit_page.draw(record, scores, folder)
-    audit_page.draw_exposed(record, audit_record.pixels(plan), folder)
+    audit_page.draw_exposed(record, pixels, folder)
     print(f"files:    {folder}/audit.json, roc.png, frontier.png, exposed.png, adapters/")
     return record
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from command.errors import UserError
 from diffusion import GRID_SEED, TIMESTEPS
-from files.images import PARTS, ROLES, Images, near_duplicates, parts
+from files.copies import near_duplicates
+from files.images import PARTS, ROLES, Images, parts
 from run.identity import decided, digest_of
 from settings import Settings
 

@@ -1,11 +1,9 @@
 """From the answers of an audit's adapters to the figures in audit.json.
 
-    record, scores = measure(plan, settings)
+    record, scores = measure(plan, settings, pixels_of(plan))
 
 Tested in tests/test_audit.py.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,18 +18,18 @@ from run.folder import provenance
 EXPOSED = 20  # images listed
 
 
-def measure(plan: Plan, settings: dict) -> tuple[dict, dict[str, np.ndarray]]:
+def measure(plan: Plan, settings: dict, pixels: np.ndarray) -> tuple[dict, dict[str, np.ndarray]]:
     """The record of an audit by `settings`, and its scores (N, P) as "<step>/<attack>" beside names
     and member.
 
-    Canaries are kept apart from the other images.
+    `pixels` are of `pixels_of`.  Canaries are kept apart from the other images.
     """
     answers, facts = audit_tasks.collect(plan)
     member, canary = plan.members(), np.isin(np.arange(plan.pool), plan.canaries)
     groups = {"attacks": ~canary} | ({"canaries": canary} if plan.canaries else {})
     decisions = {name: Decisions(member[:, g], plan.settings.seed) for name, g in groups.items()}
     kept = {"names": np.array(plan.names[: plan.pool]), "member": member, "canary": canary}
-    real, steps = real_features(plan), {}
+    real, steps = real_features(plan, pixels), {}
     for step, answer in progress.over([*zip(plan.due(), answers, strict=True)], "attacks"):
         scores = lira.attacks(answer, member)
         kept |= {f"{step}/{name}": score for name, score in scores.items()}
@@ -51,7 +49,7 @@ def measure(plan: Plan, settings: dict) -> tuple[dict, dict[str, np.ndarray]]:
         "pool": plan.pool,
         "steps": steps,
         "exposed": exposed(plan, member, scores[strongest], *caught),
-        "often": dict(zip(("caught", "alarmed"), map(often(member), caught), strict=True)),
+        "often": {"caught": often(member, caught[0]), "alarmed": often(member, caught[1])},
         "seconds": facts["seconds"],
     }
     return record, kept
@@ -72,26 +70,26 @@ def quality_of(answer: dict[str, np.ndarray], real: dict[str, torch.Tensor]) -> 
     return found
 
 
-def real_features(plan: Plan) -> dict[str, torch.Tensor]:
+def real_features(plan: Plan, pixels: np.ndarray) -> dict[str, torch.Tensor]:
     """Features of the held-out images and of the pool; nothing without --pictures."""
     if not plan.pictures:
         return {}
-    shown = pixels(plan)[plan.images]
+    shown = pixels[plan.images]
     parts = {"held_out": shown[plan.held_out], "pool": shown[: plan.pool]}
     return {name: quality.features(audit_tasks.feature_network(), x) for name, x in parts.items()}
 
 
-def pixels(plan: Plan) -> np.ndarray:
+def pixels_of(plan: Plan) -> np.ndarray:
     """(N, H, W, 3) of all images of the data."""
     s = plan.settings
     return load_images(s.data, s.size, s.caption).pixels
 
 
-def often(member: np.ndarray) -> Callable[[np.ndarray], int]:
-    """How many images come up in half of their trainings or more; false alarms in as many are the
-    control, since some images merely scatter.
+def often(member: np.ndarray, counts: np.ndarray) -> int:
+    """How many images were caught in half of their trainings or more, by `counts` (P,); of false
+    alarms the same number is the control, since some images merely scatter.
     """
-    return lambda counts: int((2 * counts >= len(member) // 2).sum())
+    return int((2 * counts >= len(member) // 2).sum())
 
 
 def exposed(plan: Plan, member: np.ndarray, score: np.ndarray, caught, alarms) -> list[dict]:

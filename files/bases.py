@@ -8,19 +8,24 @@ Tested in tests/test_base_files.py.
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from warnings import catch_warnings
 
-import numpy as np
 import torch
 
 from command import progress
 from command.errors import UserError, shown
 from command.whole_files import read_json
-from diffusion import ALL_TIMESTEPS, Base, ddim, encode_captions, encode_images, squared_error
+from diffusion import Base, ddim
 from files import checkpoints, contents, sdxl
+from files.base_checks import (
+    check_weights,
+    fit_tokenizer,
+    noise_schedule,
+    one_sentence,
+    picture_size,
+    try_out,
+)
 from files.devices import require_device, resolve_device, resolve_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +45,6 @@ CONFIGS = dict.fromkeys(PARTS, "config.json") | {
 }
 CONFIG_SUFFIXES = (".json", ".txt")  # configs, and merges of a tokenizer
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-LARGEST = torch.finfo(torch.float32).max ** 0.5  # 1.8e19, whose square is still finite
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -65,15 +69,15 @@ def load_base(
     pipeline = (_single_file if source.is_file() else _folder)(source, dtype)
     xl = type(pipeline).__name__ == XL
     for part in _of_kind(PARTS, xl):
-        _check_weights(name, part, getattr(pipeline, part))
-    abar, prediction = _noise(name, pipeline.scheduler)
+        check_weights(name, part, getattr(pipeline, part))
+    abar, prediction = noise_schedule(name, pipeline.scheduler)
     for tokenizer, encoder in sdxl.encoders(pipeline):
-        _fit_tokenizer(name, tokenizer, encoder.config)
+        fit_tokenizer(name, tokenizer, encoder.config)
     takes, has = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if takes != has:
         what = f"{takes} channels for latents of {has}: is it an inpainting model?"
         raise UserError(f"{name} takes {what}")
-    size = _size(name, pipeline, size)
+    size = picture_size(name, pipeline, size)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     if device == "cpu":  # convolutions are a tenth faster
@@ -81,7 +85,7 @@ def load_base(
     device = torch.device(device)
     given = model, pipeline, pipeline.unet, abar.to(device), prediction, size, device, source
     base = sdxl.BaseXL(*given) if xl else Base(*given)
-    _try_out(base)
+    try_out(base)
     return base
 
 
@@ -130,7 +134,7 @@ def _find(model: str) -> Path:
             "name (owner/name)"
         )
     nowhere = f"there is no folder {where}, and {model} cannot be loaded from the hub"
-    with _one_sentence(nowhere), catch_warnings(action="ignore"):
+    with one_sentence(nowhere), catch_warnings(action="ignore"):
         # the kind first, before gigabytes of another model are downloaded
         index = StableDiffusionPipeline.load_config(model)
         _check_kind(model, index)
@@ -139,26 +143,6 @@ def _find(model: str) -> Path:
             return Path(kind.download(model, **options))
         except OSError:  # some models have weights in half precision only
             return Path(kind.download(model, variant="fp16", **options))
-
-
-@contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
-    """Around a call of a library: what it raises becomes a UserError "`what`: the reason".
-
-    A damaged file can make diffusers and transformers raise anything, such as AttributeError.
-    """
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split()).split(" Please ")[0]  # without advice in Python
-        reason = shown(text)[:400]
-        if not isinstance(
-            error, OSError | ValueError | RuntimeError
-        ):  # their text alone says little
-            reason = f"{type(error).__name__} {reason}"
-        raise UserError(f"{what}: {reason}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,7 +156,7 @@ def _folder(folder: Path, dtype: torch.dtype):
     xl = _check_configs(folder)
     exact = {"vae": torch.float32} if xl else {}  # its VAE overflows in half precision
     parts = {p: _load_part(folder, p, exact.get(p, dtype)) for p in _of_kind(PARTS, xl)}
-    with _one_sentence(f"cannot load the tokenizer and scheduler of {shown(folder)}"):
+    with one_sentence(f"cannot load the tokenizer and scheduler of {shown(folder)}"):
         return _class(xl).from_pretrained(folder, **parts, **UNUSED, local_files_only=True)
 
 
@@ -249,7 +233,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     if library is transformers:  # else its error does not name the tensor
         options["ignore_mismatched_sizes"] = True
     variant, where = _weights(folder / part, stem)[0], f"the {part} of {shown(folder)}"
-    with _one_sentence(f"cannot load {where} from safetensors"):
+    with one_sentence(f"cannot load {where} from safetensors"):
         module, info = getattr(library, kind).from_pretrained(
             folder / part, dtype=dtype, variant=variant, **options
         )
@@ -297,7 +281,7 @@ def _single_file(path: Path, dtype: torch.dtype):
             others = f"the configs in {shown(beside)} are of {kinds[1]}"
             raise UserError(f"{shown(path)} is {kinds[0]} but {others}: put its own there")
         config, where = {"config": str(beside)}, f"with the configs in {shown(beside)}"
-    with _one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
+    with one_sentence(f"cannot load the checkpoint {shown(path)} {where}"):
         try:
             parts = _exact_vae(path, config) if xl else checkpoints.bare_clip(path, dtype, config)
             pipeline = _class(xl).from_single_file(
@@ -333,94 +317,3 @@ def _read_prediction(path: Path, pipeline, beside: Path | None) -> None:
         )
     if changes:
         pipeline.scheduler = ddim(pipeline.scheduler, **changes)
-
-
-# --------------------------------------------------------------------------------------------------
-# Whether it can be used
-
-
-def _check_weights(name: str, part: str, module: torch.nn.Module) -> None:
-    """Freeze a part; raises UserError unless each of its tensors is there and sensible."""
-    module.requires_grad_(False).eval()
-    for key, tensor in module.state_dict().items():
-        if tensor.is_meta:  # as from a single file
-            raise UserError(f"the {part} of {name} is incomplete: its file lacks {key}")
-        low, high = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
-        if not (low > -LARGEST and high < LARGEST):  # not so for NaN
-            raise UserError(
-                f"the {part} of {name} is damaged: {key} holds NaN, infinite or absurdly large "
-                f"numbers (as {str(tensor.dtype).removeprefix('torch.')})"
-            )
-
-
-def _noise(name: str, scheduler) -> tuple[torch.Tensor, str]:
-    """abar (T,) float32, and "epsilon" or "v_prediction".  Raises UserError for a schedule that
-    cannot be trained with or sampled from.
-    """
-    abar = getattr(scheduler, "alphas_cumprod", None)
-    if abar is None:
-        kind = type(scheduler).__name__
-        raise UserError(f"{name} has a {kind}: only models with a schedule of betas can be adapted")
-    prediction = scheduler.config.get("prediction_type")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{name} predicts '{shown(prediction)}'; only epsilon and v_prediction models can be "
-            "adapted"
-        )
-    if len(abar) <= max(ALL_TIMESTEPS):
-        raise UserError(f"{name} has {len(abar)} timesteps; at least 1,000 are needed")
-    if not ((abar >= 0) & (abar <= 1)).all():  # not so for NaN; 0 is zero terminal SNR
-        raise UserError(f"the betas of {name} are damaged: their signal level leaves 0..1")
-    with _one_sentence(f"{name} cannot be sampled by DDIM"):
-        ddim(scheduler).set_timesteps(2)
-    return abar.float(), prediction
-
-
-def _fit_tokenizer(name: str, tokenizer, encoder) -> None:
-    """Limit captions to what the text encoder of this config takes.  Raises UserError for a
-    tokenizer with tokens that it does not have.
-    """
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= encoder.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name} has a token {highest}, but its text encoder has only "
-            f"{encoder.vocab_size}: they do not belong together"
-        )
-    most = encoder.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-
-
-def _size(name: str, pipeline, size: int | None) -> int:
-    """Pixels of a side: `size`, else that of the UNet's config, one number or two equal ones."""
-    factor = pipeline.vae_scale_factor
-    if not size:
-        side = pipeline.unet.config.sample_size
-        if isinstance(side, list | tuple) and len(side) == 2 and side[0] == side[1]:
-            side = side[0]
-        if type(side) is not int or not 0 < side <= 1024:
-            raise UserError(
-                f"the UNet of {name} does not state a square picture size (its sample_size "
-                f"is {shown(side)}): give --size"
-            )
-        size = side * factor
-    multiple = max(8, factor)  # diffusers only samples multiples of 8
-    if size % multiple:
-        raise UserError(f"the picture size {size} is not a multiple of {multiple}")
-    return size
-
-
-@torch.no_grad()
-def _try_out(base: Base) -> None:
-    """Send a small black picture and an empty caption through all parts.  Raises UserError if they
-    do not fit together.
-    """
-    side = 8 * base.pipeline.vae_scale_factor
-    with _one_sentence(f"the parts of {shown(base.name)} do not work together"):
-        latents = encode_images(base, np.zeros((1, side, side, 3), np.uint8))
-        text, zero = encode_captions(base, [""]), torch.zeros(1, dtype=torch.long)
-        error = squared_error(base, latents, text, zero.to(base.device), torch.zeros_like(latents))
-        picture = base.pipeline.vae.decode(latents.to(base.pipeline.vae.dtype)).sample
-        if error.shape != latents.shape or picture.shape != (1, 3, side, side):
-            raise ValueError("what they return has another shape than what they were given")
-        if not (error.isfinite().all() and picture.isfinite().all()):
-            raise ValueError(f"their numbers are not finite in {base.unet.dtype}")

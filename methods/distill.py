@@ -27,8 +27,9 @@ import torch
 from algorithm import Batch, Run, Shuffled
 from command.errors import UserError
 from diffusion import PARTS, Base, Encoded, joined, predict
+from files.copies import near_duplicates
 from files.encode import encode
-from files.images import load_images, near_duplicates
+from files.images import load_images
 from lora import Adapter
 from run.processes import Parallel
 

@@ -1,7 +1,7 @@
 """Audits at the same held-out loss: how much less a defence leaks than LoRA stopped there.
 
     found = at_equal_loss(step, [lora, ...])     # Compared, of steps and audits of audit.json
-    found.change.cell                            # -.11 with its interval over pairs of adapters
+    found.change                                 # -.11 with its interval over pairs of adapters
 
 Both audits are on the same halves of one pool, so adapters are compared pair by pair.  What a pair
 is ahead of LoRA is its AUC, minus LoRA's on the line between two steps, minus slope times what its
@@ -105,7 +105,7 @@ def beside(step: dict, line: tuple[dict, dict, float]) -> Compared:
     loss = [_pairs(step, "loss"), mixed(lambda s: _pairs(s, "loss"))]
     if len(ahead[0]) == len(ahead[1]):
         parts = [ahead[0] - ahead[1] - slope * (loss[0] - loss[1])]
-    else:  # not the same halves: two independent sets
+    else:  # of another size, so of other halves: two independent sets
         parts = [a - slope * x for a, x in zip(ahead, loss, strict=True)]
     error = math.sqrt(sum(d.var(ddof=1) / len(d) for d in parts))
     half = stdtrit(min(len(d) for d in parts) - 1, 0.975) * error

@@ -75,12 +75,28 @@ def in_thread(monkeypatch):
     monkeypatch.setattr(workers, "processes", lambda _: InThread())
 
 
+def tiny_vae(scaling_factor):
+    """A random VAE of 32 px pictures and (4, 8, 8) latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+    )
+
+
 def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
     """A StableDiffusionPipeline folder of 32 px pictures: (4, 8, 8) latents, 16 tokens of width 32,
     seed 0.
     """
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     from embedded.base_model import build_text_encoder, build_tokenizer, pipeline
 
@@ -100,16 +116,7 @@ def save_tiny_base(folder, linear_projection=False, prediction="epsilon"):
             norm_num_groups=8,
             use_linear_projection=linear_projection,
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=32,
-            scaling_factor=0.7,
-        )
+        vae = tiny_vae(0.7)
         text_encoder = build_text_encoder(tokenizer, width=32, layers=1)
     pipeline(vae, text_encoder, tokenizer, unet, prediction).save_pretrained(
         folder, safe_serialization=True

@@ -353,7 +353,7 @@ def test_caught():
     assert caught[7] == 2 and alarms[7] == 0 and alarms[8] == 2
     assert caught.sum() == (score[member] > cut).sum()
     assert alarms.sum() == (score[~member] > cut).sum() == 2
-    assert audit_record.often(member)(caught) == (caught >= 1).sum()
+    assert audit_record.often(member, caught) == (caught >= 1).sum()
 
 
 # --------------------------------------------------------------------------------------------------

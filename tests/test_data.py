@@ -11,7 +11,8 @@ from PIL import Image, PngImagePlugin
 
 from command.errors import UserError
 from files import images as data
-from files.images import FOLDERS, PARTS, ROLES, SIDES, Images, load_images, near_duplicates
+from files.copies import near_duplicates
+from files.images import FOLDERS, PARTS, ROLES, SIDES, Images, load_images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, SMALL, assembled, assert_same_run
+from conftest import CAPTIONS, SMALL, assembled, assert_same_run, tiny_vae
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -56,7 +56,7 @@ def tiny_unet(width=32, pooled=24, blocks=("DownBlock2D", "CrossAttnDownBlock2D"
 
 def save_tiny_xl(folder):
     """A StableDiffusionXLPipeline folder of 32 px pictures: widths 12 and 20, pooled 24, seed 0."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler
+    from diffusers import EulerDiscreteScheduler
     from transformers import CLIPTextModelWithProjection
 
     from embedded.base_model import build_text_encoder, build_tokenizer
@@ -65,16 +65,7 @@ def save_tiny_xl(folder):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = tiny_unet()
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=32,
-            scaling_factor=0.13025,
-        )
+        vae = tiny_vae(0.13025)
         first = build_text_encoder(tokenizer, width=12, layers=2)
         config = build_text_encoder(tokenizer, width=20, layers=2).config
         config.projection_dim = 24

@@ -113,7 +113,7 @@ class Settings:
     )
     delta_dp: float | None = option(
         None,
-        "dp: delta, the chance that the guarantee fails (default: 0.1 / members)",
+        "dp: delta of the guarantee, its slack beside epsilon (default: 0.1 / members)",
         group="differential privacy",
     )
     directions: str | None = option(

@@ -51,8 +51,8 @@ def print_record(record: dict) -> None:
         print(f"  {counts:12} {name:26.26}  {caption:.36}")
     often = record["often"]
     print(
-        f"caught in half of their trainings or more: {often['caught']} of {record['pool']} images; "
-        f"as many\nfalse alarms: {often['alarmed']}"
+        f"{often['caught']} of {record['pool']} images are caught in at least half of their "
+        f"trainings, {often['alarmed']} are\nfalse alarms as often"
     )
     training, queries = record["seconds"]["training"], record["seconds"]["queries"]
     print(f"\n{training:.0f} s of training and {queries:.0f} s of queries, summed over processes")

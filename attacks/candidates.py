@@ -15,7 +15,10 @@ is therefore a valid p-value, however the adapter was trained in truth and howev
 are members (conformal, Vovk et al. 2005; Bates et al. 2023).  Of the candidates in a list that ends
 at rank k a share of at most q is wrong, on average, if it is cut where q is small enough:
 
-    q_(k) = min over j >= k of  m p_(j) / j         m candidates, Benjamini & Hochberg 1995
+    q_(k) = min over j >= k of  m0 p_(j) / j    m0 = 2 (1 + number of p above 1/2), at most m
+
+for m candidates (Benjamini & Hochberg 1995; m0, how many are no members, is Storey's estimate,
+2002, which is valid with these p-values).
 
 Tested in tests/test_candidates.py, by simulation and on planted answers.
 """
@@ -63,7 +66,8 @@ def p_values(score: np.ndarray, others: np.ndarray) -> np.ndarray:
 def wrong_shares(p: np.ndarray) -> np.ndarray:
     """(m,) the least q at which each candidate is in the list."""
     order = np.argsort(p, kind="stable")
-    share = len(p) * p[order] / np.arange(1, len(p) + 1)
+    no_members = min(len(p), 2 * (1 + (p > 0.5).sum()))
+    share = no_members * p[order] / np.arange(1, len(p) + 1)
     found = np.empty(len(p))
     found[order] = np.minimum.accumulate(share[::-1])[::-1].clip(max=1)
     return found

@@ -67,6 +67,11 @@ class Audit(Method):
         "pictures to draw per adapter and step, for one Frechet distance over all adapters",
         group=OWN,
     )
+    thorough: bool = option(
+        False,
+        "ask at 8 timesteps with 8 draws of noise in place of 4 with 2: queries cost more",
+        group=OWN,
+    )
     canaries: int = option(0, "images of the pool that swap captions", group=OWN)
     jobs: int | None = option(
         None,
@@ -154,18 +159,23 @@ def make_plan(s: Audit):
     images = load_images(s.data, each.size, s.caption)
     plan = audit_plan.deal(images, each, s.adapters, s.pool, s.canaries, s.out)
     steps = sorted({int(at) for at in s.at}) if s.at else None
-    return replace(plan, steps=steps, pictures=s.pictures, identity=identity.of(each, base))
+    plan = replace(plan, steps=steps, pictures=s.pictures, identity=identity.of(each, base))
+    if s.thorough:
+        timesteps, noises = audit_plan.THOROUGH
+        plan = replace(plan, timesteps=timesteps, noises=noises)
+    return plan
 
 
 # --------------------------------------------------------------------------------------------------
 # The audit
 
 
-def audit(s: Audit, train: Callable | None = None) -> dict:
+def audit(s: Audit, train: Callable | None = None, change: Callable | None = None) -> dict:
     """Train what is missing, attack, write audit.json and the figures; returns the record.
 
-    With `audits` compares those and returns the comparison.  `train` is an audit_tasks.Train in
-    place of the method's own, for studies.  Raises UserError.
+    With `audits` compares those and returns the comparison.  For studies: `train` is an
+    audit_tasks.Train in place of the method's own, `change` makes another plan of the plan.  Raises
+    UserError.
     """
     if s.audits:
         from report.audit_page import compare
@@ -182,7 +192,7 @@ def audit(s: Audit, train: Callable | None = None) -> dict:
         from report import audit_page
         from run import lock
         from train import train_adapter
-    plan = make_plan(s)
+    plan = change(make_plan(s)) if change else make_plan(s)
     s = replace(s, device=plan.settings.device, dtype=plan.settings.dtype)
     s = replace(s, jobs=s.jobs or (os.cpu_count() if s.device == "cpu" else 1))
     if s.dry_run:

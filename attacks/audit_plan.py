@@ -20,6 +20,7 @@ from run.identity import decided, digest_of
 from settings import Settings
 
 NOISES = 2  # per timestep of the losses; the prediction itself is kept for the first
+THOROUGH = tuple(range(50, 401, 50)), 8  # timesteps and noises of --thorough
 SIMA_TIMESTEPS = (100,)  # beside 0
 HELD_OUT_IMAGES = 100  # for the held-out loss
 NONMEMBER_SETS = (
@@ -43,6 +44,8 @@ class Plan:
     digest: str  # of the images as loaded
     steps: list[int] | None = None  # at which an adapter is asked; None: see `due`
     pictures: int = 0  # drawn of each adapter at each of these steps
+    timesteps: tuple[int, ...] = TIMESTEPS  # of the losses
+    noises: int = NOISES
     identity: dict = field(default_factory=dict)  # base, files and settings, see run/identity.py
 
     def __len__(self) -> int:
@@ -50,7 +53,8 @@ class Plan:
 
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""
-        asked = [TIMESTEPS, NOISES, SIMA_TIMESTEPS, GRID_SEED, self.due(), self.drawn(index)]
+        asked = [self.timesteps, self.noises, SIMA_TIMESTEPS, GRID_SEED]
+        asked += [self.due(), self.drawn(index)]
         facts = [self.identity, decided(self.settings), asked, self.digest]
         facts += [self.pool, self.held_out, self.canaries]
         return digest_of([*facts, index, self.roles[index]])
@@ -64,11 +68,11 @@ class Plan:
 
     def members(self) -> np.ndarray:
         """(N, pool): which adapter trains on which image."""
-        member = np.zeros((len(self), self.pool), bool)
+        member = np.zeros((len(self), len(self.images)), bool)
         for row, roles in zip(member, self.roles, strict=True):
             for part in PARTS:
                 row[roles[f"member_{part}"]] = True
-        return member
+        return member[:, : self.pool]
 
     def folder(self, index: int) -> Path:
         """Where an adapter and its answers are."""

@@ -23,7 +23,7 @@ import torch
 import lora
 from algorithm import Diverged
 from attacks import quality, single, workers
-from attacks.audit_plan import NOISES, SIMA_TIMESTEPS, Plan, hash_of
+from attacks.audit_plan import SIMA_TIMESTEPS, Plan, hash_of
 from attacks.store import damaged, read_arrays
 from command import progress
 from command.errors import UserError
@@ -31,7 +31,6 @@ from command.whole_files import write_whole
 from diffusion import (
     ALL_TIMESTEPS,
     GRID_SEED,
-    TIMESTEPS,
     Base,
     Encoded,
     add_noise,
@@ -142,7 +141,7 @@ def ask(
 ) -> dict[str, np.ndarray]:
     """What the attacks want to know of an adapter, and its held-out loss.
 
-    losses (P, T, NOISES), predictions (P, T, C h w) float16, sima (P, 1 + SIMA_TIMESTEPS), held_out
+    losses (P, T, noises), predictions (P, T, C h w) float16, sima (P, 1 + SIMA_TIMESTEPS), held_out
     (H,); features (D, F) of pictures from the captions of images `drawn`, if there are any; at the
     last step also gradient (P,), the mean log norm, which costs as much as all the others.
 
@@ -155,7 +154,8 @@ def ask(
     if plan.settings.flip:
         ways.append(encode_images(base, data.pixels[: plan.pool, :, ::-1].copy()))
     with adapter.folded():
-        losses, predictions = zip(*(predict(base, z, text) for z in ways), strict=True)
+        asked = plan.timesteps, plan.noises
+        losses, predictions = zip(*(predict(base, z, text, *asked) for z in ways), strict=True)
         sima = [-single.sima(base, z, text, SIMA_TIMESTEPS) for z in ways]
         held_out = loss_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
@@ -188,17 +188,19 @@ def feature_network() -> torch.nn.Module:
     return quality.load_network("embedded")
 
 
-def predict(base: Base, latents, text) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (N, T, NOISES) of the predicted noise, with the noise of diffusion.residuals, and the
+def predict(
+    base: Base, latents, text, timesteps: tuple[int, ...], noises: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (N, T, noises) of the predicted noise, with the noise of diffusion.residuals, and the
     predictions for the first noise (N, T, C h w) as float16: one forward gives both.
     """
-    losses = np.empty((len(latents), len(TIMESTEPS), NOISES), np.float32)
-    predictions = np.empty((len(latents), len(TIMESTEPS), latents[0].numel()), np.float16)
-    for j, t in enumerate(progress.over(TIMESTEPS, "losses")):
+    losses = np.empty((len(latents), len(timesteps), noises), np.float32)
+    predictions = np.empty((len(latents), len(timesteps), latents[0].numel()), np.float16)
+    for j, t in enumerate(progress.over(timesteps, "losses")):
         generator = torch.Generator().manual_seed(GRID_SEED + t)
-        noise = torch.randn((NOISES, *base.latent_shape), generator=generator).to(base.device)
+        noise = torch.randn((noises, *base.latent_shape), generator=generator).to(base.device)
         at = torch.full((len(latents),), t, device=base.device)
-        for k in range(NOISES):
+        for k in range(noises):
             noisy_latents = add_noise(latents, noise[k], at, base.abar)
             noise_pred = single.predict_noise(base, noisy_latents, t, text)
             losses[:, j, k] = (noise_pred - noise[k]).square().mean((1, 2, 3)).cpu().numpy()

@@ -86,10 +86,10 @@ def study(s: Study) -> str:
     import audit
 
     out = Path(s.out or "runs/defences")
-    own = Audit(**{f.name: getattr(s, f.name) for f in fields(Audit)})
     for name in grid.chosen(s.rows, ROWS):
         print(f"\n{name}: {ROWS[name]}")
-        audit.audit(replace(own, **ROWS[name], out=str(out / name)), trainer(name))
+        row = replace(flags_of_audit(s), **ROWS[name], out=str(out / name))
+        audit.audit(row, trainer(name))
     if s.dry_run:
         return ""
     found = equal_loss.read_audits(out)
@@ -97,6 +97,11 @@ def study(s: Study) -> str:
     write_whole(out / "table.md", text)
     print(f"\n{text}\nfiles:    {out}/table.md")
     return text
+
+
+def flags_of_audit(s: Study) -> Audit:
+    """The flags of a study that are those of an audit."""
+    return Audit(**{f.name: getattr(s, f.name) for f in fields(Audit)})
 
 
 def trainer(name: str) -> Callable | None:

@@ -26,7 +26,7 @@ from attacks import audit_plan, audit_record, audit_tasks, decisions, lira, qual
 from command.errors import UserError
 from command.flags import parse
 from curves import roc
-from diffusion import GRID_SEED, encode_captions, encode_images, loss_grid, sample
+from diffusion import GRID_SEED, TIMESTEPS, encode_captions, encode_images, loss_grid, sample
 from files import lora_files
 from files.bases import load_base
 from files.images import ROLES, Images, load_images
@@ -364,10 +364,23 @@ def test_predictions_are_those_of_the_loss_grid(tiny_base):
     """The same noise and losses as diffusion.loss_grid, for an epsilon-prediction model."""
     base = load_base(tiny_base)
     latents, text = torch.randn(5, 4, 8, 8), torch.randn(5, 16, 32)
-    losses, kept = audit_tasks.predict(base, latents, text)
+    losses, kept = audit_tasks.predict(base, latents, text, TIMESTEPS, 2)
     want = loss_grid(base, latents, text, draws=2).numpy()
     np.testing.assert_allclose(losses, want, rtol=1e-4)
     assert kept.shape == (5, 4, 256) and kept.dtype == np.float16
+
+
+def test_thorough(tiny_base, image_folder):
+    """Eight timesteps with eight draws, of the loss grid; another question, so another key."""
+    flags = {"model": tiny_base, "data": image_folder, "pool": 10, "adapters": 4}
+    plan = audit.make_plan(audit.complete(audit.Audit(**flags, thorough=True)))
+    assert plan.key(0) != audit.make_plan(audit.complete(audit.Audit(**flags))).key(0)
+    base, data = audit_tasks.subject(plan)
+    adapter = lora.inject(base.unet, "all", 2, 4.0, torch.Generator().manual_seed(0))
+    losses = audit_tasks.ask(base, data, plan, adapter, last=False)["losses"]
+    want = loss_grid(base, data.latents[:10], data.text[:10], range(50, 401, 50), 8).numpy()
+    assert losses.shape == (10, 8, 8)
+    np.testing.assert_allclose(losses, want, rtol=1e-4)
 
 
 def test_with_flip_the_attacker_asks_about_mirror_images(tiny_base, image_folder):

@@ -179,6 +179,23 @@ def test_no_scheduler(tiny_base, image_folder, tmp_path, capsys):
     assert time.monotonic() - began < workers.ANSWER / 2
 
 
+def test_a_busy_machine(scheduler, monkeypatch):
+    """Where Dask's own thread does not start in time, it is asked once more."""
+    _, address = scheduler()
+    from distributed.utils import LoopRunner
+
+    start, tried = LoopRunner._start_unlocked, []
+
+    def busy(runner):
+        tried.append(runner)
+        assert len(tried) > 1
+        start(runner)
+
+    monkeypatch.setattr(LoopRunner, "_start_unlocked", busy)
+    with workers.cluster(address):
+        assert len(tried) == 2
+
+
 @pytest.mark.timeout(60)
 def test_a_port_of_something_else(monkeypatch):
     """A port that is open and silent is not waited for longer than ANSWER."""

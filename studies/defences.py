@@ -9,6 +9,7 @@ more row costs that row.  At the end stands table.md, of all rows that are there
 with the folders of some draws them.  Tested in tests/test_studies.py.
 """
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ ROWS = {
     "lora-shorter": SHORT | {"steps": 75},
     "lora-flip": SHORT | {"flip": True},
     "lora-flip-shorter": SHORT | {"steps": 75, "flip": True},
+    "lora-flip-slow": {"method": "lora", "flip": True, "lr": 1e-4},
+    "lora-crop": SHORT | {"steps": 75, "flip": True},
     "lora-batch": SHORT | {"accumulate": 4},
     "lora-rank4": SHORT | {"rank": 4, "alpha": 4.0},
     "lora-attention": SHORT | {"target": "attention"},
@@ -59,7 +62,11 @@ ROWS = {
     "dp-epsilon-8": {"method": "dp", "epsilon": 8.0},
     "dp-no-noise": {"method": "dp", "epsilon": 1000.0},
 }
-ABLATIONS = {"distill-seen": "train_seen", "distill-soup": "train_soup"}  # in leaving_out.py
+TRAINERS = {  # of rows that no flag makes
+    "distill-seen": "studies.leaving_out.train_seen",
+    "distill-soup": "studies.leaving_out.train_soup",
+    "lora-crop": "studies.cropped.train_cropped",
+}
 
 DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are
 SIDES = {1: "yes", -1: "no", 0: "not told apart", None: "not measured"}
@@ -106,9 +113,7 @@ def flags_of_audit(s: Study) -> Audit:
 
 def trainer(name: str) -> Callable | None:
     """What trains an adapter of a row; None for the method as it is."""
-    from studies import leaving_out
-
-    return getattr(leaving_out, ABLATIONS[name]) if name in ABLATIONS else None
+    return pkgutil.resolve_name(TRAINERS[name]) if name in TRAINERS else None
 
 
 # --------------------------------------------------------------------------------------------------

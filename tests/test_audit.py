@@ -471,7 +471,7 @@ def test_going_on(audited, tiny_base, image_folder, in_thread, tmp_path, monkeyp
 def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, in_thread):
     """After Ctrl-C and after SIGKILL no process is left; what was finished is not trained again."""
     out = tmp_path / "smp"
-    given = {k: str(v) for k, v in SMALL.items()} | {"method": "smp", "steps": "40"}
+    given = {k: str(v) for k, v in SMALL.items()} | {"method": "smp", "steps": "24"}
     given |= {"adapters": "4", "jobs": "1", "model": tiny_base, "data": image_folder}
     command = [sys.executable, str(ROOT / "audit.py"), "--out", str(out)]
     for name, value in given.items():
@@ -491,7 +491,7 @@ def test_stopped_and_gone_on_with(tiny_base, image_folder, tmp_path, in_thread):
         assert steps == [p.read_text() for p in out.glob("adapters/*/progress")]
         written.append((path, path.stat().st_mtime_ns))
     assert len(list(out.glob("adapters/*/answers.npz"))) < 4
-    record = audit.audit(flags(tiny_base, image_folder, out, method="smp", steps=40))
+    record = audit.audit(flags(tiny_base, image_folder, out, method="smp", steps=24))
     assert all(path.stat().st_mtime_ns == before for path, before in written)
     assert record["adapters"] == len(list(out.glob("adapters/*/answers.npz"))) == 4
 

@@ -31,8 +31,8 @@ SQUARE = [  # every pair of target, dtype and method
     ("full", "float16", "smp"),
 ]
 RUNS = [*SQUARE, (None, "bfloat16", "dp")]  # in float32 and with dp: tests/test_dp.py
-EVALUATED = [*SQUARE[7:9], (None, "bfloat16", "dp")]
-AUDITED = [("attention", "bfloat16", "lora"), ("full", "bfloat16", "smp")]
+EVALUATED = [SQUARE[8], (None, "bfloat16", "dp")]
+AUDITED = [("full", "bfloat16", "lora")]
 DISTILL = {"teachers": 2, "teacher_steps": 1, "public": "none"}
 
 

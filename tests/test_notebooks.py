@@ -21,7 +21,7 @@ SHORT = {
     "RUNS": "{runs}",
     "FLAGS": {
         "members": 10,
-        "steps": 8,
+        "steps": 4,
         "batch_size": 4,
         "proxy": "pooled",
         "lr": 1e-3,
@@ -34,8 +34,8 @@ SHORT = {
     "STUDY": "{runs}/study",
     "LAMBDAS": (),
     "LOW_RANK": 2,
-    "EARLY": (4,),
-    "EVALUATE": {},
+    "EARLY": (2,),
+    "EVALUATE": {"test_nonmembers": 10},
 }
 
 

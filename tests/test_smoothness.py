@@ -262,9 +262,9 @@ def test_measure_equals_power_iteration(tiny_base, method):
     gradient, product = products(terms, parameters, method)
     g = torch.Generator().manual_seed(1)
     start = torch.randn(len(gradient), generator=g, dtype=torch.float64)
-    power = power_iteration(product, start, 300, 1e-8)
+    power = power_iteration(product, start, 300, 1e-6)
     assert row["hessian_converged"] and power.converged
-    assert row["hessian_norm"] == pytest.approx(power.norm, rel=1e-4)
+    assert row["hessian_norm"] == pytest.approx(power.norm, rel=1e-3)
     assert row["fixed_grad_norm"] == pytest.approx(gradient.norm().item())
     by_tensor = [g.norm().item() for g in torch.autograd.grad(terms(method).total, parameters)]
     scale = row["gradient_scale"]

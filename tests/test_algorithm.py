@@ -2,11 +2,13 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import lora
+import smoothness
 import train
 from algorithm import Diverged, Run, Shuffled, algorithm_1
 from attacker import MEMBER, NONMEMBER, PROXIES
@@ -164,8 +166,29 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone(subject, tiny_base):
+    """A function: rows and tensors of a run with one extra, trained once."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            s = settings(tiny_base, **{"method": "smp", "steps": 2} | EXTRAS[name])
+            found[name] = trained(subject, s)[:2]
+        return found[name]
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def few_products(monkeypatch):
+    """Of Hessians: whether they are right is test_smoothness.py's."""
+    quick = partial(smoothness.measure, iterations=2)
+    monkeypatch.setattr(smoothness, "measure", quick)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_pairs_compose(subject, tiny_base, pair):
+def test_pairs_compose(subject, tiny_base, pair, alone):
     """Each of a pair does with the other what it does alone: its class is there, and leaving it out
     changes the numbers.  Micro-batches and measurements change none.
     """
@@ -174,8 +197,7 @@ def test_pairs_compose(subject, tiny_base, pair):
     rows, tensors, _, _ = trained(subject, s)
     assert len(rows) == 2 and all(torch.isfinite(t).all() for t in tensors.values())
     for left_out, kept in (pair, pair[::-1]):
-        alone = {"method": "smp", "steps": 2} | EXTRAS[kept]
-        other_rows, other, _, _ = trained(subject, settings(tiny_base, **alone))
+        other_rows, other = alone(kept)
         gaps = [(tensors[k] - other[k]).abs().max().item() for k in tensors]
         if left_out in ("parts", "curved"):
             assert max(gaps) < 2e-4

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import InThread
 from scipy.stats import binomtest
 
 import audit
@@ -46,9 +47,11 @@ def flags(tiny_base, image_folder, out, **other):
 
 @pytest.fixture(scope="module")
 def audited(tiny_base, image_folder, tmp_path_factory):
-    """A whole audit: its folder and its record."""
+    """A whole audit, in this process: its folder and its record."""
     out = tmp_path_factory.mktemp("audits") / "lora"
-    return out, audit.audit(flags(tiny_base, image_folder, out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "processes", lambda _: InThread())
+        return out, audit.audit(flags(tiny_base, image_folder, out))
 
 
 def make_plan(tiny_base, image_folder, out="x", **other):

@@ -152,7 +152,7 @@ def promised_delta(run: Run) -> float:
     asked, members = run.settings.delta_dp, len(run.data.members())
     if asked is not None and asked * members >= 1:
         raise UserError(
-            f"--delta-dp {asked:g} promises nothing to {members} images: give one below 1 / N"
+            f"--delta-dp {asked:g} guarantees nothing to {members} images: give one below 1 / N"
         )
     return asked or 0.1 / members
 

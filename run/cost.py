@@ -151,7 +151,7 @@ def dry_run(
         found["teachers"] = f"{s.teachers} of {s.teacher_steps} steps at {lesson:.2g} s"
         found["public"] = f"{sum(len(D.indices) for D in run.public)} public pictures"
     if promised:
-        found["promise"] = str(promised)
+        found["guarantee"] = str(promised)
     if s.method == "dp":  # all members are in a step, hours of a large model
         with run.one_forward() as forwards_of_a_step:
             seconds = forwards_of_a_step * second_step(algorithm, run)

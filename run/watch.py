@@ -216,7 +216,7 @@ def say(run: Run, folder: RunFolder, step: int, summary: dict, promise) -> None:
         "auxiliary and validation images; 0.5 is chance"
     )
     if promise:
-        print(f"promise:  {promise}")
+        print(f"guarantee: {promise}")
     if sentence := card.audited(s):
         print(f"audited:  {sentence}")
     following = shlex.join(["python", "evaluate.py", str(folder)])

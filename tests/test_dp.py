@@ -258,7 +258,7 @@ def test_a_run_says_what_it_promises_and_tells_no_secret(
     whole, part, other = (tmp_path / name for name in ("whole", "part", "other"))
     train.train(replace(s, out=str(whole)))
     printed = capsys.readouterr().out
-    assert "promise:  epsilon 3 at delta 0.008: no attack on the" in printed
+    assert "guarantee: epsilon 3 at delta 0.008: no attack on the" in printed
 
     def record(keeper, row, *rest):
         honest(keeper, row, *rest)

@@ -56,6 +56,7 @@ FRONTIER = (  # (row, step, what the table calls it)
     ("distill-flip", "200", "distill `--flip`"),
     ("distill-private-flip", "200", "distill `--flip --public none`"),
     ("distill-seen", "200", "the same, by teachers that have seen the image"),
+    ("distill-soup", "1", "no student: the mean of its teachers"),
     ("dp-no-noise", "6", "dp without noise"),
     ("dp-epsilon-8", "6", "dp `--epsilon 8`"),
     ("dp-epsilon-3", "6", "dp `--epsilon 3`"),

@@ -5,7 +5,9 @@ what goes beyond the paper.
 import torch
 
 from algorithm import Run
+from command.errors import UserError
 from diffusion import Base, Encoded
+from lora import Adapter, remove
 from methods import dp
 from methods.calibrated import Calibrated
 from methods.distill import Student, with_public
@@ -21,10 +23,26 @@ def assemble(
 ) -> Run:
     """The run, ready to train, with a new adapter in the base; the classes of `extra` come first.
 
-    Raises UserError for an adapter or public pictures that cannot be used.
+    Raises UserError for an adapter or public pictures that cannot be used; the base is then as it
+    was.
     """
-    private = s.method == "dp"
-    adapter = dp.new_adapter(s, base) if private else prepare.new_adapter(s, base)
+    adapter = (dp if s.method == "dp" else prepare).new_adapter(s, base)
+    try:
+        return _around(adapter, s, base, data, processes, extra)
+    except UserError:
+        remove(base.unet, adapter)
+        raise
+
+
+def _around(
+    adapter: Adapter,
+    s: Settings,
+    base: Base,
+    data: Encoded,
+    processes: Processes,
+    extra: tuple[type, ...],
+) -> Run:
+    """The run of an adapter that is in the base."""
     s = prepare.complete(s, adapter, data, processes.count)
     if s.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -40,7 +58,7 @@ def assemble(
         kinds.append(Mirrored)
     if s.schedule != "constant":
         kinds.append(Scheduled)
-    if private:
+    if s.method == "dp":
         kinds.append(dp.Private)
     in_parts = processes.count * s.accumulate > 1 or base.unet.dtype != torch.float32
     if in_parts or s.method in ("distill", "dp"):

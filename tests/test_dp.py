@@ -222,9 +222,9 @@ def test_delta_is_a_tenth_of_one_by_n_or_what_was_asked(subject, tiny_base, file
         found = dp.promise(run)
         assert found.delta == pytest.approx(delta or 0.1 / 12)
         assert found.sigma == run.sigma == pytest.approx(2 / promise.mu_for(2.0, found.delta))
-    run.settings = replace(run.settings, delta_dp=1 / 12)
     with pytest.raises(UserError, match="give one below 1 / N"):
-        dp.promise(run)
+        assemble(replace(s, delta_dp=1 / 12), *subject, Processes())
+    assert not any(isinstance(m, lora.LoRALinear) for m in subject[0].unet.modules())
 
 
 def test_a_config_of_the_method_before_is_refused():

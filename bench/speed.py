@@ -4,6 +4,7 @@
     python bench/speed.py step --model SD15_FOLDER    # full size: bench/sd15.py writes one
     python bench/speed.py attacks --times 1           # seconds for --images images
     python bench/speed.py hessian
+    python bench/speed.py waiting --busy 1            # threads that wait, beside a busy program
 
 Every figure is of a process of its own that does nothing else, on random latents: time does not
 depend on them.  Ratios are against the first row of the same round, so that drift of the machine
@@ -17,11 +18,13 @@ shows.  Memory is the peak resident set while it works (Linux), weights included
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -168,7 +171,10 @@ ROWS = {  # table -> {row: (function, its arguments behind the flags)}
         name: (attack, name) for name in ("losses", "SecMI", "PIA", "SimA", "gradients", "pictures")
     },
     "hessian": {name: (curvature, name) for name in ("gradient", "product", "norm")},
+    "waiting": dict.fromkeys(("libgomp", "commands", "one thread"), (steps, "smp")),
 }
+# what a row of "waiting" has in its environment; command/__init__.py says why
+WAITING = {"libgomp": ("GOMP_SPINCOUNT", "300000"), "one thread": ("OMP_NUM_THREADS", "1")}
 
 # --------------------------------------------------------------------------------------------------
 # How it is timed
@@ -208,6 +214,12 @@ def measure(row: tuple, args, queue) -> None:
     queue.put((median(seconds[args.warm_up :]), peak_gib()))
 
 
+def spin() -> None:
+    """Another program that is never done."""
+    while True:
+        pass
+
+
 def main() -> None:
     """All rows of a table in turn, `--rounds` times."""
     from settings import EMBEDDED
@@ -224,17 +236,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="8 or more")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--busy", type=int, default=0, help="other programs, a core each")
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     rows = {name: row for name, row in ROWS[args.table].items() if name in (args.only or [name])}
     context, found = multiprocessing.get_context("spawn"), {name: [] for name in rows}
+    for _ in range(args.busy):
+        context.Process(target=spin, daemon=True).start()
     for _ in range(args.rounds):
         for name, row in rows.items():
             queue = context.SimpleQueue()
             process = context.Process(target=measure, args=(row, args, queue))
-            process.start()
+            key, value = WAITING.get(name, ("", ""))
+            with patch.dict(os.environ, {key: value} if key else {}):
+                process.start()
             process.join()
             if process.exitcode:
                 raise SystemExit(f"{name} failed with exit code {process.exitcode}")

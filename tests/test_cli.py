@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import pytest
 
+import command
 from command.errors import UserError, one_line_errors, shown, this_command
 from command.flags import GROUPS, option, parse
 from command.whole_files import read_json, write_json, write_whole
@@ -474,3 +475,13 @@ def test_json_there_and_back(tmp_path):
     assert read_json(tmp_path / "a.json") == value == json.loads((tmp_path / "a.json").read_bytes())
     with pytest.raises(UserError, match=r"nowhere\.json: No such file"):
         read_json(tmp_path / "nowhere.json")
+
+
+def test_threads_wait_for_a_moment(monkeypatch):
+    """Unless the user has said how long."""
+    for given, want in ((None, "20000"), ("7", "7")):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if given:
+            monkeypatch.setenv("GOMP_SPINCOUNT", given)
+        importlib.reload(command)
+        assert os.environ["GOMP_SPINCOUNT"] == want

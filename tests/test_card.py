@@ -156,6 +156,9 @@ def test_what_was_audited_is_said_as_the_records_say_it():
             record = read_json(DOCS / "records" / audit / "audit.json")
             found = record["steps"][str(step)]["attacks"][HEADLINE]["auc"]
             assert float(figure) == pytest.approx(found, abs=0.00501), (method, audit)
+    twice = read_json(DOCS / "records/doubled/distill-private-flip/audit.json")["steps"]["200"]
+    found = f"{twice['canaries'][HEADLINE]['auc']:.2f}".lstrip("0")
+    assert card.AUDITED["distill"].endswith(f"come twice {found}")
 
 
 @pytest.mark.parametrize(

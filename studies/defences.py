@@ -34,6 +34,7 @@ ROWS = {
     "lora-shorter": SHORT | {"steps": 75},
     "lora-flip": SHORT | {"flip": True},
     "lora-flip-shorter": SHORT | {"steps": 75, "flip": True},
+    "lora-flip-early": SHORT | {"steps": 75, "flip": True},  # to be asked at other steps
     "lora-flip-slow": {"method": "lora", "flip": True, "lr": 1e-4},
     "lora-crop": SHORT | {"steps": 75, "flip": True},
     "lora-batch": SHORT | {"accumulate": 4},
@@ -143,9 +144,11 @@ def row(name: str, at: str, audit: dict, audits: dict[str, dict]) -> list[str]:
     said += [rounded(attacks[THRESHOLD]["auc"]), cell(attacks[HEADLINE])]
     loras = {n: a for n, a in audits.items() if a["settings"]["method"] == "lora"}
     loras = {n: a for n, a in loras.items() if not a["settings"].get("init")}  # a public start
+    own = ROWS.get(name), TRAINERS.get(name)  # the row itself, perhaps asked at other steps
+    same = {n for n in ROWS if (ROWS[n], TRAINERS.get(n)) == own} | {name}
     compared, others = [], []
     for names in (PLAIN, loras):
-        others = [lora for n, lora in loras.items() if n in names and n != name]
+        others = [lora for n, lora in loras.items() if n in names and n not in same]
         compared.append(None if name in PLAIN else equal_loss.at_equal_loss(step, others))
     there = compared[-1]
     said += ["-" if r is None else f"{r:.2f}" for r in (rate, there and there.tpr)]

@@ -46,6 +46,7 @@ FRONTIER = (  # (row, step, what the table calls it)
     ("lora", "400", "LoRA"),
     ("lora-shorter", "37", "LoRA, 37 of 75 steps"),
     ("lora-shorter", "75", "LoRA, 75 steps"),
+    ("lora-flip-early", "20", "LoRA `--flip`, 20 of 75 steps"),
     ("lora-flip-shorter", "38", "LoRA `--flip`, 38 of 75 steps"),
     ("lora-flip-shorter", "75", "LoRA `--flip`, 75 steps"),
     ("smp", "50", "SMP, 50 of 400 steps"),

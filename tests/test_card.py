@@ -14,6 +14,7 @@ from files import lora_files
 from files.bases import load_base
 from run import card
 from settings import Settings
+from studies import equal_loss
 
 DOCS = Path(train.__file__).parent / "docs"
 RECORD = {
@@ -136,10 +137,7 @@ AUDITS = {
     "smp": [("audit-smp", 50), ("audit-smp", 400)],
     "mp": [("audit-mp", 400)],
     "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],
-    "dp": [
-        *((f"defences/dp-epsilon-{epsilon}", 6) for epsilon in (8, 3, 1)),
-        *(("defences/lora-flip-shorter", step) for step in (38, 75)),
-    ],
+    "dp": [(f"defences/dp-epsilon-{epsilon}", 6) for epsilon in (8, 3, 1)],
 }
 
 
@@ -156,6 +154,13 @@ def test_what_was_audited_is_said_as_the_records_say_it():
             record = read_json(DOCS / "records" / audit / "audit.json")
             found = record["steps"][str(step)]["attacks"][HEADLINE]["auc"]
             assert float(figure) == pytest.approx(found, abs=0.00501), (method, audit)
+    kept = equal_loss.read_audits(DOCS / "records/defences")
+    there = (
+        equal_loss.at_equal_loss(kept[f"dp-epsilon-{epsilon}"]["steps"]["6"], [kept[lora]]).auc
+        for epsilon, lora in ((1, "lora-flip-early"), (8, "lora-flip-shorter"))
+    )
+    low, high = (f"{auc:.2f}".lstrip("0") for auc in there)
+    assert card.AUDITED["dp"].endswith(f"LoRA --flip there {low} to {high}")
     twice = read_json(DOCS / "records/doubled/distill-private-flip/audit.json")["steps"]["200"]
     found = f"{twice['canaries'][HEADLINE]['auc']:.2f}".lstrip("0")
     assert card.AUDITED["distill"].endswith(f"come twice {found}")

@@ -24,7 +24,7 @@ SHORT = {
         "steps": 4,
         "batch_size": 4,
         "proxy": "pooled",
-        "lr": 1e-3,
+        "lr": 5e-3,
         "samples": 1,
     },
     "HESSIAN_EVERY": 2,

@@ -1,12 +1,12 @@
-"""Odd images that come twice: what a defence gives away where it should fear most.
+"""Canaries that come twice: images with wrong captions, in training twice or not at all.
 
     python -m studies.doubled lora-flip-shorter distill-private-flip dp-epsilon-8 --adapters 8
 
 Rows of studies/defences.py, each an audit in a folder of its own.  A quarter of the pool are copies
 of another quarter, whose captions are swapped: fifty pairs of canaries and a hundred other images
-with the defaults.  An adapter trains on both copies or on none.  Leave-out distillation hides what
-one teacher alone has not seen, and here another one's fold lacks the copy (cf. Aerni, Zhang &
-Tramer 2024).  Tested in tests/test_studies.py.
+with the defaults.  An adapter trains on both copies or on none.  Leave-out distillation teaches an
+image by a teacher that has not seen it; here that teacher may have seen the copy (cf. Aerni, Zhang
+& Tramer 2024).  Tested in tests/test_doubled.py.
 """
 
 from dataclasses import replace

@@ -163,7 +163,7 @@ def test_what_was_audited_is_said_as_the_records_say_it():
     assert card.AUDITED["dp"].endswith(f"LoRA --flip there {low} to {high}")
     twice = read_json(DOCS / "records/doubled/distill-private-flip/audit.json")["steps"]["200"]
     found = f"{twice['canaries'][HEADLINE]['auc']:.2f}".lstrip("0")
-    assert card.AUDITED["distill"].endswith(f"come twice {found}")
+    assert card.AUDITED["distill"].endswith(f"come twice read {found}")
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from files.images import PARTS, ROLES, Images, parts
 from run.identity import decided, digest_of
 from settings import Settings
 
-NOISES = 2  # per timestep of the losses; the prediction itself is kept for the first
+NOISES = 2  # per timestep of the losses, with --flip one of them for the mirror image
 THOROUGH = tuple(range(50, 401, 50)), 8  # timesteps and noises of --thorough
-SIMA_TIMESTEPS = (100,)  # beside 0
+SIMA_TIMESTEP = 100
 HELD_OUT_IMAGES = 100  # for the held-out loss
 NONMEMBER_SETS = (
     4  # times as many non-members as one adapter's attacker takes, if there are so many
@@ -53,7 +53,7 @@ class Plan:
 
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""
-        asked = [self.timesteps, self.noises, SIMA_TIMESTEPS, GRID_SEED]
+        asked = [self.timesteps, self.noises, SIMA_TIMESTEP, GRID_SEED]
         asked += [self.due(), self.drawn(index)]
         facts = [self.identity, decided(self.settings), asked, self.digest]
         facts += [self.pool, self.held_out, self.canaries]

@@ -12,7 +12,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 import lora
 from algorithm import Diverged
 from attacks import quality, single, workers
-from attacks.audit_plan import SIMA_TIMESTEPS, Plan, hash_of
+from attacks.audit_plan import SIMA_TIMESTEP, Plan, hash_of
 from attacks.store import damaged, read_arrays
 from command import progress
 from command.errors import UserError
@@ -84,7 +84,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
                 last = step == due[-1]
                 if step in due:
                     asked = time.monotonic()
-                    answers.append(ask(base, data, plan, adapter, last, plan.drawn(index)))
+                    answers.append(ask(base, data, plan, adapter, plan.drawn(index)))
                     asking += time.monotonic() - asked
                 (folder / "progress").write_text(str(step))
                 if last:
@@ -93,8 +93,7 @@ def work(plan: Plan, index: int, train: Train) -> None:
                     facts |= {"steps": step, "git_commit": commit}
                     files.save(adapter, folder / "adapter", facts)
                     break
-        arrays = {"gradient": answers[-1].pop("gradient")}
-        arrays |= {name: np.stack([a[name] for a in answers]) for name in answers[0]}
+        arrays = {name: np.stack([a[name] for a in answers]) for name in answers[0]}
         if not all(np.isfinite(a).all() for a in arrays.values()):
             raise UserError(f"the answers of adapter {index} are not finite: lower --lr")
         arrays |= {"training": time.monotonic() - began - asking, "queries": asking}
@@ -136,39 +135,38 @@ def ask(
     data: Encoded,
     plan: Plan,
     adapter: lora.Adapter,
-    last: bool,
     drawn: list[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """What the attacks want to know of an adapter, and its held-out loss.
 
-    losses (P, T, noises), predictions (P, T, C h w) float16, sima (P, 1 + SIMA_TIMESTEPS), held_out
-    (H,); features (D, F) of pictures from the captions of images `drawn`, if there are any; at the
-    last step also gradient (P,), the mean log norm, which costs as much as all the others.
+    losses (P, T, noises), predictions (P, T, C h w) float16, sima (P, 1), held_out (H,); features
+    (D, F) of pictures from the captions of images `drawn`, if there are any.
 
     With --flip the attacker asks about every image and its mirror image: the second axis of
-    predictions and sima and the third of losses are twice as long, the gradient is the mean.
+    predictions and sima is twice as long, and half of the noises are for the mirror image.
     """
     data = text_encoder.seen(base, data, adapter)
     text, index = data.text[: plan.pool], plan.held_out
     ways = [data.latents[: plan.pool]]
     if plan.settings.flip:
         ways.append(encode_images(base, data.pixels[: plan.pool, :, ::-1].copy()))
+    draws = np.array_split(range(plan.noises), len(ways))
     with adapter.folded():
-        asked = plan.timesteps, plan.noises
-        losses, predictions = zip(*(predict(base, z, text, *asked) for z in ways), strict=True)
-        sima = [-single.sima(base, z, text, SIMA_TIMESTEPS) for z in ways]
+        asked = [
+            predict(base, z, text, plan.timesteps, plan.noises, own)
+            for z, own in zip(ways, draws, strict=True)
+        ]
+        losses, predictions = zip(*asked, strict=True)
+        sima = [single.l4(single.predict_noise(base, z, SIMA_TIMESTEP, text)) for z in ways]
         held_out = loss_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
             "losses": np.concatenate(losses, axis=2),
             "predictions": np.concatenate(predictions, axis=1),
-            "sima": np.concatenate(sima, axis=1),
+            "sima": np.stack(sima, axis=1),
             "held_out": held_out.mean((1, 2)).numpy(),
         }
         if drawn:
             found["features"] = drawn_features(base, data, drawn)
-    if last:
-        norms = [single.gradient_features(base, adapter, z, text).mean(1) for z in ways]
-        found["gradient"] = np.mean(norms, axis=0)
     return found
 
 
@@ -189,21 +187,22 @@ def feature_network() -> torch.nn.Module:
 
 
 def predict(
-    base: Base, latents, text, timesteps: tuple[int, ...], noises: int
+    base: Base, latents, text, timesteps: tuple[int, ...], noises: int, draws: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (N, T, noises) of the predicted noise, with the noise of diffusion.residuals, and the
-    predictions for the first noise (N, T, C h w) as float16: one forward gives both.
+    """Losses (N, T, draws) of the predicted noise at some draws of the `noises` of a loss grid
+    (diffusion.loss_grid), and the predictions at the first of them (N, T, C h w) as float16: one
+    forward gives both.
     """
-    losses = np.empty((len(latents), len(timesteps), noises), np.float32)
+    losses = np.empty((len(latents), len(timesteps), len(draws)), np.float32)
     predictions = np.empty((len(latents), len(timesteps), latents[0].numel()), np.float16)
     for j, t in enumerate(progress.over(timesteps, "losses")):
         generator = torch.Generator().manual_seed(GRID_SEED + t)
         noise = torch.randn((noises, *base.latent_shape), generator=generator).to(base.device)
         at = torch.full((len(latents),), t, device=base.device)
-        for k in range(noises):
-            noisy_latents = add_noise(latents, noise[k], at, base.abar)
+        for k, eps in enumerate(noise[draws]):
+            noisy_latents = add_noise(latents, eps, at, base.abar)
             noise_pred = single.predict_noise(base, noisy_latents, t, text)
-            losses[:, j, k] = (noise_pred - noise[k]).square().mean((1, 2, 3)).cpu().numpy()
+            losses[:, j, k] = (noise_pred - eps).square().mean((1, 2, 3)).cpu().numpy()
             if k == 0:
                 predictions[:, j] = noise_pred.flatten(1).cpu().numpy()
     return losses, predictions
@@ -261,9 +260,8 @@ def cost(plan: Plan, train: Train) -> dict[str, float]:
             found["training"] += count * (time.monotonic() - began)
             if method == s.method:
                 began = time.monotonic()
-                answers = ask(base, data, plan, adapter, False, plan.drawn(0))
-                spent = time.monotonic() - began
-                found["queries"] = (rounds + 1) * spent  # gradients: as one round
+                answers = ask(base, data, plan, adapter, plan.drawn(0))
+                found["queries"] = rounds * (time.monotonic() - began)
                 found["bytes"] = sum(p.nbytes for p in adapter.state_dict().values())
                 found["bytes"] += rounds * sum(a.nbytes for a in answers.values())
     return found
@@ -308,15 +306,13 @@ def collect(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict]:
     paths = [plan.folder(index) / "answers.npz" for index in range(len(plan))]
     every = [read_arrays(path) for path in paths]
     for path, answers in zip(paths, every, strict=True):
-        for name in (*FACTS, "gradient", *every[0]):
+        for name in (*FACTS, *every[0]):
             if name not in answers or answers[name].shape != every[0][name].shape:
                 raise damaged(path, KeyError(name))
     facts = {name: [a.pop(name).item() for a in every] for name in FACTS}
-    gradient = np.stack([a.pop("gradient") for a in every])
     steps = [
         {name: np.stack([a[name][i] for a in every]) for name in every[0]}
         for i in range(len(plan.due()))
     ]
-    steps[-1]["gradient"] = gradient
     seconds = {name: sum(facts[name]) for name in ("training", "queries")}
     return steps, {"seconds": seconds, "commits": sorted(set(facts["commit"]))}

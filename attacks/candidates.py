@@ -156,7 +156,7 @@ def scores(plan: audit_plan.Plan, base: Base, adapter: str) -> np.ndarray:
     data = audit_tasks.subject(plan)[1]
     held, _ = files.load(base, Path(adapter))
     try:
-        answers = audit_tasks.ask(base, data, plan, held, last=True)
+        answers = audit_tasks.ask(base, data, plan, held)
     finally:
         lora.remove(base.unet, held)
     return shadows.scores(data, plan, answers)[lira.HEADLINE]

@@ -195,17 +195,16 @@ ATTACKS = {
 
 
 def statistics(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """phi (N, P, F), higher for members: "loss" (F = 1), and "all", minus the logs of T losses, of
-    SimA and of the gradient norm.
+    """phi (N, P, F), higher for members: "loss" (F = 1), and "all", minus the logs of T losses and
+    of SimA.
 
-    answers: losses (N, P, T, K), sima (N, P, C) and, if asked for, gradient (N, P), which is a log.
-    Losses are averaged over draws, SimA over timesteps.
+    answers: losses (N, P, T, K) and sima (N, P, C), averaged over K draws and over C ways to show
+    the image.  The gradient's norm, which cost as much as all this, added nothing in 20 audits.
     """
     losses = -np.log(answers["losses"].astype(np.float64)).mean(3)  # (N, P, T)
-    every = [losses, -np.log(answers["sima"].astype(np.float64)).mean(2, keepdims=True)]
-    if "gradient" in answers:
-        every.append(-answers["gradient"].astype(np.float64)[:, :, None])
-    return {"loss": losses.mean(2, keepdims=True), "all": np.concatenate(every, axis=2)}
+    sima = -np.log(answers["sima"].astype(np.float64)).mean(2, keepdims=True)
+    every = np.concatenate([losses, sima], axis=2)
+    return {"loss": losses.mean(2, keepdims=True), "all": every}
 
 
 def attacks(

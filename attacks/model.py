@@ -208,7 +208,7 @@ class Model:
         data, name = self.examination.data, f"asked-{Path(plan.out).name}"
 
         def ask() -> dict:
-            return audit_tasks.ask(self.base, data, plan, self.adapter, last=True)
+            return audit_tasks.ask(self.base, data, plan, self.adapter)
 
         return shadows.scores(data, plan, self.keep(name, ask, merged=False))
 
@@ -239,8 +239,8 @@ def shares(model: Model, s, shadows_plan: Plan | None) -> dict[str, float]:
     }
     if shadows_plan:
         ways = 1 + shadows_plan.settings.flip
-        asked = images * ways * (4 * NOISES + 2 + len(TIMESTEPS[::2]) * BACKWARD)
-        cost[f"asked-{Path(shadows_plan.out).name}"] = asked
+        asked = len(TIMESTEPS) * NOISES + ways
+        cost[f"asked-{Path(shadows_plan.out).name}"] = images * asked
     cost["crops"] = cost["encoding"] + images * len(CROPS)
     cost["generated"] = PICTURES * (cost["drawing"] + cost["features"]) + cost["features"]
     whole = sum(n for name, n in cost.items() if name not in ("encoding", "drawing", "features"))

@@ -46,7 +46,7 @@ def predict_noise(base: Base, noisy_latents, t: int, text) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _l4(x: torch.Tensor) -> np.ndarray:
+def l4(x: torch.Tensor) -> np.ndarray:
     """L4 norm per image of (N, C, h, w)."""
     return x.flatten(1).norm(p=4, dim=1).cpu().numpy()
 
@@ -154,7 +154,7 @@ def pia(base: Base, latents, text, timesteps=AHEAD, clean=None, normalised=False
     columns = []
     for t in progress.over(timesteps, "PIA"):
         noisy_latents = base.abar[t].sqrt() * latents + (1 - base.abar[t]).sqrt() * eps
-        columns.append(-_l4(eps - predict_noise(base, noisy_latents, t, text)))
+        columns.append(-l4(eps - predict_noise(base, noisy_latents, t, text)))
     return np.stack(columns, axis=1)
 
 
@@ -163,9 +163,9 @@ def sima(base: Base, latents, text, timesteps=AHEAD, clean=None) -> np.ndarray:
     Rao et al. 2025).
     """
     eps = predict_noise(base, latents, 0, text) if clean is None else clean
-    columns = [-_l4(eps)]
+    columns = [-l4(eps)]
     for t in progress.over(timesteps, "SimA"):
-        columns.append(-_l4(predict_noise(base, latents, t, text)))
+        columns.append(-l4(predict_noise(base, latents, t, text)))
     return np.stack(columns, axis=1)
 
 

@@ -164,7 +164,6 @@ def planted(signal, adapters=8, images=200, seed=0):
     answers = {
         "losses": losses,
         "sima": np.exp(hard[:, None] - signal * inside[..., 0] + noise(2)),
-        "gradient": hard - signal * member + noise(),
         "predictions": rng.normal(size=(images, 4, 50))
         + noise(4, 50)
         + signal * direction * inside,

@@ -31,6 +31,7 @@ TWEMOJI = KEPT / "paper" / "twemoji"
 MARK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- /table -->$", re.DOTALL | re.MULTILINE)
 
 CLAIMED = (TWEMOJI, KEPT / "audit-early", KEPT / "audit-lora", KEPT / "audit-smp")
+CLAIMED += (KEPT / "defences" / "lora-shorter",)
 SIXTEEN = {"lora": "audit-lora", "lora-constant": "audit-early", "smp": "audit-smp"}
 SIXTEEN |= {"mp": "audit-mp"}  # audits of sixteen adapters that are not in records/defences
 SCREENED = {  # audits of six adapters that are not in records/screen

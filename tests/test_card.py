@@ -136,7 +136,7 @@ AUDITS = {
     "lora": [("audit-lora", 50), ("audit-lora", 400)],
     "smp": [("audit-smp", 50), ("audit-smp", 400)],
     "mp": [("audit-mp", 400)],
-    "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],
+    "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],  # then at equal loss
     "dp": [(f"defences/dp-epsilon-{epsilon}", 6) for epsilon in (8, 3, 1)],
 }
 
@@ -161,9 +161,12 @@ def test_what_was_audited_is_said_as_the_records_say_it():
     )
     low, high = (f"{auc:.2f}".lstrip("0") for auc in there)
     assert card.AUDITED["dp"].endswith(f"LoRA --flip there {low} to {high}")
-    twice = read_json(DOCS / "records/doubled/distill-private-flip/audit.json")["steps"]["200"]
-    found = f"{twice['canaries'][HEADLINE]['auc']:.2f}".lstrip("0")
-    assert card.AUDITED["distill"].endswith(f"come twice read {found}")
+    twice = {}
+    for row, at in (("distill-private-flip", "200"), ("lora-flip-shorter", "38")):
+        step = read_json(DOCS / "records/doubled" / row / "audit.json")["steps"][at]
+        twice[row] = f"{step['canaries'][HEADLINE]['auc']:.2f}".lstrip("0")
+    mine, loras = twice.values()
+    assert card.AUDITED["distill"].endswith(f"come twice read {mine}, LoRA --flip {loras}")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from lora import Adapter
 from run.processes import Parallel
 
 SEED = 31  # of the folds, beside the run's own
+APART = 1_000_003  # between the seeds of teachers: torch's streams know 32 bits of a seed
 load_public = cache(load_images)  # an audit asks once per adapter
 PUBLIC = 1000  # pictures beside the private ones, at most
 SHARED = ("processes", "mirror")  # what a teacher takes from the run, where it is there
@@ -120,7 +121,8 @@ class Student(Parallel):
         s, out = self.settings, set(self.folds[k])
         roles = {f"member_{part}": self.data.roles[f"member_{part}"] for part in PARTS}
         left = {role: [i for i in index if i not in out] for role, index in roles.items()}
-        settings = replace(s, method="lora", steps=s.teacher_steps, seed=(k + 1) * 2**32 + s.seed)
+        seed = s.seed + (k + 1) * APART
+        settings = replace(s, method="lora", steps=s.teacher_steps, seed=seed)
         data = replace(self.data, roles=self.data.roles | left)
         shared = {name: getattr(self, name) for name in SHARED if hasattr(self, name)}
         kinds = tuple(c for c in type(self).__bases__ if not issubclass(c, Student))

@@ -193,6 +193,8 @@ def audit(s: Audit, train: Callable | None = None, change: Callable | None = Non
         from run import lock
         from train import train_adapter
     plan = change(make_plan(s)) if change else make_plan(s)
+    if train:
+        plan = replace(plan, trainer=f"{train.__module__}.{train.__qualname__}")
     s = replace(s, device=plan.settings.device, dtype=plan.settings.dtype)
     s = replace(s, jobs=s.jobs or (os.cpu_count() if s.device == "cpu" else 1))
     if s.dry_run:

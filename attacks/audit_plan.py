@@ -22,6 +22,7 @@ from settings import Settings
 NOISES = 2  # per timestep of the losses, with --flip one of them for the mirror image
 THOROUGH = tuple(range(50, 401, 50)), 8  # timesteps and noises of --thorough
 SIMA_TIMESTEP = 100
+ASKED = [SIMA_TIMESTEP, GRID_SEED, 2]  # the last rises with any other change of audit_tasks.ask
 HELD_OUT_IMAGES = 100  # for the held-out loss
 NONMEMBER_SETS = (
     4  # times as many non-members as one adapter's attacker takes, if there are so many
@@ -46,6 +47,7 @@ class Plan:
     pictures: int = 0  # drawn of each adapter at each of these steps
     timesteps: tuple[int, ...] = TIMESTEPS  # of the losses
     noises: int = NOISES
+    trainer: str = ""  # what trains an adapter, where that is not the method itself
     identity: dict = field(default_factory=dict)  # base, files and settings, see run/identity.py
 
     def __len__(self) -> int:
@@ -53,8 +55,7 @@ class Plan:
 
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""
-        asked = [self.timesteps, self.noises, SIMA_TIMESTEP, GRID_SEED]
-        asked += [self.due(), self.drawn(index)]
+        asked = [self.timesteps, self.noises, ASKED, self.due(), self.drawn(index), self.trainer]
         facts = [self.identity, decided(self.settings), asked, self.digest]
         facts += [self.pool, self.held_out, self.canaries]
         return digest_of([*facts, index, self.roles[index]])

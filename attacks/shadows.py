@@ -53,6 +53,7 @@ def plan(target: Target, examination: Examination, count: int, device: str) -> a
     digest = audit_plan.hash_of(Images(data.names, data.captions, data.pixels))
     known = identity.of(s, examination.base)
     facts = [known, digest, roles, target.step]
+    facts += [audit_plan.TIMESTEPS, audit_plan.NOISES, audit_plan.ASKED]
     out = str(target.run.parent / f"shadows-{identity.digest_of(facts)[:8]}")
     pool = examination.positions, images, roles, [], [], data.names, data.captions, digest
     return audit_plan.Plan(s, out, *pool, steps=[target.step], identity=known)

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize
 
 import lora
 from command.whole_files import write_whole
-from files.lora_files import FILE_NAME, HEADER, KOHYA_NAME
+from files.lora_files import FILE_NAME, HEADER, KOHYA_NAME, TEXT_MODEL
 
 
 def save(
@@ -46,11 +46,20 @@ def _kohya(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
     """Its tensors under kohya's keys."""
     tensors = {}
     for name, layer in adapter.layers.items():
-        key = "lora_unet_" + name.replace(".", "_")
+        key = _kohya_key(name, getattr(adapter, "encoders", {})).replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = layer.lora_A.weight
         tensors[f"{key}.lora_up.weight"] = layer.lora_B.weight
         tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
     return tensors
+
+
+def _kohya_key(name: str, encoders: dict[str, torch.nn.Module]) -> str:
+    """What kohya calls a layer of the UNet, or of one of these text encoders."""
+    for number, first in enumerate(encoders, 1):
+        if name.startswith(first):
+            own = name.removeprefix(first).removeprefix(f"{TEXT_MODEL}.")
+            return f"lora_te{number if len(encoders) > 1 else ''}_{TEXT_MODEL}_{own}"
+    return f"lora_unet_{name}"
 
 
 def _peft_settings(adapter: lora.Adapter) -> dict:

@@ -35,9 +35,27 @@ CLIP = 0.01  # C
 BETAS = (0.9, 0.99)  # of Adam
 
 
-def secret() -> int:
-    """A number that nobody can guess, from the system."""
-    return secrets.randbits(62)
+WORDS = 624  # of 32 bits, the state of torch's Mersenne Twister
+
+
+def secret() -> torch.Tensor:
+    """WORDS numbers that nobody can guess, from the system."""
+    words = torch.frombuffer(bytearray(secrets.token_bytes(4 * WORDS)), dtype=torch.int32)
+    return words.long() & 0xFFFFFFFF
+
+
+def begin(stream: torch.Generator, words: torch.Tensor) -> None:
+    """Let a stream of the CPU go on from these words.
+
+    Of a seed torch's stream takes 32 bits alone, and who tries them all has the noise.  Raises
+    RuntimeError where a version of torch keeps its state in another form.
+    """
+    state = stream.manual_seed(WORDS).get_state()
+    kept = state[24 : 24 + 8 * WORDS].view(torch.int64)  # behind three counters
+    if kept[0] != WORDS or not ((kept >= 0) & (kept < 2**32)).all():
+        raise RuntimeError("this version of torch keeps the state of its streams in another form")
+    kept.copy_(words)
+    stream.set_state(state)
 
 
 def new_adapter(s, base: Base) -> subspace.CoreAdapter:
@@ -80,8 +98,8 @@ class Private(Parallel):
         self.optimizer = torch.optim.Adam(self.parameters, lr=s.lr, betas=BETAS)
         self.sigma = promise(self).sigma
         # whoever could draw the same noise again could subtract it
-        own = torch.tensor([secret() if processes.main else 0], device=self.base.device)
-        self.outer.manual_seed(processes.sum([own])[0].item())
+        own = secret() if processes.main else torch.zeros(WORDS, dtype=torch.int64)
+        begin(self.outer, processes.sum([own.to(self.base.device)])[0].cpu())
 
     @property
     def size(self) -> int:
@@ -112,8 +130,10 @@ class Private(Parallel):
             for part in self.processes.parts(len(b), self.settings.batch_size * DRAWS):
                 error = Run.error(self, b[part])  # one forward
                 images = len(error) // DRAWS
-                value = error.flatten(1).mean(1).sum() / DRAWS
-                every = each.gradients(value, images)
+                # the slopes of a mean over a latent would vanish in half precision
+                scale = 2.0 ** math.frexp(error[0].numel() * DRAWS)[1]
+                value = scale * error.flatten(1).mean(1).sum() / DRAWS
+                every = [g / scale for g in each.gradients(value, images)]
                 first = part.start // DRAWS  # of the images of the whole batch
                 counted = torch.arange(first, first + images, device=value.device) < self.size
                 weights = clip_factors(every, CLIP) * counted

@@ -62,16 +62,20 @@ class Promise:
     mu: float
 
     LIMITS = (
-        "It holds for adding or removing one image with its caption; the number of images is "
-        "public. For replacing one image, double the mu. It does not cover several images of one "
-        "person or near-copies together; the pictures, captions, scores and losses in the run "
-        "folder; a choice among several runs on the same images; or what the public pictures and "
-        "the base model already know."
+        "It holds for adding or removing one of the members with its caption; their number is "
+        "public. For replacing one, double the mu. Which images are members is dealt anew when an "
+        "image is added to the folder, unless --nonmembers makes all of them members. It does not "
+        "cover several images of one person or near-copies together; the pictures, captions, "
+        "scores and losses in the run folder; a choice among several runs on the same images; or "
+        "what the public pictures and the base model already know."
     )
 
-    def caught(self, fpr: float) -> float:
-        """The most members that any attack names at a false-alarm rate: Phi(Phi^-1(fpr) + mu)."""
-        return float(ndtr(ndtri(fpr) + self.mu))
+    def caught(self, fpr: float, changes: int = 1) -> float:
+        """The most members that any attack names at a false-alarm rate: Phi(Phi^-1(fpr) + mu).
+
+        With 2 `changes`, where a member is not left out but replaced, mu is doubled.
+        """
+        return float(ndtr(ndtri(fpr) + changes * self.mu))
 
     def facts(self) -> dict[str, float]:
         """For the summary of a run."""
@@ -79,8 +83,10 @@ class Promise:
         return found | {"noise_multiplier": self.sigma, "promise": str(self)}
 
     def __str__(self) -> str:
+        left_out, replaced = (math.ceil(100 * self.caught(0.01, n)) for n in (1, 2))
         return (
-            f"epsilon {self.epsilon:g} at delta {self.delta:.1g}: no attack on the adapter finds "
-            f"more than {self.caught(0.01):.0%} of the members at one false alarm in a hundred; "
-            "this holds for one image with its caption, and for the adapter alone"
+            f"epsilon {self.epsilon:g} at delta {self.delta:.3g}: no attack on the adapter finds "
+            f"more than {left_out}% of the members at one false alarm in a hundred, or {replaced}% "
+            "where another image would have taken a member's place; this holds for one image with "
+            "its caption, and for the adapter alone"
         )

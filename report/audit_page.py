@@ -59,13 +59,17 @@ def print_record(record: dict) -> None:
 
 
 def print_promise(record: dict, last: dict) -> None:
-    """What was promised, and what the attack chosen beforehand shows of it."""
+    """What was promised, and what the attack chosen beforehand shows of it.
+
+    In an audit another image stands where one is left out.  These are two changes, so mu is half of
+    what the attack shows.
+    """
     s, groups = record["settings"], {"attacks": "the pool", "canaries": "the canaries"}
     delta = s["delta_dp"] or 0.1 / (record["pool"] // 2)
     bounds = {groups[name]: last[name][HEADLINE]["mu_bound"] for name in groups if name in last}
-    shown = ", ".join(f"{epsilon_for(mu, delta):.2g} on {name}" for name, mu in bounds.items())
+    shown = ", ".join(f"{epsilon_for(mu / 2, delta):.2g} on {name}" for name, mu in bounds.items())
     print(
-        f"\nguaranteed: epsilon at most {s['epsilon']:g} at delta {delta:.1g}\n"
+        f"\nguaranteed: epsilon at most {s['epsilon']:g} at delta {delta:.3g}\n"
         f"attacked:   epsilon at least {shown} ({HEADLINE}, 95 % bound)"
     )
 

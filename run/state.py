@@ -25,8 +25,8 @@ LACKING = (KeyError, ValueError, TypeError, RuntimeError)  # what a wrong state 
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
-    """Write the state of `step` whole, then delete all but the newest `keep` files; returns the
-    file.
+    """Write the state of `step` whole, then delete all but the newest `keep` up to it; returns the
+    file.  Later ones were passed over as damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -34,8 +34,10 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict,
     facts |= {"checksum": checksum(tensors, facts)}
     content = serialize(tensors, {"format": "pt", "state": json.dumps(facts)})
     path = write_whole(folder / f"step-{step:06d}.safetensors", content)
-    for old in files(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    there = files(folder)
+    end = there.index(path) + 1
+    for other in [*there[: max(0, end - keep)], *there[end:]]:
+        other.unlink(missing_ok=True)
     return path
 
 

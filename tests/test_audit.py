@@ -327,7 +327,7 @@ def test_the_bound_on_mu_is_one():
 def test_what_was_promised_is_beside_what_is_shown(capsys):
     """The bound on mu as an epsilon at the promised delta, of the pool and of the canaries."""
     settings = {"epsilon": 8.0, "delta_dp": None}
-    shown = {lira.HEADLINE: {"mu_bound": mu_for(0.5, 1e-3)}}
+    shown = {lira.HEADLINE: {"mu_bound": 2 * mu_for(0.5, 1e-3)}}
     last = {"attacks": shown, "canaries": {lira.HEADLINE: {"mu_bound": 0.0}}}
     audit_page.print_promise({"settings": settings, "pool": 200}, last)
     said = capsys.readouterr().out

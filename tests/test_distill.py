@@ -80,6 +80,16 @@ def test_folds_are_a_partition():
     assert found == distill.folds(members, 5, 0) != distill.folds(members, 5, 1)
 
 
+def test_teachers_and_student_draw_for_themselves(subject, tiny_base):
+    """Other noise, timesteps and start of the order in each: torch knows 32 bits of a seed."""
+    run, drawn = assemble(settings(tiny_base), *subject, Processes()), []
+    for each in [*run.lessons(), run]:
+        drawn.append(torch.randn(8, generator=each.outer))
+        drawn.append(torch.randn(8, generator=each.inner))
+    lora.remove(subject[0].unet, run.adapter)
+    assert len({tuple(d.tolist()) for d in drawn}) == len(drawn) == 8
+
+
 def test_a_teacher_never_sees_its_fold(subject, tiny_base):
     """A planted canary: whatever stands in place of an image, the teacher of its fold keeps every
     bit, and each of the others moves.

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_base_files import VAE_NAMES
+from test_text_encoder import file_of
 
 import evaluate
 import lora
@@ -360,10 +361,10 @@ def test_names_of_the_first_release():
     assert "input_blocks_4_1_proj_in" in olds and "output_blocks_5_2_conv" in olds
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "converted"])
 def test_adapters_of_others(xl, theirs, tmp_path, form):
     """As diffusers loads the file; switched off the base has its bits, removed it is the base."""
-    file = theirs if form == "diffusers" else kohya(theirs, tmp_path / "k.safetensors")
+    file = file_of(theirs, form, xl, tmp_path, kohya)
     base = load_base(xl)
     plain = errors(base)
     adapter, _ = adapters.load(base, file)

@@ -19,6 +19,7 @@ from command.errors import UserError
 from diffusion import encode_captions, squared_error
 from files import adapters, lora_files, text_encoder
 from files.bases import load_base
+from files.convert import Flags, convert
 from files.images import FOLDERS
 
 CAPTIONS = ["a red circle", "a blue ring", ""]
@@ -78,12 +79,19 @@ def close(one, two) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def file_of(theirs, form, model, folder, kohya):
+    """The same LoRA as it is, in kohya's form by hand, or in the form that files.convert writes."""
+    if form == "converted":
+        return convert(Flags([str(theirs)], str(model), str(folder)))
+    return theirs if form == "diffusers" else kohya(theirs, folder / "k.safetensors")
+
+
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_diffusers_loads_both_parts(theirs, tiny_base, tmp_path, form):
     """`load_lora_weights` gives the embeddings and errors that our loader gives; switched off the
     base has the bits it had, merged it is the same model, removed it is the base.
     """
-    file = theirs if form == "diffusers" else kohya(theirs, tmp_path / "k.safetensors")
+    file = file_of(theirs, form, tiny_base, tmp_path, kohya)
     base = load_base(tiny_base)
     plain = outputs(base)
     adapter, _ = adapters.load(base, file)
@@ -103,6 +111,18 @@ def test_diffusers_loads_both_parts(theirs, tiny_base, tmp_path, form):
     base.unet = pipe.unet
     base.pipeline.text_encoder = pipe.text_encoder
     close(outputs(base), adapted)
+
+
+def test_converted_is_the_same_with_scales_of_its_own(theirs, tiny_base, tmp_path):
+    """Under the keys that ComfyUI looks for; diffusers itself loses these scales."""
+    file, found = file_of(theirs, "converted", tiny_base, tmp_path, kohya), []
+    starts = ("lora_unet_", "lora_te_text_model_encoder_layers_")
+    assert {key.startswith(starts) for key in load_file(file)} == {True}
+    for each in (theirs, file):
+        base = load_base(tiny_base)
+        adapters.load(base, each)
+        found.append(outputs(base))
+    close(*found)
 
 
 def test_scales_of_the_text_encoder(theirs, tiny_base):

@@ -267,14 +267,10 @@ class Settings:
 
     @staticmethod
     def adopted(values: dict, path: Path) -> dict:
-        """The settings of a config file; raises UserError for those of a method that is gone.
-
-        The file of a finished run of dp has the shape of its cores, which no flag may give.
-        """
+        """The settings of a config file; raises UserError for those of a method that is gone."""
         if values.get("method") == "dp" and "image_clip" in values:  # one of its flags
             raise UserError(f"{path}: its --method dp is gone; commit 0db7ef9 was the last with it")
-        found = values.get("method") == "dp" and path.suffix == ".json"
-        return {k: v for k, v in values.items() if not (found and k in ("rank", "alpha", "target"))}
+        return values
 
     # Flags of earlier versions: the last commit that had each, and the values at which it changed
     # nothing; ... stands for any.

@@ -110,7 +110,7 @@ def as_trained(s) -> Settings:
         stated = stated.get("settings", stated)
     if not isinstance(stated, dict):
         raise UserError(f"{path} does not hold flags of train.py, as config.json of a run does")
-    found = Settings(**checked(Settings, Settings.adopted(stated, path), path))
+    found = Settings(**checked(Settings, stated, path))
     places = {"model": s.model, "data": s.data, "nonmembers": s.nonmembers, "caption": s.caption}
     places["out"] = str(Path(s.out or OUT) / "shadows")  # not the run's own, which is finished
     dtype = s.dtype or ("float32" if found.dtype == "auto" else found.dtype)

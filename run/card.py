@@ -103,10 +103,10 @@ def flags(s: Settings) -> dict[str, object]:
     """The settings that matter, by flag; none of them names a file."""
     names = ALWAYS + OF_METHOD.get("attacked" if s.attacked else s.method, [])
     names += [name for name in IF_CHANGED if getattr(s, name) != getattr(Settings, name)]
-    if s.method == "dp":
-        names.remove("seed")  # it deals the members
-    if s.target == "full":
-        names = [name for name in names if name not in ("rank", "alpha")]
+    unsaid = ("rank", "alpha") if s.target == "full" else ()
+    if s.method == "dp":  # the seed deals the members, the directions give the shape
+        unsaid = ("seed", "rank", "alpha", "target")
+    names = [name for name in names if name not in unsaid]
     values = {f"--{name.replace('_', '-')}": getattr(s, name) for name in names}
     return {flag: "by default" if value is None else value for flag, value in values.items()}
 

@@ -47,14 +47,15 @@ def deal(s: Settings, images: Images, speak: bool) -> tuple[Settings, Images, di
 
 
 def complete(s: Settings, adapter: lora.Adapter, data: Encoded, count: int) -> Settings:
-    """The settings with rank, alpha and target of the adapter, and with steps; `count` processes
-    train.
+    """The settings with steps and, where a flag gives them, with rank, alpha and target of the
+    adapter; `count` processes train.
     """
-    rank, alpha = adapter.rank_and_alpha()
     size = s.batch_size * s.accumulate * count
     steps = s.steps or -(-s.epochs * len(data.members()) // size)
     teacher_steps = s.teacher_steps or -(-steps // 4)
-    s = replace(s, rank=rank, alpha=alpha, target=adapter.target)
+    if s.method != "dp":  # whose directions give them
+        rank, alpha = adapter.rank_and_alpha()
+        s = replace(s, rank=rank, alpha=alpha, target=adapter.target)
     return replace(s, steps=steps, teacher_steps=teacher_steps)
 
 

@@ -378,6 +378,7 @@ def test_thorough(tiny_base, image_folder):
     flags = {"model": tiny_base, "data": image_folder, "pool": 10, "adapters": 4}
     plan = audit.make_plan(audit.complete(audit.Audit(**flags, thorough=True)))
     assert plan.key(0) != audit.make_plan(audit.complete(audit.Audit(**flags))).key(0)
+    assert replace(plan, trainer="another").key(0) != plan.key(0)
     base, data = audit_tasks.subject(plan)
     adapter = lora.inject(base.unet, "all", 2, 4.0, torch.Generator().manual_seed(0))
     losses = audit_tasks.ask(base, data, plan, adapter)["losses"]

@@ -240,6 +240,8 @@ def test_newest_whole_state(tmp_path, capsys):
     step, tensors, facts = state.load(tmp_path)
     assert step == 4 and tensors["x"].tolist() == [4.0] * 3 and facts == {"seconds": 1.5}
     assert "step-000005" in capsys.readouterr().out
+    state.save(tmp_path, 5 - 1, {"x": torch.ones(3)}, {}, keep=1)
+    assert [p.name for p in state.files(tmp_path)] == names[1:2]  # not the damaged one alone
     state.clear(tmp_path)
     assert not tmp_path.exists() and state.load(tmp_path) is None
 

@@ -20,7 +20,7 @@ import lora
 import train
 from algorithm import Run, algorithm_1
 from command.errors import UserError
-from command.flags import checked
+from command.flags import _read_config, checked
 from methods import directions, dp, promise
 from methods.assembly import assemble
 from run import state
@@ -320,6 +320,8 @@ def test_a_run_says_what_it_promises_and_tells_no_secret(
     summary = RunFolder(whole).config()["summary"]
     assert summary["epsilon"] == 3.0 and summary["delta"] == pytest.approx(0.1 / 12)
     assert not (whole / "state").exists() and not (part / "state").exists()
+    again = resolve(Settings(**_read_config(Settings, whole / "config.json")))  # --config
+    assert again.epsilon == 3.0 and again.rank is None
     assert summary["promise"].startswith("epsilon 3 at delta 0.00833: no attack on the")
     card = (whole / "adapter" / "README.md").read_text()
     assert "no attack on the adapter finds" in card and "It does not cover several images" in card

@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 import train
-from attacks import audit_tasks, lira, shadows
+from attacks import audit_plan, audit_tasks, lira, shadows
 from attacks.examination import prepare
 from attacks.target import read_run
 from command.errors import UserError
@@ -107,6 +107,16 @@ def test_shadows_of_a_step_on_the_way_have_the_whole_schedule(run):
     assert plan.settings.steps == 3 and plan.due() == [1]
     other = read_run(run)
     assert shadows.plan(other, prepare(other), 8, "cpu").out != plan.out
+
+
+def test_shadows_of_another_version_lie_elsewhere(run, monkeypatch):
+    """What they were asked is in the name of their folder, and of the answers that are kept."""
+    target = read_run(run)
+    e = prepare(target)
+    before = shadows.plan(target, e, 8, "cpu").out
+    assert before == shadows.plan(target, e, 8, "cpu").out
+    monkeypatch.setattr(audit_plan, "ASKED", [0])
+    assert before != shadows.plan(target, e, 8, "cpu").out
 
 
 def test_refusals(run, tiny_base, image_folder, tmp_path, monkeypatch):

@@ -199,7 +199,7 @@ def statistics(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     of SimA.
 
     answers: losses (N, P, T, K) and sima (N, P, C), averaged over K draws and over C ways to show
-    the image.  The gradient's norm, which cost as much as all this, added nothing in 20 audits.
+    the image.  The gradient's norm, which cost as much as all this, added nothing in 21 audits.
     """
     losses = -np.log(answers["losses"].astype(np.float64)).mean(3)  # (N, P, T)
     sima = -np.log(answers["sima"].astype(np.float64)).mean(2, keepdims=True)

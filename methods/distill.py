@@ -12,7 +12,7 @@ This is SELENA (Tang et al. 2022, arXiv 2110.08324), which is for classifiers, c
 prediction of noise; with K = 2 it is close to DistillMD (Tran et al. 2024).  It proves nothing: a
 student imitates more exactly where it was trained, and an attacker with shadows sees that.  The
 public pictures were to close this gap; with --flip it is as small without them (docs/results.md,
-Audits).  With teachers that have seen the image it leaks as LoRA does (studies/leaving_out.py).
+Audits).  With teachers that have seen the image most of this is gone (studies/leaving_out.py).
 Tested in tests/test_distill.py.
 """
 

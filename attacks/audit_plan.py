@@ -55,10 +55,14 @@ class Plan:
 
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""
-        asked = [self.timesteps, self.noises, ASKED, self.due(), self.drawn(index), self.trainer]
+        asked = [self.asked(), self.due(), self.drawn(index), self.trainer]
         facts = [self.identity, decided(self.settings), asked, self.digest]
         facts += [self.pool, self.held_out, self.canaries]
         return digest_of([*facts, index, self.roles[index]])
+
+    def asked(self) -> list:
+        """What audits that are compared should have asked alike."""
+        return [list(self.timesteps), self.noises, ASKED]
 
     def drawn(self, index: int) -> list[int]:
         """Positions of the held-out images from whose captions an adapter draws its pictures: the

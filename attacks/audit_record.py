@@ -47,6 +47,7 @@ def measure(plan: Plan, settings: dict, pixels: np.ndarray) -> tuple[dict, dict[
         "provenance": made,
         "adapters": len(plan),
         "pool": plan.pool,
+        "asked": plan.asked(),
         "steps": steps,
         "exposed": exposed(plan, member, scores[strongest], *caught),
         "often": {"caught": often(member, caught[0]), "alarmed": often(member, caught[1])},

@@ -156,6 +156,11 @@ def compare(folders: list[str]) -> dict:
     audits = {name: _read(Path(folder)) for name, folder in zip(names, folders, strict=True)}
     records = {name: record for name, (record, _) in audits.items()}
     print_steps(records)
+    if len({str(record.get("asked")) for record in records.values()}) > 1:
+        say(
+            "note: these audits asked other things, by --thorough or another version of this code: "
+            "AUC may differ by .01 for that alone"
+        )
     found = {"audits": names, "differences": []}
     for name in names[1:]:
         found["differences"] += differences(audits, names[0], name)

@@ -579,6 +579,11 @@ def test_compare(audited, tiny_base, image_folder, in_thread, capsys):
     assert change["auc"] == pytest.approx(areas[0] - areas[1])
     assert change["auc_interval"][0] <= change["auc"] <= change["auc_interval"][1]
     assert (out.parent / "comparison.png").exists()
+    assert "asked other things" not in " ".join(text.split())
+    content = (other / "audit.json").read_text()
+    (other / "audit.json").write_text(json.dumps(json.loads(content) | {"asked": "less"}))
+    audit.audit(audit.Audit(audits=[str(out), str(other)]))
+    assert "these audits asked other things" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match="no finished audit"):
         audit.audit(audit.Audit(audits=[str(out), str(out.parent)]))
 

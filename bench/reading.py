@@ -21,8 +21,9 @@ def entered(call: Callable[[], object]) -> set[tuple[str, int]]:
 
     def note(frame, event, argument) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(f"{ROOT}/"):
-            found.add((code.co_filename, code.co_firstlineno))
+        file = code.co_filename
+        if event == "call" and file.startswith(f"{ROOT}/") and "/site-packages/" not in file:
+            found.add((file, code.co_firstlineno))
 
     sys.setprofile(note)
     try:

@@ -111,8 +111,9 @@ class Student(Parallel):
         start = weights_of(self.adapter)
         for k in range(self.settings.teachers):
             hold(self.adapter, start)
-            with torch.random.fork_rng(devices=[]):  # the student's stream is not theirs
-                yield self.teacher(k)
+            own = torch.get_rng_state()  # the student's stream is not theirs
+            yield self.teacher(k)
+            torch.set_rng_state(own)  # not where the caller went away
             self.teachers.append(weights_of(self.adapter))
         hold(self.adapter, start)
 

@@ -90,6 +90,18 @@ def test_teachers_and_student_draw_for_themselves(subject, tiny_base):
     assert len({tuple(d.tolist()) for d in drawn}) == len(drawn) == 8
 
 
+def test_lessons_left_alone_do_not_touch_the_global_stream(subject, tiny_base):
+    """A run that was stopped within a teacher is thrown away at any time, as within another."""
+    run = assemble(settings(tiny_base), *subject, Processes())
+    lessons = run.lessons()
+    next(lessons)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    lessons.close()
+    lora.remove(subject[0].unet, run.adapter)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_teacher_never_sees_its_fold(subject, tiny_base):
     """A planted canary: whatever stands in place of an image, the teacher of its fold keeps every
     bit, and each of the others moves.

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,8 @@ from command.errors import UserError, one_line_errors
 from command.whole_files import read_json
 
 ROOT = Path(audit.__file__).parent
-STEPS, ASKED = 8, 4  # an adapter is asked at the fourth step, which takes a while, and at the last
 FLAGS = {"method": "lora", "adapters": 4, "rank": 2, "alpha": 4.0, "batch_size": 4, "lr": 0.02}
-FLAGS |= {"steps": STEPS, "save_every": ASKED, "pool": 10}
+FLAGS |= {"steps": 8, "save_every": 4, "pool": 10}
 
 
 @pytest.fixture
@@ -88,30 +86,33 @@ def begin(out: Path, **flags) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
-def kill_in_the_middle(
-    process: subprocess.Popen, doomed: subprocess.Popen, out: Path
-) -> tuple[list[str], dict[str, set[int]]]:
-    """SIGKILL for `doomed` when two adapters are half done; waits for the end of `process`.
+# What a worker runs first: it writes down which adapters it trains.  One of two is held in the
+# middle of its first one, and the other one does not begin before that.
+PRELOADED = """
+import time
+from pathlib import Path
 
-    Returns the adapters whose steps were seen to begin again, and per adapter the files that its
-    answers were: one, if they were written once.
-    """
-    reached, again, files = defaultdict(int), [], defaultdict(set)
-    while process.poll() is None:
-        for folder in out.glob("adapters/*"):
-            with contextlib.suppress(OSError, ValueError):  # absent, or being written
-                step = int((folder / "progress").read_text())
-                again += [folder.name] if step < reached[folder.name] else []
-                reached[folder.name] = step
-            with contextlib.suppress(FileNotFoundError):
-                file = (folder / "answers.npz").stat().st_ino
-                files[folder.name].add(file)
-        half_done = [k for k in reached if ASKED <= reached[k] < STEPS and k not in files]
-        if len(half_done) == 2 and doomed.poll() is None:
-            doomed.kill()
-            doomed.wait()
-        time.sleep(0.02)
-    return again, dict(files)
+from attacks import audit_tasks
+
+doomed = Path("{tmp}/doomed")
+
+
+def dask_setup(_):
+    ask, training = audit_tasks.ask, audit_tasks._training
+
+    def trained(*given):
+        with open("{tmp}/trained", "a") as file:
+            print(given[-1].seed, file=file)
+        while not {held} and not doomed.exists():
+            time.sleep(0.05)
+        return training(*given)
+
+    def hold(*_):
+        doomed.touch()
+        time.sleep(600)
+
+    audit_tasks._training, audit_tasks.ask = trained, hold if {held} else ask
+"""
 
 
 def assert_equal_audits(found: Path, wanted: Path) -> None:
@@ -135,21 +136,27 @@ def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, i
     more, and the audit is the same as one in this process.
     """
     _, address = scheduler()
-    doomed = worker(address, "--preload", "audit")  # its imports, while the other audit runs
-    worker(address, "--preload", "audit")
+    preloaded = tmp_path / "free.py", tmp_path / "doomed.py"
+    for file in preloaded:
+        file.write_text(PRELOADED.format(tmp=tmp_path, held=file.stem == "doomed"))
+    _, doomed = (worker(address, "--preload", str(file)) for file in preloaded)
     given = {"model": tiny_base, "data": image_folder}
     audit.audit(audit.Audit(**FLAGS | given, out=str(tmp_path / "quiet")))
     with pytest.importorskip("distributed").Client(address) as client:
         client.wait_for_workers(2, timeout=240)
     process = begin(tmp_path / "killed", cluster=address, **given)
-    again, files = kill_in_the_middle(process, doomed, tmp_path / "killed")
-    log = (tmp_path / "audit.log").read_text()
+    while process.poll() is None and not (tmp_path / "doomed").exists():
+        time.sleep(0.05)
+    begun = [folder.name for folder in tmp_path.glob("killed/adapters/*")]
+    doomed.kill()
+    process.wait()
+    log, trained = (tmp_path / "audit.log").read_text(), (tmp_path / "trained").read_text().split()
     assert process.returncode == 0, log
-    assert doomed.poll() == -9 and len(again) == 1, (again, log)
-    assert sorted(files) == ["00", "01", "02", "03"] and {len(f) for f in files.values()} == {1}
+    assert len(begun) == 2 and doomed.wait() == -9
+    assert len(trained) == 5 and {*trained} == {*"0123"} and "Traceback" not in log
+    assert len(list(tmp_path.glob("killed/adapters/*/answers.npz"))) == 4
     assert not list(tmp_path.glob("killed/adapters/*/*.tmp"))
     assert_equal_audits(tmp_path / "killed", tmp_path / "quiet")
-    assert "Traceback" not in log
 
 
 # --------------------------------------------------------------------------------------------------

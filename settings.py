@@ -177,6 +177,11 @@ class Settings:
         False, "scale every gradient to norm --clip, small ones too", group="regularisation"
     )
     flip: bool = option(False, "mirror each member every other time", group="regularisation")
+    crop: bool = option(
+        False,
+        "show each member as random crops, of 70 to 100 % of its area",
+        group="regularisation",
+    )
     stop: str = option(
         "last",
         "which saved step becomes the adapter: the last, or the one with the best held-out loss",

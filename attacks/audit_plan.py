@@ -20,9 +20,10 @@ from run.identity import decided, digest_of
 from settings import Settings
 
 NOISES = 2  # per timestep of the losses, with --flip one of them for the mirror image
+CROPPED = 8  # with --crop: the image and seven crops of it
 THOROUGH = tuple(range(50, 401, 50)), 8  # timesteps and noises of --thorough
 SIMA_TIMESTEP = 100
-ASKED = [SIMA_TIMESTEP, GRID_SEED, 2]  # the last rises with any other change of audit_tasks.ask
+ASKED = [SIMA_TIMESTEP, GRID_SEED, 3]  # the last rises with any other change of audit_tasks.ask
 HELD_OUT_IMAGES = 100  # for the held-out loss
 NONMEMBER_SETS = (
     4  # times as many non-members as one adapter's attacker takes, if there are so many
@@ -46,12 +47,20 @@ class Plan:
     steps: list[int] | None = None  # at which an adapter is asked; None: see `due`
     pictures: int = 0  # drawn of each adapter at each of these steps
     timesteps: tuple[int, ...] = TIMESTEPS  # of the losses
-    noises: int = NOISES
+    noises: int = 0  # per timestep; 0: NOISES, or CROPPED
     trainer: str = ""  # what trains an adapter, where that is not the method itself
     identity: dict = field(default_factory=dict)  # base, files and settings, see run/identity.py
 
+    def __post_init__(self):
+        self.noises = self.noises or (CROPPED if self.settings.crop else NOISES)
+
     def __len__(self) -> int:
         return len(self.roles)
+
+    @property
+    def ways(self) -> int:
+        """To show an image to an adapter: as it is, mirrored with --flip, as crops with --crop."""
+        return self.noises if self.settings.crop else 1 + self.settings.flip
 
     def key(self, index: int) -> str:
         """All that the answers of an adapter depend on, as a hash."""

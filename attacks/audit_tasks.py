@@ -47,6 +47,7 @@ from files.images import load_images
 from run import identity
 from run.folder import git_commit
 from run.identity import digest_of
+from run.regularised import view
 from settings import Settings
 
 # (base, images, settings of one adapter) -> (step, the adapter in the base) after every step
@@ -142,14 +143,12 @@ def ask(
     losses (P, T, noises), predictions (P, T, C h w) float16, sima (P, 1), held_out (H,); features
     (D, F) of pictures from the captions of images `drawn`, if there are any.
 
-    With --flip the attacker asks about every image and its mirror image: the second axis of
-    predictions and sima is twice as long, and half of the noises are for the mirror image.
+    With --flip and --crop the attacker asks about every image in `plan.ways`: the second axis of
+    predictions and sima is so many times as long, and the ways share the noises.
     """
     data = text_encoder.seen(base, data, adapter)
     text, index = data.text[: plan.pool], plan.held_out
-    ways = [data.latents[: plan.pool]]
-    if plan.settings.flip:
-        ways.append(encode_images(base, data.pixels[: plan.pool, :, ::-1].copy()))
+    ways = shown(base, data, plan)
     draws = np.array_split(range(plan.noises), len(ways))
     with adapter.folded():
         asked = [
@@ -168,6 +167,16 @@ def ask(
         if drawn:
             found["features"] = drawn_features(base, data, drawn)
     return found
+
+
+def shown(base: Base, data: Encoded, plan: Plan) -> list[torch.Tensor]:
+    """Latents (P, C, h, w) of the pool's images, and of `plan.ways` - 1 views of each."""
+    s, ways = plan.settings, [data.latents[: plan.pool]]
+    for k in range(plan.ways - 1):
+        pixels = enumerate(data.pixels[: plan.pool])
+        views = [view(x, k, s.flip, s.crop, [GRID_SEED, i]) for i, x in pixels]
+        ways.append(encode_images(base, np.stack(views)))
+    return ways
 
 
 def drawn_features(base: Base, data: Encoded, index: list[int]) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 
 import lora
 from attacks import audit_tasks, comparisons, paper, quality, shadows, single
-from attacks.audit_plan import NOISES, Plan
+from attacks.audit_plan import Plan
 from attacks.classifiers import blind_features, classifier_score
 from attacks.examination import CROPS, CUTS, Examination, cut
 from attacks.single import ATTACKS, CUTS_AT, FITTED
@@ -238,8 +238,7 @@ def shares(model: Model, s, shadows_plan: Plan | None) -> dict[str, float]:
         "features": text * look,
     }
     if shadows_plan:
-        ways = 1 + shadows_plan.settings.flip
-        asked = len(TIMESTEPS) * NOISES + ways
+        asked = len(TIMESTEPS) * shadows_plan.noises + shadows_plan.ways
         cost[f"asked-{Path(shadows_plan.out).name}"] = images * asked
     cost["crops"] = cost["encoding"] + images * len(CROPS)
     cost["generated"] = PICTURES * (cost["drawing"] + cost["features"]) + cost["features"]

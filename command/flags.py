@@ -54,6 +54,7 @@ ELSEWHERE = {
     "report_to": "--track",
     "validation_prompt": "--prompt",
     "random_flip": "--flip",
+    "random_crop": "--crop",
 }
 
 

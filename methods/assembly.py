@@ -13,7 +13,7 @@ from methods.calibrated import Calibrated
 from methods.distill import Student, with_public
 from run import prepare
 from run.processes import Parallel, Processes
-from run.regularised import Mirrored, Scheduled
+from run.regularised import Scheduled, Views
 from run.watch import Curved
 from settings import Settings
 
@@ -53,9 +53,9 @@ def _around(
     if s.hessian_every:
         kinds.append(Curved)
     if s.proxy == "calibrated":
-        kinds.append(Calibrated)  # before Mirrored, whose images the base is to see
-    if s.flip:
-        kinds.append(Mirrored)
+        kinds.append(Calibrated)  # before Views, whose images the base is to see
+    if s.flip or s.crop:
+        kinds.append(Views)
     if s.schedule != "constant":
         kinds.append(Scheduled)
     if s.method == "dp":

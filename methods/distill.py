@@ -37,7 +37,7 @@ SEED = 31  # of the folds, beside the run's own
 APART = 1_000_003  # between the seeds of teachers: torch's streams know 32 bits of a seed
 load_public = cache(load_images)  # an audit asks once per adapter
 PUBLIC = 1000  # pictures beside the private ones, at most
-SHARED = ("processes", "mirror")  # what a teacher takes from the run, where it is there
+SHARED = ("processes", "views")  # what a teacher takes from the run, where it is there
 
 
 def folds(members: list[int], count: int, seed: int) -> list[list[int]]:

@@ -32,7 +32,7 @@ OF_METHOD = {
     "distill": ["teachers", "teacher_steps"],
     "dp": ["epsilon", "steps"],
 }
-IF_CHANGED = ["accumulate", "flip", "normalise", "stop"]
+IF_CHANGED = ["accumulate", "flip", "crop", "normalise", "stop"]
 
 # AUC of an attacker with adapters of his own (LiRA pooled) on the embedded model; the figures are
 # those of docs/records, and the sentences stand in docs/defences.md

@@ -1,4 +1,4 @@
-"""What keeps an adapter from memorising without an attacker: a schedule and mirrored images.
+"""What keeps an adapter from memorising without an attacker: a schedule, mirrored images and crops.
 
 Tested in tests/test_regularisation.py.
 """
@@ -6,10 +6,15 @@ Tested in tests/test_regularisation.py.
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
+from torchvision.transforms.v2.functional import resized_crop
 
 from algorithm import Batch, Run, Shuffled
 from diffusion import encode_images, prediction_target
+
+CROPS = 16  # views of an image with --crop
+AREA = (0.7, 1.0)  # of a crop, as a share of the image's
 
 
 class Scheduled(Run):
@@ -30,22 +35,50 @@ def share_of_rate(schedule: str, step: int, steps: int) -> float:
     return shares[schedule]
 
 
-class Mirrored(Run):
-    """--flip: every other draw of a member is mirrored; the attacker's batches stay as they are."""
+class Views(Run):
+    """--flip and --crop: a member is shown as one of its views; the attacker's batches stay as they
+    are.
+    """
 
-    def __init__(self, *given, mirror: torch.Tensor | None = None, **more):
-        """`mirror` (N, C, h, w) are the latents of the mirrored images, where they are known."""
+    def __init__(self, *given, views: dict | None = None, **more):
+        """`views` {(position, k): latents (C, h, w)} are those known, and are added to."""
         super().__init__(*given, **more)
-        if mirror is None:
-            mirror = encode_images(self.base, self.data.pixels[:, :, ::-1].copy())
-        self.mirror = mirror
+        self.views = {} if views is None else views
 
     def batch(self, *sets: Shuffled) -> Batch:
-        """Of the members, half are mirrored by chance."""
+        """Of the members, each as a view by chance."""
         b = super().batch(*sets)
         if sets[0] is not self.D_tr:
             return b
-        mirrored = (torch.rand(len(b), generator=self.outer) < 0.5).to(self.base.device)
-        z0 = torch.where(mirrored.view(-1, 1, 1, 1), self.mirror[b.index], b.z0)
+        count = CROPS if self.settings.crop else 2
+        which = (torch.rand(len(b), generator=self.outer) * count).long()
+        seen = zip(b.index.tolist(), which.tolist(), strict=True)
+        z0 = torch.stack([self.latents(i, k) for i, k in seen])
         target = prediction_target(z0, b.eps, b.t, self.base.abar, self.base.prediction)
         return replace(b, z0=z0, target=target)
+
+    def latents(self, i: int, k: int) -> torch.Tensor:
+        """Of view k of image i, (C, h, w); encoded alone when it is first drawn, so that a run that
+        goes on has the same bits.
+        """
+        s = self.settings
+        if k and not s.crop:
+            return self.data.latents[i]  # as it is
+        if (i, k) not in self.views:
+            shown = view(self.data.pixels[i], k, s.flip, s.crop, [s.seed, i])
+            self.views[i, k] = encode_images(self.base, shown[None])[0]
+        return self.views[i, k]
+
+
+def view(picture: np.ndarray, k: int, flip: bool, crop: bool, seed: list[int]) -> np.ndarray:
+    """View k = 0, 1, ... of a picture (H, W, 3): with `crop` a random one, a part of its area in
+    AREA, enlarged; with `flip` mirrored where k is even.
+    """
+    if crop:
+        low, top, left = np.random.default_rng([*seed, k]).random(3)
+        (h, w), side = picture.shape[:2], (AREA[0] + (AREA[1] - AREA[0]) * low) ** 0.5
+        part = round(side * h), round(side * w)
+        where = round(top * (h - part[0])), round(left * (w - part[1])), *part
+        whole = torch.from_numpy(picture).permute(2, 0, 1)
+        picture = resized_crop(whole, *where, [h, w], antialias=True).permute(1, 2, 0).numpy()
+    return (picture[:, ::-1] if flip and k % 2 == 0 else picture).copy()

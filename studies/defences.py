@@ -36,7 +36,7 @@ ROWS = {
     "lora-flip-shorter": SHORT | {"steps": 75, "flip": True},
     "lora-flip-early": SHORT | {"steps": 75, "flip": True},  # to be asked at other steps
     "lora-flip-slow": {"method": "lora", "flip": True, "lr": 1e-4},
-    "lora-crop": SHORT | {"steps": 75, "flip": True},
+    "lora-crop": SHORT | {"steps": 75, "flip": True, "crop": True},
     "lora-batch": SHORT | {"accumulate": 4},
     "lora-rank4": SHORT | {"rank": 4, "alpha": 4.0},
     "lora-attention": SHORT | {"target": "attention"},
@@ -52,6 +52,7 @@ ROWS = {
     "distill-flip": {"method": "distill", "flip": True},
     "distill-private": {"method": "distill", "public": "none"},
     "distill-private-flip": {"method": "distill", "public": "none", "flip": True},
+    "distill-crop": {"method": "distill", "public": "none", "flip": True, "crop": True},
     "distill-two": {"method": "distill", "public": "none", "flip": True, "teachers": 2},
     "distill-seen": {"method": "distill", "public": "none", "flip": True},
     "distill-soup": SOUP,
@@ -66,7 +67,6 @@ ROWS = {
 TRAINERS = {  # of rows that no flag makes
     "distill-seen": "studies.leaving_out.train_seen",
     "distill-soup": "studies.leaving_out.train_soup",
-    "lora-crop": "studies.cropped.train_cropped",
 }
 
 DP_DRAWS = 4  # of methods/dp.py: how often an image is in a step, in which all members are

@@ -32,7 +32,7 @@ from command import progress
 from command.errors import UserError
 from command.flags import checked, option
 from command.whole_files import read_json, write_json
-from diffusion import GRID_SEED, TIMESTEPS, Base, encode_images, squared_error
+from diffusion import GRID_SEED, TIMESTEPS, Base, squared_error
 from files import adapters as files
 from report.audit_page import print_attacks
 from run.folder import provenance
@@ -63,9 +63,7 @@ def attack(folder: Path) -> dict:
     plan = audit.make_plan(replace(audit.Audit(**known), out=str(folder), device="cpu"))
     base, data = audit_tasks.subject(plan)
     updates = [update(base, plan.folder(k) / "adapter") for k in range(len(plan))]
-    ways = [data.latents[: plan.pool]]
-    if plan.settings.flip:
-        ways.append(encode_images(base, data.pixels[: plan.pool, :, ::-1].copy()))
+    ways = audit_tasks.shown(base, data, plan)
     layers = [base.unet.get_submodule(name) for name in updates[0]]
     every = gradients(base, layers, ways, data.text[: plan.pool])
     gram, inner = products(every, [list(u.values()) for u in updates])
@@ -88,8 +86,8 @@ def update(base: Base, path: Path) -> dict[str, torch.Tensor]:
 
 
 def gradients(base: Base, layers: list[nn.Module], ways: list, text) -> list[torch.Tensor]:
-    """Of each layer's weight the gradient of every image's mean loss over timesteps and `ways`, the
-    image and, with --flip, its mirror image, (P, C, h, w) each: (P, numbers) bfloat16 per layer.
+    """Of each layer's weight the gradient of every image's mean loss over timesteps and `ways` to
+    show the image, (P, C, h, w) each: (P, numbers) bfloat16 per layer.
     """
     timesteps = torch.tensor(TIMESTEPS, device=base.device).repeat(len(ways))
     generator = torch.Generator().manual_seed(GRID_SEED)

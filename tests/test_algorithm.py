@@ -213,7 +213,7 @@ def test_the_classes_stand_in_one_order(tiny_base, subject):
     run = assemble(settings(tiny_base, **flags), base, data, Processes())
     lora.remove(base.unet, run.adapter)
     names = [kind.__name__ for kind in type(run).__mro__[1:-1]]
-    assert names == ["Student", "Mirrored", "Scheduled", "Parallel", "Run"]
+    assert names == ["Student", "Views", "Scheduled", "Parallel", "Run"]
     assert isinstance(run, Parallel)
 
 

@@ -33,6 +33,7 @@ from files.bases import load_base
 from files.images import ROLES, Images, load_images
 from methods.promise import mu_for
 from report import audit_page
+from run.regularised import view
 from settings import Settings
 
 ROOT = Path(audit.__file__).parent
@@ -414,6 +415,25 @@ def test_with_flip_the_attacker_asks_about_mirror_images(tiny_base, image_folder
     assert np.abs(both["predictions"][:, half:] - first).max() > 0.01
     assert both["losses"].shape == one["losses"].shape
     np.testing.assert_array_equal(both["held_out"], one["held_out"])
+
+
+def test_with_crop_the_attacker_asks_about_crops(tiny_base, image_folder):
+    """Seven of every image beside the image, each at noise of its own; none that training shows."""
+    plan = make_plan(tiny_base, image_folder, crop=True, flip=True)
+    base, data = audit_tasks.subject(plan)
+    adapter = lora.inject(base.unet, "all", 2, 4.0, torch.Generator().manual_seed(0))
+    found = audit_tasks.ask(base, data, plan, adapter)
+    pool = len(plan.names[: plan.pool])
+    assert found["losses"].shape == (pool, len(TIMESTEPS), 8) and found["sima"].shape == (pool, 8)
+    for k in (0, 6):
+        pixels = [view(x, k, True, True, [GRID_SEED, i]) for i, x in enumerate(data.pixels[:pool])]
+        latents = encode_images(base, np.stack(pixels))
+        losses = loss_grid(base, latents, data.text[:pool], draws=8).numpy()
+        np.testing.assert_allclose(found["losses"][:, :, k + 1], losses[:, :, k + 1], rtol=1e-4)
+    losses = loss_grid(base, data.latents[:pool], data.text[:pool], draws=8).numpy()
+    np.testing.assert_allclose(found["losses"][:, :, 0], losses[:, :, 0], rtol=1e-4)
+    thorough = replace(plan, timesteps=(100, 200), noises=8)
+    assert thorough.ways == plan.ways == 8
 
 
 def test_a_whole_audit(audited, capsys):

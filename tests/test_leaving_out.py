@@ -1,9 +1,8 @@
 """The rows that no flag makes: leave-out distillation with another who answers and with no student
-at all, and LoRA on random crops."""
+at all."""
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from methods.distill import weights_of
 from run.processes import Processes
 from run.resolve import resolve
 from settings import Settings
-from studies import cropped, defences, leaving_out
+from studies import defences, leaving_out
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -59,38 +58,12 @@ def test_soup_is_the_mean_of_the_teachers(s, subject):
         torch.testing.assert_close(parts[0], sum(parts[1:]) / 3)
 
 
-def test_a_crop():
-    """A part of the picture, enlarged, and the whole of a uniform one; every other one mirrored."""
-    generator, ramp = torch.Generator().manual_seed(0), np.zeros((48, 48, 3), np.uint8)
-    ramp[:] = np.arange(48)[:, None]  # from left to right
-    crops = [cropped.crop(ramp, generator) for _ in range(40)]
-    slopes = [int(c[20, -1, 0]) - int(c[20, 0, 0]) for c in crops]
-    assert all(c.shape == (48, 48, 3) and c.dtype == np.uint8 for c in crops)
-    assert {0.7**0.5 * 47 - 3 < abs(slope) <= 47 for slope in slopes} == {True}
-    assert 10 <= sum(slope < 0 for slope in slopes) <= 30
-
-
-def test_a_cropped_run_shows_crops_of_members(s, subject):
-    """With the target of what it shows; the attacker's batches are of whole images."""
-    s = replace(s, method="smp", steps=2, batch_size=4)
-    run = assemble(s, *subject, Processes(), (cropped.Cropped,))
-    lora.remove(subject[0].unet, run.adapter)
-    b = run.batch(run.D_tr)
-    for z0, i in zip(b.z0, b.index, strict=True):
-        assert any(torch.equal(z0, crop) for crop in run.crops[:, i])
-        assert not torch.equal(z0, run.data.latents[i])
-    assert torch.equal(b.target, b.eps)
-    whole = run.batch(run.D_m, run.D_n)
-    assert torch.equal(whole.z0, run.data.latents[whole.index])
-
-
 def test_their_rows_are_audited_with_them():
     """And no other row; a soup has the teachers of the student that it is compared with."""
     trainers = {name: defences.trainer(name) for name in defences.ROWS}
     assert {name: train for name, train in trainers.items() if train} == {
         "distill-seen": leaving_out.train_seen,
         "distill-soup": leaving_out.train_soup,
-        "lora-crop": cropped.train_cropped,
     }
     student, soup = (
         resolve(Settings(**defences.ROWS[name]))

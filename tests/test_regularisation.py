@@ -1,9 +1,10 @@
-"""Flags that keep an adapter from memorising: a schedule, mirrored images, gradients of one norm,
---stop best; each against a second way to have it.
+"""Flags that keep an adapter from memorising: a schedule, mirrored images, crops, gradients of one
+norm, --stop best; each against a second way to have it.
 """
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from objectives import clip_, norm
 from run import watch
 from run.folder import RunFolder
 from run.processes import Processes
-from run.regularised import share_of_rate
+from run.regularised import CROPS, share_of_rate, view
 from run.resolve import resolve
 from settings import Settings
 
@@ -85,7 +86,7 @@ def test_half_of_the_members_draws_are_mirrored(subject, tiny_base, tiny_base_v)
     b, plain = found[True][0], found[False][0]
     for name in ("index", "c", "t", "eps"):
         assert torch.equal(getattr(b, name), getattr(plain, name)), name
-    mirror = encode_images(base, data.pixels[:, :, ::-1].copy())[b.index]
+    mirror = torch.cat([encode_images(base, data.pixels[[i], :, ::-1].copy()) for i in b.index])
     mirrored = (b.z0 != plain.z0).flatten(1).any(1)
     assert 0.42 < mirrored.float().mean() < 0.58 and base.prediction == "v_prediction"
     z0 = torch.where(mirrored.view(-1, 1, 1, 1), mirror, plain.z0)
@@ -96,6 +97,52 @@ def test_half_of_the_members_draws_are_mirrored(subject, tiny_base, tiny_base_v)
     assert all(
         torch.equal(x, y) for x, y in zip(vars(theirs).values(), vars(others).values(), strict=True)
     )
+
+
+def test_a_view_is_a_part_of_the_picture():
+    """Enlarged, of 70 to 100 % of its area, anywhere; always the same one; every other one mirrored
+    with --flip, and without --crop that is all.
+    """
+    ramp = np.zeros((48, 48, 3), np.uint8)
+    ramp[:, :, 0], ramp[:, :, 1] = np.arange(48), np.arange(48)[:, None]  # rightwards, downwards
+    crops = [view(ramp, k, True, True, [5, 3]) for k in range(60)]
+    assert all(c.shape == (48, 48, 3) and c.dtype == np.uint8 for c in crops)
+    for k, c in enumerate(crops):
+        across, down = (c[20, -1, 0] * 1.0 - c[20, 0, 0], c[-1, 20, 1] * 1.0 - c[0, 20, 1])
+        assert (across < 0) == (k % 2 == 0)
+        assert 0.7**0.5 * 47 - 3 < down <= 47 and abs(abs(across) - down) <= 2
+        unmirrored = view(ramp, k, False, True, [5, 3])
+        np.testing.assert_array_equal(unmirrored, c[:, ::-1] if k % 2 == 0 else c)
+    corners = {c[0, 0, 1].item() for c in crops}
+    assert min(corners) <= 1 and max(corners) >= 5  # at the top, and further down
+    assert not np.array_equal(crops[1], view(ramp, 1, True, True, [5, 4]))
+    np.testing.assert_array_equal(view(ramp, 0, True, False, [0]), ramp[:, ::-1])
+    np.testing.assert_array_equal(view(ramp, 1, True, False, [0]), ramp)
+
+
+def test_a_cropped_run_shows_crops_of_members(subject, tiny_base):
+    """By chance, with the target of what it shows; the attacker's batches are of whole images, and
+    all else of a batch is that of a run without --crop.
+    """
+    flags = {"method": "smp", "proxy": "pooled", "lam": 1.0, "batch_size": 300}
+    base, data = subject
+    found = []
+    for crop in (False, True):
+        run = assemble(settings(tiny_base, crop=crop, **flags), base, data, Processes())
+        found.append(run.batch(run.D_tr))
+        remove(base.unet, run.adapter)
+    other, b = found
+    for name in ("index", "c", "t", "eps"):
+        assert torch.equal(getattr(b, name), getattr(other, name)), name
+    for z0, i in zip(b.z0, b.index.tolist(), strict=True):
+        assert any(torch.equal(z0, run.views[key]) for key in run.views if key[0] == i)
+    assert {k for _, k in run.views} == set(range(CROPS))
+    for (i, k), z0 in run.views.items():
+        pixels = view(data.pixels[i], k, False, True, [run.settings.seed, i])
+        assert torch.equal(z0, encode_images(base, pixels[None])[0])
+    assert torch.equal(b.target, b.eps)
+    whole = run.batch(run.D_m, run.D_n)
+    assert torch.equal(whole.z0, data.latents[whole.index])
 
 
 def test_normalised_gradients_have_the_norm_of_the_limit():

@@ -4,6 +4,7 @@ Tested in tests/test_regularisation.py.
 """
 
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -65,17 +66,20 @@ class Views(Run):
         if k and not s.crop:
             return self.data.latents[i]  # as it is
         if (i, k) not in self.views:
-            shown = view(self.data.pixels[i], k, s.flip, s.crop, [s.seed, i])
+            shown = view(self.data.pixels[i], k, s.flip, s.crop, s.seed)
             self.views[i, k] = encode_images(self.base, shown[None])[0]
         return self.views[i, k]
 
 
-def view(picture: np.ndarray, k: int, flip: bool, crop: bool, seed: list[int]) -> np.ndarray:
-    """View k = 0, 1, ... of a picture (H, W, 3): with `crop` a random one, a part of its area in
-    AREA, enlarged; with `flip` mirrored where k is even.
+def view(picture: np.ndarray, k: int, flip: bool, crop: bool, seed: int) -> np.ndarray:
+    """View k = 0, 1, ... of a picture (H, W, 3): with `crop` a part of it, of an area in AREA,
+    enlarged; with `flip` mirrored where k is even.
+
+    Which part, no other image has a say in: --method dp would else guarantee nothing.
     """
     if crop:
-        low, top, left = np.random.default_rng([*seed, k]).random(3)
+        own = zlib.crc32(picture.tobytes())
+        low, top, left = np.random.default_rng([seed, own, k]).random(3)
         (h, w), side = picture.shape[:2], (AREA[0] + (AREA[1] - AREA[0]) * low) ** 0.5
         part = round(side * h), round(side * w)
         where = round(top * (h - part[0])), round(left * (w - part[1])), *part

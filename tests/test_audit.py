@@ -426,7 +426,7 @@ def test_with_crop_the_attacker_asks_about_crops(tiny_base, image_folder):
     pool = len(plan.names[: plan.pool])
     assert found["losses"].shape == (pool, len(TIMESTEPS), 8) and found["sima"].shape == (pool, 8)
     for k in (0, 6):
-        pixels = [view(x, k, True, True, [GRID_SEED, i]) for i, x in enumerate(data.pixels[:pool])]
+        pixels = [view(x, k, True, True, GRID_SEED) for x in data.pixels[:pool]]
         latents = encode_images(base, np.stack(pixels))
         losses = loss_grid(base, latents, data.text[:pool], draws=8).numpy()
         np.testing.assert_allclose(found["losses"][:, :, k + 1], losses[:, :, k + 1], rtol=1e-4)

@@ -93,9 +93,11 @@ def distance(one, two):
 
 
 @pytest.mark.parametrize("limit", [dp.CLIP, NOT_CLIPPED])
-@pytest.mark.parametrize("run", [{}, {"flip": True, "batch_size": 5}], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    "run", [{}, {"flip": True, "crop": True, "batch_size": 5}], indirect=True, ids=str
+)
 def test_clipped_gradients_equal_the_loop_over_images(run, monkeypatch, limit):
-    """In micro-batches, with several draws, mirrored or not, all clipped or none."""
+    """In micro-batches, with several draws, mirrored crops or not, all clipped or none."""
     monkeypatch.setattr(dp, "CLIP", limit)
     b = run.batch(run.D_tr)
     assert sorted(set(b.index.tolist())) == run.data.members()

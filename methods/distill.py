@@ -36,14 +36,33 @@ from run.processes import Parallel
 SEED = 31  # of the folds, beside the run's own
 APART = 1_000_003  # between the seeds of teachers: torch's streams know 32 bits of a seed
 load_public = cache(load_images)  # an audit asks once per adapter
+NEAR = 8  # pairs an image that are looked at for groups, the closest of all
 PUBLIC = 1000  # pictures beside the private ones, at most
 SHARED = ("processes", "views")  # what a teacher takes from the run, where it is there
 
 
-def folds(members: list[int], count: int, seed: int) -> list[list[int]]:
-    """`members` in `count` random disjoint parts whose sizes differ by one at most."""
-    order = np.random.default_rng([seed, SEED]).permutation(members).tolist()
-    return [sorted(order[k::count]) for k in range(count)]
+def folds(members: list[int], latents: torch.Tensor, count: int, seed: int) -> list[list[int]]:
+    """`members` in `count` disjoint parts of about one size, random but for this: groups of like
+    images, by the distance of their latents (N, C, h, w), stay together.
+
+    A group has at most a quarter of a part.  So a picture that is there twice, odd as it may be, is
+    taught by a teacher that has seen neither.
+    """
+    x, n = latents[members].flatten(1).double().cpu(), len(members)
+    most, groups = n // count // 4, [[i] for i in members]
+    of = list(range(n))
+    far = torch.cdist(x, x)
+    for pair in (far + far.new_full((n, n), torch.inf).triu()).flatten().argsort()[: n * NEAR].tolist():
+        a, b = of[pair // n], of[pair % n]
+        if a != b and len(groups[a]) + len(groups[b]) <= most:
+            groups[a] += groups[b]
+            groups[b] = []
+            of = [a if k == b else k for k in of]
+    shuffled = np.random.default_rng([seed, SEED]).permutation(n)
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for group in sorted((groups[k] for k in shuffled), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    return [sorted(part) for part in parts]
 
 
 class Taught(Shuffled):
@@ -70,7 +89,7 @@ class Student(Parallel):
         if s.teachers > len(members):
             many = f"--teachers {s.teachers} is more than the {len(members)} members"
             raise UserError(f"{many}: lower it")
-        self.folds = folds(members, s.teachers, s.seed)
+        self.folds = folds(members, self.data.latents, s.teachers, s.seed)
         self.left_out = {i: k for k, fold in enumerate(self.folds) for i in fold}
         self.teachers: list[list[torch.Tensor]] = []  # the weights of each, once it is trained
         self.public = [Taught(list(public), self.size, self.outer)] if public else []

@@ -36,31 +36,32 @@ from run.processes import Parallel
 SEED = 31  # of the folds, beside the run's own
 APART = 1_000_003  # between the seeds of teachers: torch's streams know 32 bits of a seed
 load_public = cache(load_images)  # an audit asks once per adapter
-NEAR = 8  # pairs an image that are looked at for groups, the closest of all
+NEAR = 8  # pairs per member that may join a group, the closest of all
 PUBLIC = 1000  # pictures beside the private ones, at most
 SHARED = ("processes", "views")  # what a teacher takes from the run, where it is there
 
 
 def folds(members: list[int], latents: torch.Tensor, count: int, seed: int) -> list[list[int]]:
-    """`members` in `count` disjoint parts of about one size, random but for this: groups of like
-    images, by the distance of their latents (N, C, h, w), stay together.
+    """`members` in `count` disjoint parts of about one size, by chance but for this: groups of
+    pictures that look alike, by the distance of their latents (N, C, h, w), stay together.
 
-    A group has at most a quarter of a part.  So a picture that is there twice, odd as it may be, is
-    taught by a teacher that has seen neither.
+    So the teacher of a picture that is there twice has seen neither, as far as a group has room: it
+    has a quarter of a part at most.
     """
-    x, n = latents[members].flatten(1).double().cpu(), len(members)
-    most, groups = n // count // 4, [[i] for i in members]
-    of = list(range(n))
-    far = torch.cdist(x, x)
-    for pair in (far + far.new_full((n, n), torch.inf).triu()).flatten().argsort()[: n * NEAR].tolist():
-        a, b = of[pair // n], of[pair % n]
-        if a != b and len(groups[a]) + len(groups[b]) <= most:
+    n = len(members)
+    one, other = torch.tril_indices(n, n, -1)
+    points = latents[members].flatten(1).double().cpu()
+    closest = torch.cdist(points, points)[one, other].argsort(stable=True)[: n * NEAR]
+    groups = [[i] for i in members]
+    of = list(range(n))  # the group of each
+    for i, k in zip(one[closest].tolist(), other[closest].tolist(), strict=True):
+        a, b = of[i], of[k]
+        if a != b and len(groups[a] + groups[b]) <= n // count // 4:
             groups[a] += groups[b]
-            groups[b] = []
-            of = [a if k == b else k for k in of]
-    shuffled = np.random.default_rng([seed, SEED]).permutation(n)
+            groups[b], of = [], [a if at == b else at for at in of]
     parts: list[list[int]] = [[] for _ in range(count)]
-    for group in sorted((groups[k] for k in shuffled), key=len, reverse=True):
+    shuffled = np.random.default_rng([seed, SEED]).permutation(n)
+    for group in sorted((groups[at] for at in shuffled), key=len, reverse=True):
         min(parts, key=len).extend(group)
     return [sorted(part) for part in parts]
 

@@ -74,10 +74,23 @@ def equal(a, b):
 def test_folds_are_a_partition():
     """Disjoint, complete, of sizes that differ by one; another seed deals them otherwise."""
     members = list(range(3, 30))
-    found = distill.folds(members, 5, 0)
-    assert sorted(i for fold in found for i in fold) == members
-    assert {len(fold) for fold in found} == {5, 6}
-    assert found == distill.folds(members, 5, 0) != distill.folds(members, 5, 1)
+    latents = torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for of in (latents, torch.zeros_like(latents)):
+        found = distill.folds(members, of, 5, 0)
+        assert sorted(i for fold in found for i in fold) == members
+        assert {len(fold) for fold in found} == {5, 6}
+        assert found == distill.folds(members, of, 5, 0) != distill.folds(members, of, 5, 1)
+
+
+def test_like_pictures_are_in_one_fold():
+    """Five near-copies of each of ten pictures, among fifty that are like no other."""
+    latents = torch.randn(100, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents[:50] = latents[:50:5].repeat_interleave(5, 0) + 0.1 * latents[:50]
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    found = distill.folds(list(range(100)), latents[order], 5, 0)
+    for k in range(10):
+        near = {i for i, at in enumerate(order.tolist()) if at // 5 == k}
+        assert any(near <= {*fold} for fold in found)
 
 
 def test_teachers_and_student_draw_for_themselves(subject, tiny_base):

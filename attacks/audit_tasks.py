@@ -173,7 +173,7 @@ def shown(base: Base, data: Encoded, plan: Plan) -> list[torch.Tensor]:
     """Latents (P, C, h, w) of the pool's images, and of `plan.ways` - 1 views of each."""
     s, ways = plan.settings, [data.latents[: plan.pool]]
     for k in range(plan.ways - 1):
-        views = [view(x, k, s.flip, s.crop, GRID_SEED) for x in data.pixels[: plan.pool]]
+        views = [view(x, k, s.flip, s.crop) for x in data.pixels[: plan.pool]]
         ways.append(encode_images(base, np.stack(views)))
     return ways
 

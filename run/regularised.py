@@ -54,32 +54,32 @@ class Views(Run):
         count = CROPS if self.settings.crop else 2
         which = (torch.rand(len(b), generator=self.outer) * count).long()
         seen = zip(b.index.tolist(), which.tolist(), strict=True)
-        z0 = torch.stack([self.latents(i, k) for i, k in seen])
+        z0 = torch.stack([self.latents(i, k).to(b.z0.device) for i, k in seen])
         target = prediction_target(z0, b.eps, b.t, self.base.abar, self.base.prediction)
         return replace(b, z0=z0, target=target)
 
     def latents(self, i: int, k: int) -> torch.Tensor:
         """Of view k of image i, (C, h, w); encoded alone when it is first drawn, so that a run that
-        goes on has the same bits.
+        goes on has the same bits, and kept off the device: there may be many.
         """
         s = self.settings
         if k and not s.crop:
             return self.data.latents[i]  # as it is
         if (i, k) not in self.views:
-            shown = view(self.data.pixels[i], k, s.flip, s.crop, s.seed)
-            self.views[i, k] = encode_images(self.base, shown[None])[0]
+            shown = view(self.data.pixels[i], k, s.flip, s.crop)
+            self.views[i, k] = encode_images(self.base, shown[None])[0].cpu()
         return self.views[i, k]
 
 
-def view(picture: np.ndarray, k: int, flip: bool, crop: bool, seed: int) -> np.ndarray:
+def view(picture: np.ndarray, k: int, flip: bool, crop: bool) -> np.ndarray:
     """View k = 0, 1, ... of a picture (H, W, 3): with `crop` a part of it, of an area in AREA,
     enlarged; with `flip` mirrored where k is even.
 
-    Which part, no other image has a say in: --method dp would else guarantee nothing.
+    Which part follows from picture and k alone: another image that had a say in it would void the
+    guarantee of --method dp, and --seed is known to an attacker.
     """
     if crop:
-        own = zlib.crc32(picture.tobytes())
-        low, top, left = np.random.default_rng([seed, own, k]).random(3)
+        low, top, left = np.random.default_rng([k, zlib.crc32(picture.tobytes())]).random(3)
         (h, w), side = picture.shape[:2], (AREA[0] + (AREA[1] - AREA[0]) * low) ** 0.5
         part = round(side * h), round(side * w)
         where = round(top * (h - part[0])), round(left * (w - part[1])), *part

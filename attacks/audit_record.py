@@ -37,6 +37,8 @@ def measure(plan: Plan, settings: dict, pixels: np.ndarray) -> tuple[dict, dict[
             name: {attack: decisions[name].figures(x[:, g]) for attack, x in scores.items()}
             for name, g in groups.items()
         }
+        chosen = scores[lira.HEADLINE][:, ~canary]
+        steps[str(step)]["together"] = decisions["attacks"].together(chosen)
     found = steps[str(step)]["attacks"]
     strongest = max(found, key=lambda name: found[name]["auc"])  # judged on the same images
     caught = Decisions(member).caught(scores[strongest])

@@ -18,6 +18,7 @@ from curves import roc
 
 ROUNDS = 300  # of the bootstrap
 MIN_FALSE_POSITIVES = 5  # that a false-positive rate must allow for its TPR to be stated
+TOGETHER = 10  # images that are asked about at once
 CAUGHT_FPR = 0.01  # at which an image counts as caught
 
 
@@ -72,6 +73,23 @@ class Decisions:
         found |= {"auc_by_adapter": by_adapter, "auc_sd": float(sd)}
         found["mu_bound"] = mu_bound(score, self.member)
         return found | {"auc_t_interval": [float(mean - half), float(mean + half)]}
+
+    def together(self, score: np.ndarray, count: int = TOGETHER) -> dict:
+        """AUC with its 95 % interval of an attacker who asks about `count` images at once, all of
+        them members or none, by their mean score, taken as normal.
+        """
+
+        def moments(side: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """Mean and variance, each (1 + ROUNDS,)."""
+            weights = self.weights[:, None] * side
+            mean, square = ((weights * x).sum((1, 2)) for x in (score, score**2))
+            total = weights.sum((1, 2))
+            return mean / total, square / total - (mean / total) ** 2
+
+        (inside, spread), (outside, other) = moments(self.member), moments(~self.member)
+        deviation = np.sqrt((spread + other).clip(1e-12) / count)
+        area = norm.cdf((inside - outside) / deviation)
+        return {"auc": float(area[0]), "auc_interval": _interval(area[1:])}
 
     def caught(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(P,) and (P,): how often an image scores above the threshold of CAUGHT_FPR, as a member

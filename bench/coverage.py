@@ -1,4 +1,4 @@
-"""How often the intervals of curves/roc.py hold the true value: their coverage in simulations.
+"""How often the intervals of curves/roc.py and attacks/decisions.py hold the truth in simulations.
 
     python bench/coverage.py                     # about two minutes on one core
     python bench/coverage.py --repetitions 1000  # a quick look
@@ -18,6 +18,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from attacks import comparisons
+from attacks.decisions import TOGETHER, Decisions
 from curves import roc
 
 AREAS = (0.5, 0.75, 0.9, 0.99, 0.998)
@@ -97,6 +98,19 @@ def seeds_coverage(area, deviation, seeds, repetitions, seed=0) -> float:
     return held / repetitions
 
 
+def together_coverage(shift, spread, adapters, repetitions, seed=0) -> float:
+    """Coverage of `Decisions.together`: 200 images, each shifted by its own amount as a member."""
+    rng, held = np.random.default_rng(seed), 0
+    truth = ndtr(shift * np.sqrt(TOGETHER / (2 + spread**2)))
+    for _ in range(repetitions):
+        halves = [rng.permutation(200) < 100 for _ in range(adapters // 2)]
+        member = np.concatenate([[half, ~half] for half in halves])
+        score = rng.normal(size=member.shape) + rng.normal(shift, spread, 200) * member
+        low, high = Decisions(member).together(score)["auc_interval"]
+        held += low <= truth <= high
+    return held / repetitions
+
+
 def main() -> None:
     """All tables."""
     parser = argparse.ArgumentParser(
@@ -128,6 +142,10 @@ def main() -> None:
     for area, deviation in ((0.75, 0.0), (0.75, 0.25), (0.99, 0.0), (0.99, 0.25)):
         found = seeds_coverage(area, deviation, 3, count // 3)
         print(f"  AUC {area}, shift +-{deviation}: {found:.3f}")
+    print("ten images at once, 8 and 16 adapters")
+    for shift, spread in ((0.0, 0.0), (0.3, 0.4), (0.66, 0.6), (1.1, 0.6)):
+        found = [together_coverage(shift, spread, n, count // 3) for n in (8, 16)]
+        print(f"  shift {shift}+-{spread}: " + "  ".join(f"{c:.3f}" for c in found), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attacks.decisions import Decisions, difference
+from attacks.decisions import TOGETHER, Decisions, difference
 from attacks.lira import HEADLINE, THRESHOLD
 from attacks.store import damaged, read_arrays
 from command.errors import UserError
@@ -39,6 +39,8 @@ def print_record(record: dict) -> None:
         f"{half} member and {half} non-member decisions"
     )
     print_attacks(f"step {step}", last["attacks"])
+    together = cell(last["together"])
+    print(f"{TOGETHER} images at once, all members or none, {HEADLINE}: {together}")
     if "canaries" in last:
         print_attacks("canaries", last["canaries"])
     if method == "dp":

@@ -24,6 +24,7 @@ import audit
 import lora
 import train
 from attacks import audit_plan, audit_record, audit_tasks, decisions, lira, quality, workers
+from bench import coverage
 from command.errors import UserError
 from command.flags import parse
 from curves import roc
@@ -305,6 +306,26 @@ def test_bootstrap_draws_images():
     m, n = same[member], same[~member]
     a, b = roc.auc_interval(m, n)  # as if all decisions were of different images
     assert high - low > 2 * (b - a)
+
+
+def test_ten_at_once():
+    """Near the AUC of the mean scores of sets drawn at random; one at once is the AUC of normal
+    scores; of forty pools most intervals hold the truth.
+    """
+    score, member = scored(images=200)
+    found, rng = decisions.Decisions(member).together(score), np.random.default_rng(0)
+    sets = [
+        [x[rng.permutation(np.flatnonzero(side))[:10]].mean() for _ in range(400)]
+        for x, m in zip(score, member, strict=True)
+        for side in (m, ~m)
+    ]
+    inside, outside = np.ravel(sets[::2]), np.ravel(sets[1::2])
+    assert found["auc"] == pytest.approx(roc.auc(inside, outside), abs=0.02)
+    assert found["auc_interval"][0] < found["auc"] < found["auc_interval"][1]
+    score = rng.normal(size=member.shape) + member
+    assert coverage.together_coverage(0.66, 0.6, 8, 40) >= 0.85
+    one = decisions.Decisions(member).together(score, 1)["auc"]
+    assert one == pytest.approx(roc.auc(score[member], score[~member]), abs=0.02)
 
 
 def test_the_bound_on_mu_is_one():

@@ -143,8 +143,8 @@ def ask(
     losses (P, T, noises), predictions (P, T, C h w) float16, sima (P, 1), held_out (H,); features
     (D, F) of pictures from the captions of images `drawn`, if there are any.
 
-    With --flip and --crop the attacker asks about every image in `plan.ways`: the second axis of
-    predictions and sima is so many times as long, and the ways share the noises.
+    With --flip and --crop the attacker asks about every image in `plan.ways`, which share the
+    noises: the second axis of sima is so many times as long, that of predictions twice.
     """
     data = text_encoder.seen(base, data, adapter)
     text, index = data.text[: plan.pool], plan.held_out
@@ -160,7 +160,7 @@ def ask(
         held_out = loss_grid(base, data.latents[index], data.text[index], ALL_TIMESTEPS, 1)
         found = {
             "losses": np.concatenate(losses, axis=2),
-            "predictions": np.concatenate(predictions, axis=1),
+            "predictions": np.concatenate(predictions[:2], axis=1),
             "sima": np.stack(sima, axis=1),
             "held_out": held_out.mean((1, 2)).numpy(),
         }

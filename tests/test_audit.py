@@ -446,6 +446,7 @@ def test_with_crop_the_attacker_asks_about_crops(tiny_base, image_folder):
     found = audit_tasks.ask(base, data, plan, adapter)
     pool = len(plan.names[: plan.pool])
     assert found["losses"].shape == (pool, len(TIMESTEPS), 8) and found["sima"].shape == (pool, 8)
+    assert found["predictions"].shape[:2] == (pool, 2 * len(TIMESTEPS))
     for k in (0, 6):
         pixels = [view(x, k, True, True) for x in data.pixels[:pool]]
         latents = encode_images(base, np.stack(pixels))

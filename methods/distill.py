@@ -1,7 +1,7 @@
 """Leave-out distillation: the adapter learns each image from a teacher that never saw it.
 
 The members are cut into K folds, like pictures into the same one.  Teacher k is plain LoRA, trained
-for few steps on all folds but k.  The student, a fresh adapter that starts where they started, minimises
+for few steps on all folds but k.  The student, an adapter that starts where they did, minimises
 
     E || f_student(z_t, t, c) - f_teacher(fold of x)(z_t, t, c) ||^2
 

@@ -19,7 +19,7 @@ def near_duplicates(pixels: np.ndarray) -> list[int]:
     Copies that were saved or scaled anew count, see NEAR_GREY.  5,000 images take some seconds and
     0.1 GB.
     """
-    grey, colour = _thumbnails(pixels)
+    grey, colour = _shades(pixels)
     variance = grey.var(1)
     first: list[int] = []
     for start in range(0, len(pixels), BLOCK):
@@ -35,10 +35,15 @@ def near_duplicates(pixels: np.ndarray) -> list[int]:
     return first
 
 
-def _thumbnails(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Grey (N, 256) and coloured (N, 48) thumbnails of values in -0.5..0.5."""
+def thumbnails(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (N, 16, 16, 3) of pixels (N, H, W, 3)."""
     boxes = [Image.fromarray(p).resize((16, 16), Image.Resampling.BOX) for p in pixels]
-    small = np.stack([np.asarray(box) for box in boxes]).astype(np.float32) / 255 - 0.5
+    return np.stack([np.asarray(box) for box in boxes])
+
+
+def _shades(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grey (N, 256) and coloured (N, 48) thumbnails of values in -0.5..0.5."""
+    small = thumbnails(pixels).astype(np.float32) / 255 - 0.5
     grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
     colour = small.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4))
     return grey.reshape(len(small), -1), colour.reshape(len(small), -1)

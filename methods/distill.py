@@ -27,7 +27,7 @@ import torch
 from algorithm import Batch, Run, Shuffled
 from command.errors import UserError
 from diffusion import PARTS, Base, Encoded, joined, predict
-from files.copies import near_duplicates
+from files.copies import near_duplicates, thumbnails
 from files.encode import encode
 from files.images import load_images
 from lora import Adapter
@@ -36,27 +36,29 @@ from run.processes import Parallel
 SEED = 31  # of the folds, beside the run's own
 APART = 1_000_003  # between the seeds of teachers: torch's streams know 32 bits of a seed
 load_public = cache(load_images)  # an audit asks once per adapter
-NEAR = 8  # pairs per member that may join a group, the closest of all
+NEAR = 8  # of the others a picture may join in a group, the nearest
 PUBLIC = 1000  # pictures beside the private ones, at most
 SHARED = ("processes", "views")  # what a teacher takes from the run, where it is there
 
 
-def folds(members: list[int], latents: torch.Tensor, count: int, seed: int) -> list[list[int]]:
+def folds(members: list[int], pixels: np.ndarray, count: int, seed: int) -> list[list[int]]:
     """`members` in `count` disjoint parts of about one size, by chance but for this: groups of
-    pictures that look alike, by the distance of their latents (N, C, h, w), stay together.
+    pictures that look alike, by their thumbnails, stay together.
 
     So the teacher of a picture that is there twice has seen neither, as far as a group has room: it
-    has a quarter of a part at most.
+    has a quarter of a part at most, or two.  `pixels` (N, H, W, 3) are exact on every device.
     """
-    n = len(members)
-    one, other = torch.tril_indices(n, n, -1)
-    points = latents[members].flatten(1).double().cpu()
-    closest = torch.cdist(points, points)[one, other].argsort(stable=True)[: n * NEAR]
-    groups = [[i] for i in members]
-    of = list(range(n))  # the group of each
-    for i, k in zip(one[closest].tolist(), other[closest].tolist(), strict=True):
+    n, pairs = len(members), []
+    x = thumbnails(pixels[members]).reshape(n, -1).astype(np.float64)  # whole numbers
+    square = (x**2).sum(1)
+    for i in range(1, n):
+        far = square[:i] - 2 * x[:i] @ x[i] + square[i]
+        pairs += [(far[k], i, k) for k in np.argsort(far, kind="stable")[:NEAR].tolist()]
+    most = max(n // count // 4, min(2, n // count))
+    groups, of = [[i] for i in members], list(range(n))  # and the group of each
+    for _, i, k in sorted(pairs):
         a, b = of[i], of[k]
-        if a != b and len(groups[a] + groups[b]) <= n // count // 4:
+        if a != b and len(groups[a] + groups[b]) <= most:
             groups[a] += groups[b]
             groups[b], of = [], [a if at == b else at for at in of]
     parts: list[list[int]] = [[] for _ in range(count)]
@@ -90,7 +92,7 @@ class Student(Parallel):
         if s.teachers > len(members):
             many = f"--teachers {s.teachers} is more than the {len(members)} members"
             raise UserError(f"{many}: lower it")
-        self.folds = folds(members, self.data.latents, s.teachers, s.seed)
+        self.folds = folds(members, self.data.pixels, s.teachers, s.seed)
         self.left_out = {i: k for k, fold in enumerate(self.folds) for i in fold}
         self.teachers: list[list[torch.Tensor]] = []  # the weights of each, once it is trained
         self.public = [Taught(list(public), self.size, self.outer)] if public else []

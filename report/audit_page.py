@@ -160,8 +160,8 @@ def compare(folders: list[str]) -> dict:
     print_steps(records)
     if len({str(record.get("asked")) for record in records.values()}) > 1:
         say(
-            "note: these audits asked other things, by --thorough or another version of this code: "
-            "AUC may differ by .01 for that alone"
+            "note: these audits asked other things, by --thorough, --crop or another version of "
+            "this code: AUC may differ a little for that alone"
         )
     found = {"audits": names, "differences": []}
     for name in names[1:]:

@@ -23,7 +23,7 @@ NOISES = 2  # per timestep of the losses, with --flip one of them for the mirror
 CROPPED = 8  # with --crop: the image and seven crops of it
 THOROUGH = tuple(range(50, 401, 50)), 8  # timesteps and noises of --thorough
 SIMA_TIMESTEP = 100
-ASKED = [SIMA_TIMESTEP, GRID_SEED, 3]  # the last rises with any other change of audit_tasks.ask
+ASKED = [SIMA_TIMESTEP, GRID_SEED, 2]  # the last rises with any other change of audit_tasks.ask
 HELD_OUT_IMAGES = 100  # for the held-out loss
 NONMEMBER_SETS = (
     4  # times as many non-members as one adapter's attacker takes, if there are so many

@@ -60,6 +60,7 @@ Train = Callable[[Base, Encoded, Settings], Iterator[tuple[int, lora.Adapter]]]
 FACTS = ("training", "queries", "key", "commit")  # beside the answers in answers.npz
 _lock = threading.Lock()  # a process has one base, and so one adapter at a time
 _loaded: dict[str, tuple[Base, Encoded]] = {}  # the base and the images of one plan
+_views: dict[str, list[torch.Tensor]] = {}  # of the images of one plan, see `shown`
 
 
 def work(plan: Plan, index: int, train: Train) -> None:
@@ -143,8 +144,9 @@ def ask(
     losses (P, T, noises), predictions (P, T, C h w) float16, sima (P, 1), held_out (H,); features
     (D, F) of pictures from the captions of images `drawn`, if there are any.
 
-    With --flip and --crop the attacker asks about every image in `plan.ways`, which share the
-    noises: the second axis of sima is so many times as long, that of predictions twice.
+    With --flip or --crop the attacker asks about every image in so many ways as `plan.ways` says,
+    which share the noises: the second axis of sima is so many times as long, that of predictions
+    twice.
     """
     data = text_encoder.seen(base, data, adapter)
     text, index = data.text[: plan.pool], plan.held_out
@@ -170,12 +172,16 @@ def ask(
 
 
 def shown(base: Base, data: Encoded, plan: Plan) -> list[torch.Tensor]:
-    """Latents (P, C, h, w) of the pool's images, and of `plan.ways` - 1 views of each."""
-    s, ways = plan.settings, [data.latents[: plan.pool]]
-    for k in range(plan.ways - 1):
-        views = [view(x, k, s.flip, s.crop) for x in data.pixels[: plan.pool]]
-        ways.append(encode_images(base, np.stack(views)))
-    return ways
+    """Latents (P, C, h, w) of the pool's images, and of `plan.ways` - 1 views of each, which are
+    encoded once for a plan.
+    """
+    s, pixels = plan.settings, data.pixels[: plan.pool]
+    key = digest_of([plan.digest, plan.pool, plan.identity, plan.ways, s.flip])
+    if key not in _views:
+        _views.clear()
+        views = ([view(x, k, s.flip, s.crop) for x in pixels] for k in range(plan.ways - 1))
+        _views[key] = [encode_images(base, np.stack(of)) for of in views]
+    return [data.latents[: plan.pool], *_views[key]]
 
 
 def drawn_features(base: Base, data: Encoded, index: list[int]) -> np.ndarray:

@@ -76,7 +76,7 @@ class Decisions:
 
     def together(self, score: np.ndarray, count: int = TOGETHER) -> dict:
         """AUC with its 95 % interval of an attacker who asks about `count` images at once, all of
-        them members or none, by their mean score, taken as normal.
+        them members or none, by their mean score, taken as normal; the interval is the bootstrap's.
         """
 
         def moments(side: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from command.errors import UserError, shown
 from files import EMBEDDED_SETS, contents
 from settings import FREE, LOOKS, PLACES, Settings
 
+FOLDS = "by thumbnails"  # how methods/distill.py cuts the members
 FILES = ("init", "directions", "public")  # settings that name files
 
 
@@ -40,8 +41,13 @@ def _content(name: str, value: str | None) -> str | None:
 def decided(s: Settings) -> dict:
     """The settings that decide what an adapter becomes, without PLACES: what lies there counts, not
     where.
+
+    A run from before --crop goes on, but for a distillation, whose folds were others.
     """
-    return {k: v for k, v in asdict(s).items() if k not in {*FREE, *LOOKS, *PLACES}}
+    found = {k: v for k, v in asdict(s).items() if k not in {*FREE, *LOOKS, *PLACES}}
+    if not s.crop:
+        del found["crop"]
+    return found | ({"folds": FOLDS} if s.method == "distill" else {})
 
 
 def digest_of(facts: object) -> str:
@@ -57,6 +63,9 @@ def require(known: Mapping, now: Mapping, s: Settings, what: str) -> None:
         if known.get(name, digest) == digest:
             continue
         if name == "settings":
-            raise UserError(f"the settings are not those that {what}: put config.json back")
+            raise UserError(
+                f"the settings are not those that {what}, or this code deals otherwise: put "
+                "config.json back, or begin anew"
+            )
         place = shown(getattr(s, name))
         raise UserError(f"what lies at --{name} {place} is not what {what}: put it back")

@@ -37,8 +37,8 @@ def share_of_rate(schedule: str, step: int, steps: int) -> float:
 
 
 class Views(Run):
-    """--flip and --crop: a member is shown as one of its views; the attacker's batches stay as they
-    are.
+    """--flip and --crop: a member, or a public picture of a distillation, is shown as one of its
+    views; the attacker's batches stay as they are.
     """
 
     def __init__(self, *given, views: dict | None = None, **more):
@@ -63,8 +63,8 @@ class Views(Run):
         goes on has the same bits, and kept off the device: there may be many.
         """
         s = self.settings
-        if k and not s.crop:
-            return self.data.latents[i]  # as it is
+        if s.dry_run or (k and not s.crop):
+            return self.data.latents[i]  # as it is; a dry run's steps take what most steps take
         if (i, k) not in self.views:
             shown = view(self.data.pixels[i], k, s.flip, s.crop)
             self.views[i, k] = encode_images(self.base, shown[None])[0].cpu()
@@ -76,7 +76,7 @@ def view(picture: np.ndarray, k: int, flip: bool, crop: bool) -> np.ndarray:
     enlarged; with `flip` mirrored where k is even.
 
     Which part follows from picture and k alone: another image that had a say in it would void the
-    guarantee of --method dp, and --seed is known to an attacker.
+    guarantee of --method dp.
     """
     if crop:
         low, top, left = np.random.default_rng([k, zlib.crc32(picture.tobytes())]).random(3)

@@ -470,6 +470,7 @@ def test_a_whole_audit(audited, capsys):
         member, score = scores["member"], scores[f"8/{lira.HEADLINE}"]
     area = roc.auc(score[member], score[~member])
     assert last["attacks"][lira.HEADLINE]["auc"] == pytest.approx(area)
+    assert last["together"] == decisions.Decisions(member).together(score)
     for name, least in {"roc.png": 5000, "frontier.png": 5000, "exposed.png": 2000}.items():
         assert (out / name).stat().st_size > least
     assert len(record["exposed"]) == 20 and all(e["of"] == 2 for e in record["exposed"])
@@ -481,6 +482,7 @@ def test_a_whole_audit(audited, capsys):
     audit_page.print_record(record)
     text = capsys.readouterr().out
     assert lira.HEADLINE in text and max(map(len, text.splitlines())) <= 80
+    assert "10 images at once" in text
 
 
 def test_an_adapter_is_the_same_in_any_process(audited, tiny_base, image_folder):

@@ -87,14 +87,14 @@ def begin(out: Path, **flags) -> subprocess.Popen:
 
 
 # What a worker runs first: it writes down which adapters it trains.  One of two is held in the
-# middle of its first one, and the other one does not begin before that.
+# middle of its first one until it is killed, and the other one does not begin before that.
 PRELOADED = """
 import time
 from pathlib import Path
 
 from attacks import audit_tasks
 
-doomed = Path("{tmp}/doomed")
+doomed, killed = Path("{tmp}/doomed"), Path("{tmp}/dead")
 
 
 def dask_setup(_):
@@ -103,7 +103,7 @@ def dask_setup(_):
     def trained(*given):
         with open("{tmp}/trained", "a") as file:
             print(given[-1].seed, file=file)
-        while not {held} and not doomed.exists():
+        while not {held} and not killed.exists():
             time.sleep(0.05)
         return training(*given)
 
@@ -145,10 +145,12 @@ def test_a_killed_worker(scheduler, worker, tiny_base, image_folder, tmp_path, i
     with pytest.importorskip("distributed").Client(address) as client:
         client.wait_for_workers(2, timeout=240)
     process = begin(tmp_path / "killed", cluster=address, **given)
-    while process.poll() is None and not (tmp_path / "doomed").exists():
+    begun = []
+    while process.poll() is None and not ((tmp_path / "doomed").exists() and len(begun) == 2):
         time.sleep(0.05)
-    begun = [folder.name for folder in tmp_path.glob("killed/adapters/*")]
+        begun = [folder.name for folder in tmp_path.glob("killed/adapters/*")]
     doomed.kill()
+    (tmp_path / "dead").touch()
     process.wait()
     log, trained = (tmp_path / "audit.log").read_text(), (tmp_path / "trained").read_text().split()
     assert process.returncode == 0, log

@@ -39,7 +39,7 @@ COMBINATIONS = [  # a value for each of FLAGS
     ("smp-detached", "raw", 2, False, False, "float32", "attention", 2, False),
     ("smp-detached", "raw", 2, True, True, "bfloat16", "full", 3, False),
 ]
-REGULARISED = {"schedule": "cosine", "flip": True, "normalise": True}
+REGULARISED = {"schedule": "cosine", "flip": True, "crop": True, "normalise": True}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ def test_interrupted_is_uninterrupted(
     assert_same_run(tmp_path / "whole", tmp_path / "part", STEPS)
 
 
-DISTILL = {"method": "distill", "teachers": 2, "teacher_steps": 2, "public": "none", "flip": True}
+DISTILL = {"method": "distill", "teachers": 2, "teacher_steps": 2, "public": "none"}
+DISTILL |= {"flip": True, "crop": True}
 
 
 @pytest.fixture(scope="module")

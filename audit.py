@@ -69,7 +69,7 @@ class Audit(Method):
     )
     thorough: bool = option(
         False,
-        "ask at 8 timesteps with 8 draws of noise in place of 4 with 2, eight times the queries",
+        "ask at 8 timesteps with 8 draws of noise, in place of 4 with 2 (with --crop 8)",
         group=OWN,
     )
     canaries: int = option(0, "images of the pool that swap captions", group=OWN)

@@ -5,8 +5,8 @@
 Rows of studies/defences.py, each an audit in a folder of its own.  A quarter of the pool are copies
 of another quarter, whose captions are swapped: fifty pairs of canaries and a hundred other images
 with the defaults.  An adapter trains on both copies or on none.  Leave-out distillation teaches an
-image by a teacher that has not seen it; here that teacher may have seen the copy (cf. Aerni, Zhang
-& Tramer 2024).  Tested in tests/test_doubled.py.
+image by a teacher that has not seen it; with folds by chance that teacher may have seen the copy
+(cf. Aerni, Zhang & Tramer 2024).  Tested in tests/test_doubled.py.
 """
 
 from dataclasses import replace

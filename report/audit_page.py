@@ -122,7 +122,8 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict, path: Path) -> N
     figure, (axis,) = plots.panels(width=7.6, height=5)
     for k, (label, (record, attack)) in enumerate(lines.items()):
         look = {"color": colours[label], "fontsize": 7, "textcoords": "offset points"}
-        look["xytext"] = (5, (4, -10)[k % 2])  # dots of several audits lie close
+        left = k // 2 % 2  # dots of several audits lie close
+        look |= {"xytext": ((5, -5)[left], (4, -10)[k % 2]), "ha": ("left", "right")[left]}
         steps = {at: s for at, s in record["steps"].items() if attack in s["attacks"]}
         x = np.array([step["held_out_loss"] for step in steps.values()])
         y = np.array([step["attacks"][attack]["auc"] for step in steps.values()])

@@ -63,9 +63,9 @@ def require(known: Mapping, now: Mapping, s: Settings, what: str) -> None:
         if known.get(name, digest) == digest:
             continue
         if name == "settings":
-            raise UserError(
-                f"the settings are not those that {what}, or this code deals otherwise: put "
-                "config.json back, or begin anew"
+            older = (
+                ", or an older version of this code cut the folds" if s.method == "distill" else ""
             )
+            raise UserError(f"the settings are not those that {what}{older}: put config.json back")
         place = shown(getattr(s, name))
         raise UserError(f"what lies at --{name} {place} is not what {what}: put it back")

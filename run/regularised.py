@@ -59,8 +59,10 @@ class Views(Run):
         return replace(b, z0=z0, target=target)
 
     def latents(self, i: int, k: int) -> torch.Tensor:
-        """Of view k of image i, (C, h, w); encoded alone when it is first drawn, so that a run that
-        goes on has the same bits, and kept off the device: there may be many.
+        """Of view k of image i, (C, h, w).
+
+        A view is encoded when it is first drawn.  It is encoded alone, so that a resumed run has
+        the same bits.  It is kept off the device, since there may be many.
         """
         s = self.settings
         if s.dry_run or (k and not s.crop):
@@ -72,11 +74,11 @@ class Views(Run):
 
 
 def view(picture: np.ndarray, k: int, flip: bool, crop: bool) -> np.ndarray:
-    """View k = 0, 1, ... of a picture (H, W, 3): with `crop` a part of it, of an area in AREA,
-    enlarged; with `flip` mirrored where k is even.
+    """View k = 0, 1, ... of a picture (H, W, 3), of the same size.
 
-    Which part follows from picture and k alone: another image that had a say in it would void the
-    guarantee of --method dp.
+    With `crop` it is a part of the picture, enlarged, whose share of the area is in AREA.  With
+    `flip` it is mirrored where k is even.  The part follows from the picture and k alone: the
+    guarantee of --method dp needs draws that no other image has a say in.
     """
     if crop:
         low, top, left = np.random.default_rng([k, zlib.crc32(picture.tobytes())]).random(3)

@@ -170,3 +170,20 @@ def test_no_bit_of_the_facts_of_a_state_may_flip(tmp_path):
             except UserError:
                 continue
             assert found[0] == 6 and found[2] == {"seconds": 12.5}, (i, flipped)
+
+
+def test_a_run_from_before_crop_goes_on_but_a_distillation_does_not():
+    """Its teachers would answer for images that they have seen; what was hashed then had neither
+    --crop nor how the members are cut.
+    """
+    for method in ("lora", "distill"):
+        s = Settings(method=method)
+        now = identity.decided(s)
+        older = {k: v for k, v in now.items() if k not in ("crop", "folds")}
+        facts = [{"settings": identity.digest_of(found)} for found in (older, now)]
+        if method == "lora":
+            identity.require(*facts, s, "runs/x was started with")
+            continue
+        with pytest.raises(UserError, match="older version of this code cut the folds"):
+            identity.require(*facts, s, "runs/x was started with")
+    assert identity.decided(replace(s, crop=True)) == now | {"crop": True}

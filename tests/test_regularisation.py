@@ -147,6 +147,15 @@ def test_a_cropped_run_shows_crops_of_members(subject, tiny_base):
     assert torch.equal(whole.z0, data.latents[whole.index])
 
 
+def test_a_dry_run_encodes_no_views(subject, tiny_base):
+    """Its steps take what most steps of a run take; the images stand for their views."""
+    base, data = subject
+    run = assemble(settings(tiny_base, crop=True, flip=True, dry_run=True), base, data, Processes())
+    remove(base.unet, run.adapter)
+    b = run.batch(run.D_tr)
+    assert not run.views and torch.equal(b.z0, data.latents[b.index])
+
+
 def test_normalised_gradients_have_the_norm_of_the_limit():
     """Small ones and large ones; zero stays zero; without the flag small ones stay small."""
     for size in (1e-3, 1.0, 50.0):

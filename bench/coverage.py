@@ -1,6 +1,6 @@
 """How often the intervals of curves/roc.py and attacks/decisions.py hold the truth in simulations.
 
-    python bench/coverage.py                     # about two minutes on one core
+    python bench/coverage.py                     # about a minute on one core
     python bench/coverage.py --repetitions 1000  # a quick look
 
 Scores are normal, those of members with a standard deviation of `spread` times the non-members',

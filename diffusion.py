@@ -116,18 +116,6 @@ class Encoded:
         return score[members], score[nonmembers]
 
 
-def joined(data: Encoded, more: Encoded) -> Encoded:
-    """The images of both, those of `data` first; the roles are those of `data`."""
-    return Encoded(
-        data.names + more.names,
-        data.captions + more.captions,
-        np.concatenate([data.pixels, more.pixels]),
-        torch.cat([data.latents, more.latents]),
-        torch.cat([data.text, more.text]),
-        data.roles,
-    )
-
-
 @torch.no_grad()
 def encode_images(base: Base, pixels: np.ndarray, done: Done = ignore) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> scaled latents z0 (N, C, h, w), float32: the mode of the VAE's

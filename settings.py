@@ -97,12 +97,6 @@ class Settings:
     teacher_steps: int | None = option(
         None, "steps of each teacher (default: a quarter of --steps)", group="distillation"
     )
-    public: str | None = option(
-        None,
-        "public pictures, half of every batch: a folder with captions, openmoji, or none (default: "
-        "openmoji for the embedded model)",
-        group="distillation",
-    )
 
     # Differential privacy
     epsilon: float = option(
@@ -279,7 +273,10 @@ class Settings:
 
     # Flags of earlier versions: the last commit that had each, and the values at which it changed
     # nothing; ... stands for any.
-    RETIRED: ClassVar[dict] = {"attacker_every": ("7ba68a5", 1)} | {
+    RETIRED: ClassVar[dict] = {
+        "attacker_every": ("7ba68a5", 1),
+        "public": ("4cfba20", None, "none"),
+    } | {
         flag: ("0db7ef9", *neutral)
         for flag, neutral in {
             "attacker_members": ("drawn",),
@@ -306,7 +303,7 @@ class Settings:
 # may change on --resume
 FREE = ("out", "device", "state_every", "resume", "track", "dry_run")
 # name what may lie elsewhere on --resume, if its content is the same
-PLACES = ("model", "data", "nonmembers", "public", "init", "directions")
+PLACES = ("model", "data", "nonmembers", "init", "directions")
 # change no number of the training itself
 LOOKS = ("norms_every", "hessian_every", "samples", "prompt")
 

@@ -194,10 +194,11 @@ def kind(target: Target) -> str:
     nothing, nor does a flag that a run does not know, at the value it has left out.
     """
     flags = {f.name: f.default for f in fields(Settings)}
-    retired = {name: neutral for name, (_, neutral, *_) in Settings.RETIRED.items()}
-    nothing = [name for name, neutral in retired.items() if neutral is ...]  # whatever it was
-    chosen = flags | retired | target.config
-    for name in ("seed", *FREE, *LOOKS, *nothing):
+    chosen = flags | target.config
+    for name in ("seed", *FREE, *LOOKS):
         chosen.pop(name, None)
+    for name, (_, *neutral) in Settings.RETIRED.items():
+        if neutral == [...] or chosen.get(name) in neutral:
+            chosen.pop(name, None)
     best = target.at == "best" or (target.at == "last" and chosen["stop"] == "best")
     return json.dumps([chosen, "best" if best else target.step], sort_keys=True)

@@ -37,15 +37,13 @@ CASES = {
     "smp-full": "--method smp --target full --lr 0.0001",
     "smp-full-accumulate": "--method smp --target full --lr 0.0001 --accumulate 2",
     "lora-full": "--method lora --target full --lr 0.0001",
-    "distill": "--method distill --teachers 3 --teacher-steps 4 --public none",
-    "distill-flip-public": "--method distill --teachers 3 --teacher-steps 4 --public openmoji"
-    " --flip --accumulate 2",
+    "distill": "--method distill --teachers 3 --teacher-steps 4",
+    "distill-flip": "--method distill --teachers 3 --teacher-steps 4 --flip --accumulate 2",
     "smp-two": "--method smp",
     "smp-two-calibrated": "--method smp --proxy calibrated --accumulate 2",
-    "distill-two": "--method distill --teachers 3 --teacher-steps 4 --public none",
+    "distill-two": "--method distill --teachers 3 --teacher-steps 4",
     "smp-resumed": "--method smp --state-every 1",
-    "distill-resumed": "--method distill --teachers 3 --teacher-steps 4 --public none"
-    " --state-every 1",
+    "distill-resumed": "--method distill --teachers 3 --teacher-steps 4 --state-every 1",
 }
 REST = "rest"  # an evaluation of two of these, and an audit
 # rank, alpha and layers are a LoRA's

@@ -10,7 +10,7 @@ from diffusion import Base, Encoded
 from lora import Adapter, remove
 from methods import dp
 from methods.calibrated import Calibrated
-from methods.distill import Student, with_public
+from methods.distill import Student
 from run import prepare
 from run.processes import Parallel, Processes
 from run.regularised import Scheduled, Views
@@ -23,8 +23,7 @@ def assemble(
 ) -> Run:
     """The run, ready to train, with a new adapter in the base; the classes of `extra` come first.
 
-    Raises UserError for an adapter or public pictures that cannot be used; the base is then as it
-    was.
+    Raises UserError for an adapter that cannot be used; the base is then as it was.
     """
     adapter = (dp if s.method == "dp" else prepare).new_adapter(s, base)
     try:
@@ -48,7 +47,6 @@ def _around(
         base.unet.enable_gradient_checkpointing()
     kinds, given = [*extra], {}
     if s.method == "distill":
-        given["public"], data = with_public(s, base, data)
         kinds.append(Student)
     if s.hessian_every:
         kinds.append(Curved)

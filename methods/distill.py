@@ -5,39 +5,34 @@ for few steps on all folds but k.  The student, an adapter that starts where the
 
     E || f_student(z_t, t, c) - f_teacher(fold of x)(z_t, t, c) ||^2
 
-on the members x, and on as many public pictures beside them, whose teacher is drawn.  So no target
-for an image comes from weights that have seen it.  The teachers are thrown away.
+on the members x.  So no target for an image comes from weights that have seen it.  The teachers are
+thrown away.
 
 This is SELENA (Tang et al. 2022, arXiv 2110.08324), which is for classifiers, carried to the
 prediction of noise; with K = 2 it is close to DistillMD (Tran et al. 2024).  It proves nothing: a
-student imitates more exactly where it was trained, and an attacker with shadows sees that.  The
-public pictures were to close this gap; with --flip it is as small without them (docs/results.md,
-Audits).  With teachers that have seen the image most of this is gone (studies/leaving_out.py).
-Tested in tests/test_distill.py.
+student imitates more exactly where it was trained, and an attacker with shadows sees that.  Public
+pictures in half of the batch do not close this gap (docs/defences.md, What was tried).  With
+teachers that have seen the image most of this is gone (studies/leaving_out.py).  Tested in
+tests/test_distill.py.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import torch
 
 from algorithm import Batch, Run, Shuffled
 from command.errors import UserError
-from diffusion import PARTS, Base, Encoded, joined, predict
-from files.copies import near_duplicates, thumbnails
-from files.encode import encode
-from files.images import load_images
+from diffusion import PARTS, predict
+from files.copies import thumbnails
 from lora import Adapter
 from run.processes import Parallel
 
 SEED = 31  # of the folds, beside the run's own
 APART = 1_000_003  # between the seeds of teachers: torch's streams know 32 bits of a seed
-load_public = cache(load_images)  # an audit asks once per adapter
 NEAR = 8  # nearest pictures before it whose group a picture may join
-PUBLIC = 1000  # pictures beside the private ones, at most
 SHARED = ("processes", "views")  # what a teacher takes from the run, where it is there
 
 
@@ -69,25 +64,10 @@ def folds(members: list[int], pixels: np.ndarray, count: int, seed: int) -> list
     return [sorted(part) for part in parts]
 
 
-class Taught(Shuffled):
-    """Public pictures, each with the teacher that is to answer for it this time."""
-
-    teachers = 0  # how many there are
-
-    def draw(self) -> torch.Tensor:
-        """(size,) indices; `by` (size,) are their teachers."""
-        index = super().draw()
-        self.by = torch.randint(self.teachers, index.shape, generator=self.generator)
-        return index
-
-
 class Student(Parallel):
-    """A run whose target is what a teacher answers: of a member the one that never saw it, of a
-    public picture any.
-    """
+    """A run whose target for a member is what the teacher answers that never saw it."""
 
-    def __init__(self, *given, public: list[int] = (), **more):
-        """`public` are positions of the public pictures among the images."""
+    def __init__(self, *given, **more):
         super().__init__(*given, **more)
         s, members = self.settings, self.data.members()
         if s.teachers > len(members):
@@ -96,18 +76,11 @@ class Student(Parallel):
         self.folds = folds(members, self.data.pixels, s.teachers, s.seed)
         self.left_out = {i: k for k, fold in enumerate(self.folds) for i in fold}
         self.teachers: list[list[torch.Tensor]] = []  # the weights of each, once it is trained
-        self.public = [Taught(list(public), self.size, self.outer)] if public else []
-        for pictures in self.public:
-            pictures.teachers = s.teachers
 
     def batch(self, *sets: Shuffled) -> Batch:
-        """Members, and behind them as many public pictures."""
-        b = super().batch(*sets, *self.public)
-        members = b.index[: self.size].tolist()
-        by = [self.left_out[i] for i in members]
-        for pictures in self.public:
-            by += pictures.by.tolist()
-        return replace(b, target=self.answers(b, by))
+        """Of members, with the answers of their teachers."""
+        b = super().batch(*sets)
+        return replace(b, target=self.answers(b, [self.left_out[i] for i in b.index.tolist()]))
 
     @torch.no_grad()
     def answers(self, b: Batch, by: list[int]) -> torch.Tensor:
@@ -155,30 +128,6 @@ class Student(Parallel):
     def untrained(self) -> None:
         """Let all teachers be as they begin, for a dry run."""
         self.teachers = [weights_of(self.adapter)] * self.settings.teachers
-
-
-# --------------------------------------------------------------------------------------------------
-# Public pictures
-
-
-def with_public(s, base: Base, data: Encoded) -> tuple[list[int], Encoded]:
-    """Positions of the public pictures, and the images with them at the end; none without --public.
-
-    Copies of the private images are left out: a teacher may have seen them.  Of more than PUBLIC a
-    random part is taken.
-    """
-    if s.public in (None, "none"):
-        return [], data
-    images = load_public(s.public, base.size, s.caption)
-    first, own = near_duplicates(np.concatenate([data.pixels, images.pixels])), len(data.names)
-    kept = [i for i, at in enumerate(first[own:]) if at == own + i]
-    if not kept:
-        raise UserError(f"all pictures in {s.public} are copies of the private images")
-    chosen = np.random.default_rng(s.seed).permutation(kept)[:PUBLIC].tolist()
-    taken = images.take(chosen)
-    taken.names = [f"public/{name}" for name in taken.names]
-    more = encode(base, taken, {}, few=s.dry_run)
-    return list(range(own, own + len(chosen))), joined(data, more)
 
 
 # --------------------------------------------------------------------------------------------------

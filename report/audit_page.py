@@ -128,7 +128,8 @@ def frontier(lines: dict[str, tuple[dict, str]], colours: dict, path: Path) -> N
         x = np.array([step["held_out_loss"] for step in steps.values()])
         y = np.array([step["attacks"][attack]["auc"] for step in steps.values()])
         ends = [step["attacks"][attack]["auc_interval"] for step in steps.values()]
-        plots.intervals(axis, x, y, ends, "o-", ms=4, color=colours[label], label=label)
+        marker = "os^v"[k // 10 % 4]  # after ten the colours begin again
+        plots.intervals(axis, x, y, ends, f"{marker}-", ms=4, color=colours[label], label=label)
         for at, *place in zip(steps, x, y, strict=True):
             axis.annotate(at, place, **look)
     low, high = axis.get_xlim()

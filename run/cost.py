@@ -149,7 +149,6 @@ def dry_run(
         run.untrained()
         teaching = s.teachers * s.teacher_steps * lesson
         found["teachers"] = f"{s.teachers} of {s.teacher_steps} steps at {lesson:.2g} s"
-        found["public"] = f"{sum(len(D.indices) for D in run.public)} public pictures"
     if promised:
         found["guarantee"] = str(promised)
     if s.method == "dp":  # all members are in a step, hours of a large model

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from command.errors import UserError, shown
-from files import EMBEDDED_SETS, contents
+from files import contents
 from settings import FREE, LOOKS, PLACES, Settings
 
 FOLDS = "by thumbnails"  # how methods/distill.py cuts the members
-FILES = ("init", "directions", "public")  # settings that name files
+FILES = ("init", "directions")  # settings that name files
 
 
 def of(s: Settings, base) -> dict[str, str | None]:
@@ -28,13 +28,14 @@ def of(s: Settings, base) -> dict[str, str | None]:
     return {
         "model": bases.content(base),
         **{name: _content(name, getattr(s, name)) for name in FILES},
+        "public": "none" if s.method == "distill" else None,  # once a flag: older audits go on
         "settings": digest_of(decided(s)),
     }
 
 
 def _content(name: str, value: str | None) -> str | None:
-    if value in (None, "none", *EMBEDDED_SETS):
-        return value
+    if value is None:
+        return None
     return contents.of_adapter(value) if name == "init" else contents.of(value)
 
 

@@ -73,10 +73,6 @@ def _require_paths(s: Settings) -> None:
             f"there is no folder {shown(s.nonmembers)}: give --nonmembers a folder of images that "
             "are not among the private ones, or openmoji"
         )
-    if s.public not in (None, "none", *EMBEDDED_SETS) and not os.path.exists(s.public):
-        raise UserError(
-            f"there is no folder {shown(s.public)}: give a folder of public pictures, or none"
-        )
     if s.directions and not os.path.isfile(s.directions):
         raise UserError(
             f"there is no file {shown(s.directions)}: python -m methods.directions makes directions"

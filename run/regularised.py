@@ -37,8 +37,8 @@ def share_of_rate(schedule: str, step: int, steps: int) -> float:
 
 
 class Views(Run):
-    """--flip and --crop: a member, or a public picture of a distillation, is shown as one of its
-    views; the attacker's batches stay as they are.
+    """--flip and --crop: a member is shown as one of its views; the attacker's batches stay as they
+    are.
     """
 
     def __init__(self, *given, views: dict | None = None, **more):

@@ -53,8 +53,7 @@ def _defaults(s: Settings, embedded: bool) -> dict:
     """Values of the flags left out: by the model, and by what the method needs."""
     defaults = dict(FAST if embedded else PAPER)
     if s.method == "distill":
-        public = "openmoji" if embedded else "none"
-        defaults = defaults | {"public": public, "schedule": "constant"}
+        defaults = defaults | {"schedule": "constant"}
     if s.method == "dp":
         defaults = defaults | DP | {"rank": None, "alpha": None, "target": None}
     if s.target == "full":  # the weights have their scale already
@@ -81,8 +80,6 @@ def _check_together(s: Settings) -> None:
         and s.gradient_checkpointing,
         "--directions goes with --method dp: leave it out": s.directions is not None
         and s.method != "dp",
-        "--public goes with --method distill: leave it out": s.public is not None
-        and s.method != "distill",
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
     }
     _refuse(problems)

@@ -19,7 +19,7 @@ LATER = ("optimizer", "attacker_optimizer")
 
 def queues(run: Run) -> list[Shuffled]:
     """The sets that batches come from."""
-    return [run.D_tr, run.D_m, run.D_n, *getattr(run, "public", [])]
+    return [run.D_tr, run.D_m, run.D_n]
 
 
 def tensors_of(run: Run) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from studies.records import SHADOWED
 
 SHORT = {"method": "lora", "steps": 100}  # LoRA leaks all after 400 steps, so its kin have fewer
 CALIBRATED = {"method": "smp", "proxy": "calibrated"}
-SOUP = {"method": "distill", "public": "none", "flip": True, "steps": 1, "teacher_steps": 50}
+DISTILL = {"method": "distill", "flip": True}
 # name -> flags; the name is a folder
 ROWS = {
     "lora": {"method": "lora"},
@@ -48,16 +48,12 @@ ROWS = {
     "smp-calibrated-less": CALIBRATED | {"steps": 100, "lam": 1.0},
     "mp": {"method": "mp"},
     "mp-normalised": {"method": "mp", "normalise": True},
-    "distill": {"method": "distill"},
-    "distill-flip": {"method": "distill", "flip": True},
-    "distill-private": {"method": "distill", "public": "none"},
-    "distill-private-flip": {"method": "distill", "public": "none", "flip": True},
-    "distill-crop": {"method": "distill", "public": "none", "flip": True, "crop": True},
-    "distill-two": {"method": "distill", "public": "none", "flip": True, "teachers": 2},
-    "distill-seen": {"method": "distill", "public": "none", "flip": True},
-    "distill-soup": SOUP,
-    "distill-cosine": {"method": "distill", "schedule": "cosine", "teacher_steps": 100},
-    "distill-ten": {"method": "distill", "teachers": 10},
+    "distill-private": {"method": "distill"},  # private: without the public pictures of old rows
+    "distill-private-flip": DISTILL,
+    "distill-crop": DISTILL | {"crop": True},
+    "distill-two": DISTILL | {"teachers": 2},
+    "distill-seen": DISTILL,
+    "distill-soup": DISTILL | {"steps": 1, "teacher_steps": 50},
     "lora-public-flip": SHORT | {"steps": 75, "flip": True, "init": "runs/public/adapter"},
     "dp-epsilon-1": {"method": "dp", "epsilon": 1.0},
     "dp-epsilon-3": {"method": "dp", "epsilon": 3.0},
@@ -172,7 +168,7 @@ def cost(s: dict, step: int) -> float:
     of_lora = (3 + again) * batch
     shown, before, each = batch, 0, of_lora
     if s["method"] == "distill":
-        shown = batch if s["public"] == "none" else 2 * batch
+        shown = 2 * batch if public(s) else batch
         each = (4 + again) * shown
         before = s["teachers"] * (s["teacher_steps"] or -(-s["steps"] // 4)) * of_lora
     elif s["method"] == "dp":
@@ -192,10 +188,14 @@ def attacked(s: dict) -> bool:
 
 def uses(s: dict) -> str:
     """What a method needs beside the members; `subspace` is a flag of old records."""
-    public = s.get("public") not in (None, "none")
-    public = public or any(s.get(name) for name in ("subspace", "directions", "init"))
-    needed = {"non-members": attacked(s), "public pictures": public}
+    shown = public(s) or any(s.get(name) for name in ("subspace", "directions", "init"))
+    needed = {"non-members": attacked(s), "public pictures": shown}
     return ", ".join(name for name, there in needed.items() if there) or "-"
+
+
+def public(s: dict) -> bool:
+    """Whether half of a student's batch were public pictures, in old records."""
+    return s.get("public") not in (None, "none")
 
 
 if __name__ == "__main__":

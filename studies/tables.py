@@ -56,11 +56,11 @@ FRONTIER = (  # (row, step, what the table calls it)
     ("smp", "400", "SMP"),
     ("mp", "400", "MP"),
     ("lora-public-flip", "19", "LoRA `--flip` from a public LoRA, 19 of 75 steps"),
-    ("distill", "200", "distill"),
-    ("distill-flip", "200", "distill `--flip`"),
-    ("distill-private-flip", "200", "distill `--flip --public none`"),
-    ("distill-two", "200", "the same, two teachers"),
-    ("distill-seen", "200", "distill by teachers that have seen the image"),
+    ("distill-private", "200", "distill"),
+    ("distill-private-flip", "200", "distill `--flip`"),
+    ("distill-crop", "200", "distill `--flip --crop`"),
+    ("distill-two", "200", "distill `--flip --teachers 2`"),
+    ("distill-seen", "200", "distill `--flip` by teachers that have seen the image"),
     ("distill-soup", "1", "no student: the mean of its teachers"),
     ("dp-no-noise", "6", "dp without noise"),
     ("dp-epsilon-8", "6", "dp `--epsilon 8`"),
@@ -148,7 +148,7 @@ def sixteen() -> dict[str, dict]:
     """Every row of sixteen adapters on the first pool."""
     found = {n: read_json(KEPT / folder / "audit.json") for n, folder in SIXTEEN.items()}
     found |= read_audits(KEPT / "defences")
-    return {name: found[name] for name in defences.ROWS if name in found}
+    return {name: found[name] for name in [*defences.ROWS, *sorted(found)] if name in found}
 
 
 def second_pool() -> dict[str, dict]:

@@ -156,7 +156,7 @@ EXTRAS = {
     "calibrated": {"proxy": "calibrated"},
     "curved": {"hessian_every": 2},
     "parts": {"batch_size": 2, "accumulate": 2},
-    "distilled": {"method": "distill", "teachers": 3, "teacher_steps": 1, "public": "none"},
+    "distilled": {"method": "distill", "teachers": 3, "teacher_steps": 1},
 }
 # a student and dp have no attacker
 PAIRS = [

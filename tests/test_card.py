@@ -131,12 +131,13 @@ def test_the_base_is_named_as_the_hub_names_it(tmp_path, index, name):
     assert card.base_name("owner/other") == "owner/other"
 
 
+DISTILLED = ("distill-private", "distill-private-flip", "distill-crop")
 # the audit that a figure of a sentence is from, and its step
 AUDITS = {
     "lora": [("audit-lora", 50), ("audit-lora", 400)],
     "smp": [("audit-smp", 50), ("audit-smp", 400)],
     "mp": [("audit-mp", 400)],
-    "distill": [("defences/distill", 200), ("defences/distill-flip", 200)],  # then at equal loss
+    "distill": [(f"defences/{row}", 200) for row in DISTILLED],  # then at equal loss
     "dp": [(f"defences/dp-epsilon-{epsilon}", 6) for epsilon in (8, 3, 1)],
 }
 

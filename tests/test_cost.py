@@ -177,7 +177,7 @@ def test_paper_defaults_are_said_beforehand(small, tmp_path, capsys, monkeypatch
     [
         {"method": "lora"},
         {"method": "smp", "accumulate": 2, "batch_size": 2, "proxy": "calibrated"},
-        {"method": "distill", "public": "none", "teachers": 3, "teacher_steps": 40, "flip": True},
+        {"method": "distill", "teachers": 3, "teacher_steps": 40, "flip": True},
     ],
     ids=lambda more: more["method"],
 )

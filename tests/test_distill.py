@@ -27,26 +27,6 @@ from settings import Settings
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-@pytest.fixture(scope="module")
-def public(tmp_path_factory, image_folder):
-    """Two pictures of the private folder and one that is new, of grey stripes."""
-    from pathlib import Path
-    from shutil import copy
-
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("public")
-    for name in ("03", "17"):
-        for suffix in (".png", ".txt"):
-            copy(Path(image_folder) / f"{name}{suffix}", folder / f"copy-{name}{suffix}")
-    for i in range(1, 4):
-        stripes = np.full((32, 32, 3), 255, np.uint8)
-        stripes[:: i + 1] = 40 * i
-        Image.fromarray(stripes).save(folder / f"stripes-{i}.png")
-        (folder / f"stripes-{i}.txt").write_text("stripes\n")
-    return str(folder)
-
-
 def settings(tiny_base, **flags):
     """Three teachers of three steps, six of the student."""
     small = {"rank": 2, "alpha": 2.0, "target": "attention", "batch_size": 4, "lr": 0.01}
@@ -143,16 +123,14 @@ def test_a_teacher_never_sees_its_fold(subject, tiny_base):
         assert equal(before, after) == (image in fold)
 
 
-def test_the_target_is_the_answer_of_the_teacher_left_out(subject, tiny_base, public):
+def test_the_target_is_the_answer_of_the_teacher_left_out(subject, tiny_base):
     """The student's errors, from forwards by hand with each teacher's weights in the adapter: a
-    member's is that of its own fold, a public picture's one of any.
+    member's is that of its own fold.
     """
     base, _ = subject
-    run, seen, drawn = taught(subject, settings(tiny_base, public=public)), set(), set()
-    (pictures,) = run.public
+    run, seen = taught(subject, settings(tiny_base)), set()
     for _ in range(6):
         b, targets = run.batch(run.D_tr), []
-        assert set(b.index[4:].tolist()) <= set(pictures.indices.tolist()) and len(b) == 8
         found = run.error(b).detach()
         with torch.no_grad():
             own, before = predict(base, b.z0, b.c, b.t, b.eps), distill.weights_of(run.adapter)
@@ -164,40 +142,10 @@ def test_the_target_is_the_answer_of_the_teacher_left_out(subject, tiny_base, pu
             every = [(own[i] - target[i]) ** 2 for target in targets]
             near = [k for k, e in enumerate(every) if torch.allclose(e, found[i], 1e-3, 1e-5)]
             (k,) = near
-            if i < 4:
-                assert image in run.folds[k]
-                seen.add(k)
-            else:
-                drawn.add(k)
-    assert seen == drawn == {0, 1, 2}
+            assert image in run.folds[k]
+            seen.add(k)
+    assert seen == {0, 1, 2}
     lora.remove(base.unet, run.adapter)
-
-
-def test_public_pictures_have_no_role_and_copies_of_private_ones_are_left_out(
-    subject, tiny_base, public
-):
-    """They stand behind the private images."""
-    base, data = subject
-    run = assemble(settings(tiny_base, public=public), base, data, Processes())
-    lora.remove(base.unet, run.adapter)
-    (pictures,) = run.public
-    names = sorted(run.data.names[i] for i in pictures.indices)
-    assert names == [f"public/stripes-{i}.png" for i in (1, 2, 3)]
-    assert run.data.names[: len(data.names)] == data.names and run.data.roles == data.roles
-    assert (
-        len(run.data.latents) == len(run.data.text) == len(run.data.pixels) == len(data.names) + 3
-    )
-
-
-def test_one_more_public_picture_changes_no_teacher(subject, tiny_base, public):
-    """They are the student's alone."""
-    found = []
-    for name in ("none", public):
-        run = taught(subject, settings(tiny_base, public=name))
-        lora.remove(subject[0].unet, run.adapter)
-        found.append(run.teachers)
-    for with_none, with_some in zip(*found, strict=True):
-        assert equal(with_none, with_some)
 
 
 class Linear(nn.Module):
@@ -226,7 +174,7 @@ def test_a_linear_student_is_the_closed_form():
     roles |= {"nonmember_aux": [0, 1]}  # asked by nobody
     names, pixels = [str(i) for i in range(members)], np.zeros((members, 16, 16, 3), np.uint8)
     data = Encoded(names, names, pixels, latents, torch.zeros(members, 1, 1), roles)
-    run = assemble(settings("linear", rank=3, public="none"), base, data, Processes())
+    run = assemble(settings("linear", rank=3), base, data, Processes())
     (layer,) = run.adapter.layers.values()
     run.teachers = [
         [torch.randn(3, channels), torch.randn(channels, 3)] for _ in range(run.settings.teachers)
@@ -259,11 +207,11 @@ def test_a_linear_student_is_the_closed_form():
     assert max(g.abs().max().item() for g in slope()) > 1e-2 * start
 
 
-def test_micro_batches_have_the_gradient_of_one_batch(subject, tiny_base, public):
+def test_micro_batches_have_the_gradient_of_one_batch(subject, tiny_base):
     """The same draws through one forward and through two, each with its own teacher forward."""
     found = []
     for flags in ({"batch_size": 4}, {"batch_size": 2, "accumulate": 2}):
-        run = taught(subject, settings(tiny_base, public=public, teacher_steps=1, **flags))
+        run = taught(subject, settings(tiny_base, teacher_steps=1, **flags))
         run.teachers = [
             [torch.full_like(w, 0.01 * (k + 1)) for w in weights]
             for k, weights in enumerate(run.teachers)
@@ -281,10 +229,10 @@ def test_micro_batches_have_the_gradient_of_one_batch(subject, tiny_base, public
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_base, image_folder, public, tmp_path_factory):
+def whole(tiny_base, image_folder, tmp_path_factory):
     """The settings of a run, its folder after it, and the metrics of every teacher's step."""
     out = tmp_path_factory.mktemp("distilled") / "run"
-    flags = {"data": image_folder, "members": 12, "public": public, "samples": 1, "state_every": 2}
+    flags = {"data": image_folder, "members": 12, "samples": 1, "state_every": 2}
     s = settings(tiny_base, out=str(out), flip=True, **flags)
     train.train(s)
     return s, RunFolder(out)
@@ -303,7 +251,6 @@ def test_a_run_leaves_the_student_alone(whole):
     assert [row["step"] for row in folder.rows()] == list(range(s.steps + 1))
     assert not folder.state.exists() and not list(folder.path.rglob("teacher*"))
     assert "summary" in folder.config() and not (folder.path / "attacker").exists()
-    assert not any(name.startswith("public/") for v in folder.splits().values() for name in v)
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -345,14 +292,13 @@ def test_dry_run_says_what_the_teachers_cost(whole, tmp_path, capsys):
     s, _ = whole
     train.train(replace(s, out=str(tmp_path / "run"), dry_run=True))
     printed = capsys.readouterr().out
-    assert "3 of 3 steps at" in printed and "3 public pictures" in printed
+    assert "3 of 3 steps at" in printed
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"method": "lora", "public": "openmoji"}, "--public goes with --method distill"),
         ({"teachers": 1}, "--teachers must be 2 or more"),
         ({"teachers": 0}, "--teachers must be"),
         ({"teacher_steps": 0}, "--teacher-steps must be"),
@@ -372,9 +318,6 @@ def test_more_teachers_than_members(subject, tiny_base):
 
 
 def test_defaults(tiny_base):
-    """Half the passes, since a step of the student costs more; public pictures for the embedded
-    model alone.
-    """
+    """Half the passes, since a step of the student costs more."""
     embedded, other = resolve(Settings(method="distill")), resolve(Settings(method="lora"))
-    assert (embedded.epochs, other.epochs, embedded.public) == (16, 32, "openmoji")
-    assert settings(tiny_base).public == "none" and resolve(Settings(method="smp")).public is None
+    assert (embedded.epochs, other.epochs) == (16, 32)

@@ -33,7 +33,7 @@ SQUARE = [  # every pair of target, dtype and method
 RUNS = [*SQUARE, (None, "bfloat16", "dp")]  # in float32 and with dp: tests/test_dp.py
 EVALUATED = [SQUARE[8], (None, "bfloat16", "dp")]
 AUDITED = [("full", "bfloat16", "lora")]
-DISTILL = {"teachers": 2, "teacher_steps": 1, "public": "none"}
+DISTILL = {"teachers": 2, "teacher_steps": 1}
 
 
 def name(case):

@@ -20,12 +20,10 @@ FLAGS = {"method": "distill", "teachers": 2, "teacher_steps": 1, "steps": 2}
 
 @pytest.fixture(scope="module")
 def places(tiny_base, image_folder, tmp_path_factory):
-    """Copies of the model, the images, public pictures and an adapter, by flag."""
+    """Copies of the model and the images, by flag."""
     folder = tmp_path_factory.mktemp("places")
-    for name, source in {"model": tiny_base, "data": image_folder, "public": image_folder}.items():
+    for name, source in {"model": tiny_base, "data": image_folder}.items():
         shutil.copytree(source, folder / name)
-    for path in (folder / "public").glob("[0-2]*"):
-        path.unlink()
     for path in (folder / "data").glob("3*"):
         path.unlink()
     return folder
@@ -33,7 +31,7 @@ def places(tiny_base, image_folder, tmp_path_factory):
 
 def named(folder):
     """The flags that name what is in a folder."""
-    return {name: str(folder / name) for name in ("model", "data", "public")}
+    return {name: str(folder / name) for name in ("model", "data")}
 
 
 def test_moved_and_spelled_otherwise(

@@ -51,7 +51,7 @@ class Parts(Parallel, Toy):
 @pytest.mark.parametrize(("size", "images"), [(8, 8), (4, 8), (2, 8), (2, 16)])
 def test_parts_give_the_gradient_of_the_whole(method, size, images):
     """Against autograd through all images at once; a plain mean of the parts' gradients is wrong
-    for the ratio.  A batch with as many public pictures behind it goes through in as many parts.
+    for the ratio.  A batch with each image twice goes through in as many parts.
     """
     settings, processes = Settings(batch_size=size, accumulate=8 // size), Processes()
     toy = Parts(settings, processes=processes)

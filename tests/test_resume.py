@@ -110,7 +110,7 @@ def test_interrupted_is_uninterrupted(
     assert_same_run(tmp_path / "whole", tmp_path / "part", STEPS)
 
 
-DISTILL = {"method": "distill", "teachers": 2, "teacher_steps": 2, "public": "none"}
+DISTILL = {"method": "distill", "teachers": 2, "teacher_steps": 2}
 DISTILL |= {"flip": True, "crop": True}
 
 

@@ -82,7 +82,7 @@ def test_help_shows_both_defaults(capsys, monkeypatch):
     assert "(default: pooled embedded, raw Stable Diffusion)" in text
     view = text[: text.index("\nregularisation:")]
     assert 12 <= view.count("\n  --") <= 21 and "--attacker-lr" not in view
-    assert len(fields(Settings)) <= 44
+    assert len(fields(Settings)) <= 43
 
 
 # ---- limits ----

@@ -168,17 +168,20 @@ def test_costs_by_hand():
     assert cost(400, method="smp", proxy="calibrated") == pytest.approx(8 / 3)
     # all 100 members in each of 20 steps, four times
     assert cost(20, method="dp") == 20 * 3 * 4 * 100 / 9600 and defences.DP_DRAWS == dp.DRAWS
-    # five teachers of 50 steps; 200 steps of 16 images, each once more through its teacher
+    # five teachers of 50 steps; 200 steps of 8 images, each once more through its teacher; with
+    # public pictures, of 16
     distill = {"method": "distill", "steps": 200}
-    assert cost(200, **distill) == pytest.approx((5 * 50 * 24 + 200 * 64) / 9600)
-    assert cost(200, public="none", **distill) == pytest.approx((5 * 50 * 24 + 200 * 32) / 9600)
+    assert cost(200, **distill) == pytest.approx((5 * 50 * 24 + 200 * 32) / 9600)
+    old = vars(resolve(Settings(**distill))) | {"pool": 200, "public": "openmoji"}
+    assert defences.cost(old, 200) == pytest.approx((5 * 50 * 24 + 200 * 64) / 9600)
 
 
 def test_what_a_row_uses():
-    """Non-members for an attacker, public pictures for a student."""
+    """Non-members for an attacker, public pictures for directions and some old students."""
     found = {n: defences.uses(vars(resolve(Settings(**f)))) for n, f in defences.ROWS.items()}
     assert found["lora"] == found["distill-private"] == "-"
-    assert found["smp"] == "non-members" and found["distill"] == "public pictures"
+    assert found["smp"] == "non-members" and found["dp-epsilon-8"] == "public pictures"
+    assert defences.uses({"method": "distill", "public": "openmoji"}) == "public pictures"
 
 
 # ---- the tables of the documents ----
@@ -225,20 +228,20 @@ def test_the_command_writes_what_is_out_of_date(monkeypatch, tmp_path, capsys):
 
 
 def test_the_frontier_is_that_of_the_audits():
-    """Loss, AUC and TPR as audit.json has them; distillation with mirrored images leaks less than
-    any LoRA on both pools, and that is what README says of it.
+    """Loss, AUC and TPR as audit.json has them; distillation with mirrored images, and with crops,
+    leaks less than any LoRA on both pools, and that is what README says of it.
     """
     lines = [line.strip("| ").split(" | ") for line in tables.frontier().splitlines()[2:]]
     found = {line[0]: line for line in lines}
-    step = read_json(RECORDS / "defences" / "distill-flip" / "audit.json")["steps"]["200"]
-    line = found["distill `--flip`"]
+    step = read_json(RECORDS / "defences" / "distill-crop" / "audit.json")["steps"]["200"]
+    line = found["distill `--flip --crop`"]
     assert line[1] == f"{step['held_out_loss']:.4f}"[1:]
     assert line[4] == cell(step["attacks"][HEADLINE])
     assert line[5] == f"{max(a['tpr_at_1_fpr'] for a in step['attacks'].values()):.2f}"
     second = tables.second_pool()
-    for title, name in (("distill `--flip`", "distill-flip"), ("distill", "distill")):
-        again = defences.row(name, "200", second[name], second)
-        assert found[title][9] == again[9] == ("yes" if "flip" in name else "not told apart")
+    for flags, name in (("flip", "distill-private-flip"), ("flip --crop", "distill-crop")):
+        again, title = defences.row(name, "200", second[name], second), f"distill `--{flags}`"
+        assert found[title][9] == again[9] == "yes"
         assert found[title][12] == cell(second[name]["steps"]["200"]["attacks"][HEADLINE])
 
 
@@ -247,7 +250,7 @@ def test_what_the_docs_say_of_distillation_is_in_the_records(pool):
     """On both pools, with mirrored images: how much less it leaks than any LoRA, in sentences."""
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/defences.md").read_text()
     audits = pool()
-    for name in ("distill-flip", "distill-private-flip"):
+    for name in ("distill-private-flip", "distill-crop"):
         less = defences.row(name, "200", audits[name], audits)[8]
         middle, low, high = re.findall(r"-0(\.\d+)", less)
         said = f"{middle} [{high}, {low}]"  # -0.10 [-0.12, -0.07] is .10 [.07, .12] less

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from settings import Settings
 from studies.tables import narrow
 
 ROOT = Path(__file__).parent.parent
@@ -13,9 +14,6 @@ PAGES += sorted((ROOT / "docs" / "records").glob("*.md"))
 LIMITS = {"docs/results.md": 4500, "docs/reference.md": 4000, "README.md": 1200}
 ALL_PAGES = 13_000  # docs/*.md and base/README.md together
 OTHERS = {"inplace", "extra-index-url", "nthreads", "dist"}  # of jupyter, pip, dask and pytest
-GONE = {"subspace", "ema", "dropout", "weight-decay", "caption-dropout"}
-GONE |= {"attacker-members", "as-released"}
-HAD_THEM = "0db7ef9"  # the last commit with these flags: a section that names one names it too
 
 
 def name(page: Path) -> str:
@@ -72,9 +70,9 @@ def test_flags_of_the_pages_are_flags(page):
     code += "\n".join(p.read_text() for p in ROOT.glob("*.py"))
     for section in re.split(r"^(?=#+ )", page.read_text(), flags=re.M):
         for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", section)) - OTHERS:
-            if flag in GONE and HAD_THEM in section:
+            field = flag.replace("-", "_")
+            if Settings.RETIRED.get(field, ("nowhere",))[0] in section:  # the last with this flag
                 continue
-            field = re.escape(flag.replace("-", "_"))
             known = re.search(rf'^    {field}: |"--{re.escape(flag)}"', code, re.M)
             assert known or f'aliases=("{flag}"' in code, (flag, section[:60])
 

@@ -167,7 +167,8 @@ def test_what_was_audited_is_said_as_the_records_say_it():
         step = read_json(DOCS / "records/doubled" / row / "audit.json")["steps"][at]
         twice[row] = f"{step['canaries'][HEADLINE]['auc']:.2f}".lstrip("0")
     mine, loras = twice.values()
-    assert card.AUDITED["distill"].endswith(f"come twice read {mine} with --flip, LoRA --flip {loras}")
+    said = f"come twice read {mine} with --flip, LoRA --flip {loras}"
+    assert card.AUDITED["distill"].endswith(said)
 
 
 @pytest.mark.parametrize(

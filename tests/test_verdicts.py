@@ -207,16 +207,14 @@ def test_the_interval_at_equal_loss_by_hand():
     assert found.interval == pytest.approx([0.05 - half, 0.05 + half], rel=1e-3)
     six = [[*column, *column[:2]] for column in lists[2]]
     (more,) = audit(at50=(0.11, 0.75, 0.0, *six))["steps"].values()
-    other = equal_loss.at_equal_loss(more, [lora]).change
-    assert other.value == pytest.approx(0.05) and other.interval != found.interval
+    assert equal_loss.at_equal_loss(more, [lora]) is None  # its attacker has other shadows
 
 
 @pytest.mark.parametrize("adapters", [6, 8, 16])
 def test_what_is_the_same_is_told_apart_as_often_as_an_interval_says(adapters):
-    """In 3 to 7 % of simulations on the same halves, in no more on others."""
+    """In 3 to 7 % of simulations."""
     error = 3 * np.sqrt(0.05 * 0.95 / 1000)
     assert 0.03 - error < simulated.told_apart(adapters, 1000) < 0.07 + error
-    assert simulated.told_apart(adapters, 300, alike=False) < 0.08
 
 
 def test_a_step_as_audits_write_it():

@@ -297,8 +297,9 @@ def finished(plan: Plan, index: int) -> bool:
         return False
     if str(read_arrays(path, "key")["key"]) != plan.key(index):
         raise UserError(
-            f"{plan.out} holds an audit with other settings, --at, --pictures, --thorough, images, "
-            "base model or files, or of another version of this code: give another --out"
+            f"{plan.out} holds an audit with other settings, images, base model or files, with "
+            "another --at, --pictures or --thorough, or of another version of this code: give "
+            "another --out"
         )
     return True
 

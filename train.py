@@ -25,6 +25,7 @@ from command import progress
 from command.errors import one_line_errors
 from command.flags import parse
 from run import lock
+from run.folder import RunFolder
 from run.precheck import going_on, launched, precheck, writes
 from run.resolve import out_folder
 from settings import Settings
@@ -65,6 +66,8 @@ def train(settings: Settings, extra: tuple[type, ...] = ()) -> dict:
         checked, summary = precheck(settings)
         if summary is None:
             return learn(checked, extra)
+        if writes(settings):
+            RunFolder(folder).clear()
     print(f"{checked.out} is finished: nothing to resume")
     return summary
 

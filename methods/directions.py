@@ -57,6 +57,7 @@ def make(flags: Flags) -> dict:
     from lora import remove
     from methods import subspace
     from methods.assembly import assemble
+    from methods.dp import CORE
     from run import cost
     from run.folder import git_commit
     from run.processes import Processes
@@ -67,6 +68,8 @@ def make(flags: Flags) -> dict:
     for name in sets:
         if name not in EMBEDDED_SETS and not Path(name).exists():
             raise UserError(f"there is no folder {name}: give folders of public pictures")
+    if not 1 <= flags.directions <= CORE:
+        raise UserError(f"--directions must be 1 to {CORE}, as many as --method dp trains")
     names = ("model", "device", "target", "steps", "batch_size", "lr", "seed", "size", "caption")
     given = {name: getattr(flags, name) for name in names}
     s = resolve(Settings(method="lora", out="/nowhere", norms_every=10**9, **given))

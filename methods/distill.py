@@ -5,8 +5,8 @@ for few steps on all folds but k.  The student, an adapter that starts where the
 
     E || f_student(z_t, t, c) - f_teacher(fold of x)(z_t, t, c) ||^2
 
-on the members x.  So no target for an image comes from weights that have seen it.  The teachers are
-thrown away.
+on the members x.  So no target for an image comes from weights that have seen it, unless an adapter
+of --init has.  The teachers are thrown away.
 
 This is SELENA (Tang et al. 2022, arXiv 2110.08324), which is for classifiers, carried to the
 prediction of noise; with K = 2 it is close to DistillMD (Tran et al. 2024).  It proves nothing: a
@@ -70,8 +70,8 @@ class Student(Parallel):
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
         s, members = self.settings, self.data.members()
-        if s.teachers > len(members):
-            many = f"--teachers {s.teachers} is more than the {len(members)} members"
+        if 2 * s.teachers > len(members):  # copies need a fold that holds both
+            many = f"--teachers {s.teachers} is more than half of the {len(members)} members"
             raise UserError(f"{many}: lower it")
         self.folds = folds(members, self.data.pixels, s.teachers, s.seed)
         self.left_out = {i: k for k, fold in enumerate(self.folds) for i in fold}

@@ -218,9 +218,15 @@ class RunFolder:
         """The summary into config.json, whose presence says that the run is finished; no state is
         left.
         """
+        write_json(self.path / "config.json", self.config() | {"summary": summary})
+        self.clear()
+
+    def clear(self) -> None:
+        """Delete the states of a finished run, also those that a kill left behind its summary: they
+        hold the secret of --method dp.
+        """
         from run import state
 
-        write_json(self.path / "config.json", self.config() | {"summary": summary})
         state.clear(self.state)
 
 

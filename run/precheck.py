@@ -119,7 +119,7 @@ def stored(settings: Settings) -> tuple[Settings, dict | None]:
         if known[f.name] is None or f.name not in compared:
             flag = "--" + f.name.replace("_", "-")
             line = f"{out} was started with {flag} {known[f.name]}, not {given}: remove {flag}"
-            trained = known.get("method") != "dp" and (out / "adapter").is_dir()
+            trained = known.get("method") not in ("dp", "distill") and (out / "adapter").is_dir()
             if f.name == "steps" and trained:  # the schedule depends on their number
                 line += f", or train on in a new run: {trained_on(out, known[f.name], given)}"
             raise UserError(line)

@@ -40,6 +40,11 @@ def resolve(settings: Settings, begun: bool = False) -> Settings:
     out = out_folder(settings)
     settings = replace(settings, **left_out, out=str(out))
     check_numbers(settings)
+    promised = (settings.epsilon, settings.delta_dp) != (Settings.epsilon, Settings.delta_dp)
+    if promised and settings.method != "dp" and not begun:
+        raise UserError(
+            "--epsilon and --delta-dp guarantee nothing without --method dp: leave them out"
+        )
     check_device(settings.device)
     _check_prompts(settings)
     if (out / "config.json").exists() and not (settings.resume or settings.dry_run):
@@ -80,6 +85,9 @@ def _check_together(s: Settings) -> None:
         and s.gradient_checkpointing,
         "--directions goes with --method dp: leave it out": s.directions is not None
         and s.method != "dp",
+        "--hessian-every is of the paper's objectives: leave it out with --method distill": bool(
+            s.method == "distill" and s.hessian_every
+        ),
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
     }
     _refuse(problems)

@@ -190,3 +190,13 @@ def test_restored_tensors_are_fresh(loaded_once, small, tmp_path):
         where = askew[name].data_ptr(), askew[name].data_ptr() + askew[name].nbytes
         assert not where[0] <= tensor.data_ptr() < where[1], name
         assert tensor.data_ptr() % 64 == 0 or not tensor.numel(), name
+
+
+def test_a_state_behind_the_summary_is_deleted(small, no_pictures, tmp_path):
+    """A run that was killed while it cleaned up; with --method dp the state holds its secret."""
+    train.train(small(tmp_path / "run", method="lora", steps=1, samples=0))
+    left = tmp_path / "run" / "state" / "step-000001.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"secret")
+    train.train(Settings(out=str(tmp_path / "run"), resume=True))
+    assert not left.parent.exists()

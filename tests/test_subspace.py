@@ -132,6 +132,8 @@ def test_what_cannot_be(tiny_base, tmp_path, file, subject, monkeypatch):
         directions.make(directions.Flags(model=tiny_base))
     with pytest.raises(UserError, match="there is no folder"):
         directions.make(directions.Flags(model=tiny_base, data=["/nowhere"]))
+    with pytest.raises(UserError, match="--directions must be 1 to 4"):
+        directions.make(directions.Flags(model=tiny_base, data=["openmoji"], directions=5))
 
 
 @pytest.mark.usefixtures("elsewhere")

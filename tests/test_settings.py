@@ -109,7 +109,8 @@ def test_numbers_out_of_range(tmp_path, name, value):
     [*HIGH.items(), ("rank", 1), ("lam", 0.0), ("seed", 0), ("samples", 0), ("lr", 1e30)],
 )
 def test_numbers_within_range(tmp_path, name, value):
-    settings = Settings(out=str(tmp_path), method="dp" if name in ("epsilon", "delta_dp") else "smp")
+    method = "dp" if name in ("epsilon", "delta_dp") else "smp"
+    settings = Settings(out=str(tmp_path), method=method)
     assert getattr(resolve(replace(settings, **{name: value})), name) == value
 
 

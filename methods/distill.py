@@ -41,8 +41,8 @@ def folds(members: list[int], pixels: np.ndarray, count: int, seed: int) -> list
 
     Pictures whose thumbnails are alike form groups, and a group stays in one part.  So a picture
     that is there twice has a teacher that has seen neither copy.  A group has at most a quarter of
-    a part, or two pictures.  Groups are dealt by chance.  `pixels` are (N, H, W, 3): unlike latents
-    they are the same on every device.  4,000 members take seven seconds.
+    a part, or two pictures if a part has two.  Groups are dealt by chance.  `pixels` (N, H, W, 3)
+    are, unlike latents, the same on every device.  4,000 members take seven seconds.
     """
     n, pairs = len(members), []
     x = thumbnails(pixels[members]).reshape(n, -1).astype(np.float64)  # whole numbers
@@ -70,8 +70,8 @@ class Student(Parallel):
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
         s, members = self.settings, self.data.members()
-        if 2 * s.teachers > len(members):  # copies need a fold that holds both
-            many = f"--teachers {s.teachers} is more than half of the {len(members)} members"
+        if s.teachers > len(members):
+            many = f"--teachers {s.teachers} is more than the {len(members)} members"
             raise UserError(f"{many}: lower it")
         self.folds = folds(members, self.data.pixels, s.teachers, s.seed)
         self.left_out = {i: k for k, fold in enumerate(self.folds) for i in fold}

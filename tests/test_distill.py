@@ -316,8 +316,8 @@ def test_what_cannot_be_is_refused(tiny_base, flags, words):
 def test_more_teachers_than_members(subject, tiny_base):
     """Known only once the images are."""
     base, data = subject
-    with pytest.raises(UserError, match="more than half of the 12 members"):
-        assemble(settings(tiny_base, teachers=7), base, data, Processes())
+    with pytest.raises(UserError, match="more than the 12 members"):
+        assemble(settings(tiny_base, teachers=13), base, data, Processes())
 
 
 def test_defaults(tiny_base):

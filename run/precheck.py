@@ -73,6 +73,12 @@ def _require_paths(s: Settings) -> None:
             f"there is no folder {shown(s.nonmembers)}: give --nonmembers a folder of images that "
             "are not among the private ones, or openmoji"
         )
+    for name in ("data", "nonmembers"):
+        place = getattr(s, name)
+        if place not in (None, *EMBEDDED_SETS) and os.path.realpath(place) == os.path.realpath(
+            out_folder(s)
+        ):
+            raise UserError(f"--out {shown(place)} is the folder of --{name}: give another")
     if s.directions and not os.path.isfile(s.directions):
         raise UserError(
             f"there is no file {shown(s.directions)}: python -m methods.directions makes directions"

@@ -85,6 +85,9 @@ def _check_together(s: Settings) -> None:
         and s.gradient_checkpointing,
         "--directions goes with --method dp: leave it out": s.directions is not None
         and s.method != "dp",
+        "--hessian-every measures the paper's objectives: leave it out with --method distill": bool(
+            s.method == "distill" and s.hessian_every
+        ),
         f"--teachers must be 2 or more, not {s.teachers}": s.teachers < 2,
     }
     _refuse(problems)

@@ -158,11 +158,11 @@ EXTRAS = {
     "parts": {"batch_size": 2, "accumulate": 2},
     "distilled": {"method": "distill", "teachers": 3, "teacher_steps": 1},
 }
-# a student and dp have no attacker
+# a student has no attacker, and its curvature is not measured
 PAIRS = [
     pair
     for pair in itertools.combinations(EXTRAS, 2)
-    if not {"distilled", "calibrated"} <= set(pair)
+    if "distilled" not in pair or not {"calibrated", "curved"} & set(pair)
 ]
 
 

@@ -134,7 +134,8 @@ def test_the_base_is_named_as_the_hub_names_it(tmp_path, index, name):
 DISTILLED = ("distill-private", "distill-private-flip", "distill-crop")
 # the audit that a figure of a sentence is from, and its step
 AUDITS = {
-    "lora": [("audit-lora", 50), ("audit-lora", 400)],
+    "lora": [("audit-lora", 50), ("audit-lora", 400)]
+    + [(f"defences/{row}", 75) for row in ("lora-shorter", "lora-flip-shorter", "lora-crop")],
     "smp": [("audit-smp", 50), ("audit-smp", 400)],
     "mp": [("audit-mp", 400)],
     "distill": [(f"defences/{row}", 200) for row in DISTILLED],  # then at equal loss

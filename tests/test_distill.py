@@ -299,6 +299,7 @@ def test_dry_run_says_what_the_teachers_cost(whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"hessian_every": 2}, "leave it out with --method distill"),
         ({"method": "lora", "epsilon": 1.0}, "guarantee nothing without --method dp"),
         ({"method": "smp", "delta_dp": 1e-4}, "guarantee nothing without --method dp"),
         ({"teachers": 1}, "--teachers must be 2 or more"),

@@ -111,3 +111,12 @@ def test_a_folder_that_is_not_there(image_folder, tmp_path):
     precheck(Settings(nonmembers="openmoji", **common))
     with pytest.raises(UserError, match="there is no folder /gone: give --nonmembers"):
         precheck(Settings(nonmembers="/gone", **common))
+
+
+@pytest.mark.parametrize("flag", ["data", "nonmembers"])
+def test_a_run_inside_its_images_is_refused(image_folder, tmp_path, flag):
+    """Its pictures would be among them the next time."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    given = {"data": image_folder, flag: str(folder), "out": f"{folder}/../images"}
+    with pytest.raises(UserError, match=f"is the folder of --{flag}: give another"):
+        precheck(Settings(**given))
